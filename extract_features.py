@@ -1,0 +1,142 @@
+"""Stage 3: one feature per frame with the fine-tuned encoder (paper §3.2: "visual features f_i").
+
+    python extract_features.py
+    torchrun --nproc_per_node=2 extract_features.py --config configs/paper.yaml
+
+Writes to runs/<config>/features, for each video: <video>.npy, float16 (frames, D), and <video>.noface.npy, bool (frames,), True
+where there was no readable face image. Such a frame repeats the feature of the frame before it (at the start: after it), in
+training, validation and test alike; the authors' code repeats in training and uses zeros at test. Row i belongs to frame i + 1.
+
+A video is written under a temporary name and renamed when whole, so a stopped run goes on where it was; videos are shared among
+the processes, and never more than one batch of images is in memory.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch.utils.data import DataLoader, Dataset
+
+import synthetic
+import train_finetune
+import training
+from config import from_command_line
+from data import COLUMNS, find_videos, frame_numbers, frame_path, label_files, read_labels
+from images import normalise, read_image, resize
+from vit import VisionTransformer
+
+
+DEMO_SECONDS = 20     # measured by benchmark.py on two cores
+
+
+def video_lengths(config, videos) -> dict[str, int]:
+    """Frames of each video: its longest label file or its last image, whichever is later. Unlabelled (test) videos count too."""
+    lengths = {video: int(frame_numbers(folder).max(initial=0)) for video, folder in videos.items()}
+    for task in COLUMNS:
+        for files in label_files(config.data.labels, task).values():
+            for video, file in files.items():
+                if video in lengths:
+                    lengths[video] = max(lengths[video], len(read_labels(file, task)))
+    return {video: n for video, n in lengths.items() if n}
+
+
+class Frames(Dataset):
+    """The face images of one video. Item: (row, uint8 image (size, size, 3)), or (row, None) if it cannot be read."""
+
+    def __init__(self, folder, size: int):
+        self.folder, self.size, self.numbers = folder, (size, size), frame_numbers(folder)
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, i):
+        try:
+            return self.numbers[i] - 1, resize(read_image(frame_path(self.folder, self.numbers[i])), self.size)
+        except ValueError:
+            return self.numbers[i] - 1, None
+
+
+@torch.no_grad()
+def extract(encoder, folder, length: int, path, config, team) -> np.ndarray:
+    """Write the features of one video to `path` and the mask of its frames without a face beside it. Returns the mask.
+
+    Nothing is written for a video in which no frame has a readable face.
+    """
+    noface, unreadable = np.ones(length, bool), []
+    temporary = path.with_name(f".{team.rank}.tmp.npy")
+    features = open_memmap(temporary, mode="w+", dtype=np.float16, shape=(length, config.encoder.dim))
+    loader = DataLoader(Frames(folder, config.encoder.image_size), config.features.batch, num_workers=config.run.workers, collate_fn=list)
+    for items in loader:
+        unreadable += [row for row, image in items if image is None]
+        rows, images = zip(*[item for item in items if item[1] is not None]) if len(unreadable) < len(items) else ((), ())
+        if rows:
+            batch = normalise(torch.from_numpy(np.stack(images)).to(team.device))
+            with team.autocast():
+                features[list(rows)] = encoder.features(batch, config.finetune.token).half().cpu().numpy()
+            noface[list(rows)] = False
+    if unreadable:
+        print(f"  left out, not a readable image: {frame_path(folder, unreadable[0] + 1)}"
+              + (f" and {len(unreadable) - 1} more of this video" if len(unreadable) > 1 else ""), flush=True)
+    known, gaps = np.flatnonzero(~noface), np.flatnonzero(noface)
+    if not len(known):
+        temporary.unlink()
+        return noface
+    features[gaps] = features[known[np.searchsorted(known, gaps).clip(1) - 1]]     # the frame before; at the start the first known
+    features.flush()
+    training.write_file(noface_path(path), lambda file: np.save(file, noface))
+    temporary.replace(path)
+    return noface
+
+
+def noface_path(path: Path) -> Path:
+    return path.with_name(f"{path.name[:-len('.npy')]}.noface.npy")
+
+
+def main(config, team):
+    # configuration
+    f = config.features
+    run = training.RunFolder(config.folder("features"), config,
+                             training.settings_of(config, "data.frames", "data.labels", "drawn", "encoder", "features.encoder", "finetune.token"), team)
+    if run.finished:
+        return team.say(f"{run.folder} is finished; nothing to do")
+
+    # data and model
+    synthetic.provide(config, team)
+    checkpoint = Path(f.encoder or config.folder("finetune") / "best.pt")
+    if not f.encoder:
+        training.provide(config, team, "" if (checkpoint.parent / "metrics.json").exists() else checkpoint, train_finetune.main,
+                         "python train_finetune.py", train_finetune.DEMO_SECONDS)
+    encoder = VisionTransformer(**dataclasses.asdict(config.encoder))
+    keys = train_finetune.load_encoder(encoder, checkpoint)
+    encoder = encoder.to(team.device).eval()
+    videos = find_videos(config.data.frames)
+    lengths = video_lengths(config, videos)
+
+    # loop: longest first, so that no process is left with a long video at the end
+    order = sorted(lengths, key=lambda v: (-lengths[v], v))
+    mine = [v for i, v in enumerate(order) if i % team.world == team.rank]
+    team.say(f"extracting {config.encoder.dim} numbers per frame from {len(videos)} videos, {sum(lengths.values()):,} frames, on {team.device}")
+    team.say(f"  encoder from {checkpoint}; {keys}")
+    began = printed = time.time()
+    done = noface = empty = 0
+    for video in mine:
+        path = run.folder / f"{video}.npy"
+        mask = np.load(noface_path(path)) if path.exists() else extract(encoder, videos[video], lengths[video], path, config, team)
+        noface, empty = noface + int(mask.sum()), empty + int(mask.all())
+        done += lengths[video]
+        if time.time() - printed > 5:
+            printed, total = time.time(), sum(lengths[v] for v in mine)
+            left = (printed - began) / done * (total - done)
+            team.say(f"  {done:,} of {total:,} frames  {done / (printed - began):,.0f} frames/s  {int(left // 60)}:{int(left % 60):02d} left")
+
+    # finish
+    frames, without, empty = team.sum([done, noface, empty]).astype(int).tolist()
+    run.finish({"videos": len(lengths) - empty, "frames": frames, "frames_without_face": without, "videos_without_any_face": empty})
+    team.say(f"features are finished: {frames:,} frames, {without:,} of them without a face image, in {run.folder}")
+
+
+if __name__ == "__main__":
+    training.launch(main, from_command_line(__doc__)[0])

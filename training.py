@@ -1,0 +1,442 @@
+"""What every training script shares: processes, randomness, learning rate, checkpoints, run folder, log, and how a run ends.
+
+No Trainer: each script keeps its loop in full view and calls these. Three rules make a run exact and restartable:
+
+* **Processes.** A batch is split over processes, losses and metrics are functions of sums over all of them (losses.py,
+  evaluate.py), so two processes train and score as one would. Rank 0 alone writes; one run folder, shared by all machines.
+* **Randomness.** Nothing random is ever saved, because everything random is a function of numbers that are known anyway:
+  the order of an epoch of (seed, epoch); the crop, the flip and the MAE mask of a sample of (seed, epoch, sample index);
+  dropout of (seed, epoch, step, rank). Step 700 is the same whether a run reached it in one go or after three crashes.
+* **Checkpoints.** Written under a temporary name, flushed to disk, renamed; the one before is kept. A file is a zip archive
+  with a checksum for each entry, so a truncated or damaged one is found before it is used.
+"""
+
+import argparse
+import csv
+import dataclasses
+import errno
+import fcntl
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+from config import as_yaml
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+    """The processes of this run: one under `python`, several under `torchrun`. Collectives here run on the CPU (gloo)."""
+    rank: int
+    world: int
+    device: torch.device
+
+    def say(self, text=""):
+        """Print once, not once per process."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def sum(self, values) -> np.ndarray:
+        """The sum over processes of an array, in float64. Every process gets the same."""
+        total = torch.as_tensor(np.asarray(values, dtype=np.float64)).clone()
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.numpy()
+
+    def agree(self, value):
+        """Rank 0's value on every process: for decisions that depend on what lies on disk."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def wait(self):
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def autocast(self):
+        """bf16 on a GPU, float32 on the CPU. bf16 has float32's range, so no loss scaling is needed."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def parallel(self, model):
+        """The model under DDP, which averages gradients over processes; the model itself in a single process."""
+        model = model.to(self.device)
+        return torch.nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
+
+
+def start() -> Team:
+    """Join the processes that torchrun started, or be the only one. gloo on the CPU; NCCL for what lies on GPUs."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Team(rank, world, device)
+
+
+def launch(stage, config, *arguments):
+    """Run `stage(config, team, *arguments)`; turn a refusal into one line and exit code 2, and a signal into 128 + its number."""
+    team = start()
+    try:
+        stage(config, team, *arguments)
+    except (ValueError, OSError) as error:
+        if team.rank:
+            time.sleep(2)      # the same refusal on every process is printed once: torchrun ends the others before they wake
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        print(f"error: {error}" + ("; free some space and start the same command again, the last checkpoint is intact" if full else ""),
+              file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def provide(config, team, missing, make, command, seconds):
+    """An input of a stage: there already, made now by the stage before it (with drawn data), or an error that says how.
+
+    `missing` names the file looked for, or is "" if it is there; `make(config, team)` makes it, `command` does only that;
+    `seconds` is how long the demo takes for it on two cores.
+    """
+    missing = team.agree(str(missing))
+    if not missing:
+        return
+    command = f"{command} --config {config.run.source}"
+    if not config.data.drawn:
+        raise ValueError(f"{missing} not found; make it with: {command}")
+    team.say(f"\n{missing} is missing, so it is made first. The demo takes about {seconds} s for it on two cores. Only this step: {command}")
+    began = time.time()
+    make(config, team)
+    team.say(f"made in {time.time() - began:.0f} s\n")
+
+
+# --------------------------------------------------------------------------------------------- randomness and batches
+
+def generator(*numbers) -> np.random.Generator:
+    """Random numbers that depend on nothing but `numbers`, in practice (seed, epoch, sample index)."""
+    return np.random.default_rng(list(numbers))
+
+
+def seed_dropout(seed, epoch, step, rank):
+    """Dropout draws from PyTorch's global generators: set them anew at each step."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+class Batches(torch.utils.data.Sampler):
+    """This process's share of each batch of an epoch, from step `first` on: for DataLoader's `batch_sampler`.
+
+    Every sample once per epoch, for any number of processes; the last batch may be short, and a share may be empty.
+    PyTorch's DistributedSampler repeats or drops samples to make the shares even, which changes the loss and the result.
+    """
+
+    def __init__(self, samples: int, batch: int, seed: int, epoch: int, team: Team, first: int = 0):
+        self.samples, self.batch, self.team, self.first = samples, batch, team, first
+        self.order = generator(seed, epoch).permutation(samples)
+
+    def __len__(self):
+        return math.ceil(self.samples / self.batch) - self.first
+
+    def share(self, step: int) -> list[int]:
+        return self.order[step * self.batch:(step + 1) * self.batch][self.team.rank::self.team.world].tolist()
+
+    def __iter__(self):
+        return (self.share(step) for step in range(self.first, self.first + len(self)))
+
+
+def pieces(share: int, bytes_each: float, parameters: int, device) -> int:
+    """Into how many pieces a process cuts its share of a batch so that it fits: gradient accumulation, derived not set.
+
+    `bytes_each`: activations of one sample at 32 bits (half of that under bf16). Held besides: weights, gradients and AdamW's
+    two moments, 16 bytes a parameter. On the CPU half a gigabyte is used, so that a demo fits beside other programs.
+    """
+    if device.type == "cuda":
+        room, bytes_each = 0.8 * torch.cuda.get_device_properties(device).total_memory - 16 * parameters, bytes_each / 2
+    else:
+        room = 0.5e9
+    return math.ceil(share / max(1, min(share, int(room / bytes_each))))
+
+
+def vit_bytes(tokens: int, dim: int, depth: int) -> float:
+    """Activations that a ViT keeps for the backward pass of one image, in bytes at 32 bits.
+
+    Per token and block about 17 numbers of width D: two norms in and out, q, k, v, attention out, projection, the MLP's
+    hidden layer before and after GELU (4 D each), and the two residual sums.
+    """
+    return 4 * 17 * tokens * dim * depth
+
+
+def learning_rate(progress: float, warmup: float, peak: float) -> float:
+    """Linear warm-up to `peak`, then half a cosine to 0. `progress` and `warmup` are shares of the whole run in [0, 1].
+
+    A function of the step alone, so a resumed run has nothing to restore.
+    """
+    if progress < warmup:
+        return peak * progress / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-12)))
+
+
+def set_learning_rate(optimizer, step: int, steps: int, warmup_steps: float, peak: float) -> float:
+    """Set and return the learning rate of step `step` of `steps`, counted from 0."""
+    lr = learning_rate((step + 1) / (steps + 1), min(warmup_steps, steps) / (steps + 1), peak)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def adamw(model, lr, betas, weight_decay):
+    """AdamW with weight decay on matrices only: biases, norms and tokens (one-dimensional in effect) are left alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.squeeze().ndim > 1]
+    rest = [p for p in trained if p.squeeze().ndim <= 1]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}],
+                             lr=lr, betas=tuple(betas))
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+def write_file(path, write):
+    """Whole or not at all: `write(file)` fills a temporary file, which is flushed to disk and renamed to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{os.getpid()}.tmp"          # short: `path` may already have the longest name allowed
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text: str):
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+def read_checkpoint(path) -> dict:
+    """A checkpoint as written by `torch.save`, tensors on the CPU.
+
+    Raises ValueError naming the file if it is missing, truncated, damaged (each entry's checksum is compared), or holds
+    anything but tensors and plain values: a pickle can run any program when it is loaded, so `weights_only=True` refuses it.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"{path}: damaged (wrong checksum in {damaged}); use another checkpoint")
+        with torch.serialization.safe_globals([argparse.Namespace]):     # the reference MAE saves its arguments as one
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, UnicodeDecodeError, KeyError) as error:
+        raise ValueError(f"{path}: not a whole, plain checkpoint ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: expected a dictionary of tensors, found {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def load_weights(model, weights: dict, source, may_miss=(), may_ignore=()):
+    """Load by name. `may_miss` / `may_ignore`: prefixes of names that may be absent from, or unused in, `weights`.
+
+    Returns (missing, ignored) names. Raises ValueError listing every other missing or unexpected name and every shape that differs.
+    """
+    own = model.state_dict()
+    wrong = [f"{k}: file {tuple(weights[k].shape)}, model {tuple(own[k].shape)}" for k in own
+             if k in weights and weights[k].shape != own[k].shape]
+    missing, ignored = [k for k in own if k not in weights], [k for k in weights if k not in own]
+    wrong += [f"{k}: missing in the file" for k in missing if not k.startswith(tuple(may_miss))]
+    wrong += [f"{k}: not in the model" for k in ignored if not k.startswith(tuple(may_ignore))]
+    if wrong:
+        more = f"\n  ... and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        raise ValueError(f"{source}: a checkpoint of another architecture, {len(wrong)} of {len(own)} entries differ; "
+                         "use the configuration it was made with\n  " + "\n  ".join(wrong[:12]) + more)
+    model.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
+    return missing, ignored
+
+
+# --------------------------------------------------------------------------------------------------------- run folder
+
+class RunFolder:
+    """runs/<config name>/<stage>: config.yaml, log.csv, last.pt and previous.pt, best.pt, metrics.json.
+
+    `settings`: what the stage's result depends on. A folder made with other settings is refused and the differing fields are
+    named; a folder in use by another run is refused; a finished one is left as it is (`finished`).
+    """
+
+    def __init__(self, folder, config, settings: dict, team: Team):
+        self.folder, self.team = Path(folder), team
+        problem = ""
+        if team.rank == 0:
+            try:
+                self._open(config, settings)
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        if problem := team.agree(problem):
+            raise ValueError(problem)
+        self.finished = team.agree((self.folder / "metrics.json").exists())
+
+    def _open(self, config, settings):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")
+        except OSError as error:
+            raise ValueError(f"{self.folder}: cannot be written ({error.strerror}); choose another place with --set run.out=...") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the system lets go of it however the process ends
+        except OSError:
+            raise ValueError(f"{self.folder}: another run is writing here; wait for it, or choose another --set run.name=...") from None
+        settings = {name: json.loads(json.dumps(value)) for name, value in settings.items()}
+        known = self.folder / "settings.json"
+        if known.exists():
+            before = json.loads(known.read_text())
+            changed = [f"{k}: was {before.get(k)!r}, now {settings.get(k)!r}" for k in sorted(before.keys() | settings.keys())
+                       if before.get(k) != settings.get(k)]
+            if changed:
+                raise ValueError(f"{self.folder} was made with other settings; choose another --set run.name=..., or delete it\n  "
+                                 + "\n  ".join(changed))
+        write_text(known, json.dumps(settings, indent=1))
+        write_text(self.folder / "config.yaml", as_yaml(config))
+
+    def log(self, row: dict):
+        """Append one row to log.csv. The first row fixes the columns."""
+        if self.team.rank == 0:
+            path = self.folder / "log.csv"
+            with open(path, "a", newline="") as file:
+                writer = csv.DictWriter(file, list(row))
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+    def cut_log(self, epoch: int):
+        """Drop the rows from `epoch` on (counted from 1): a resumed run writes them again."""
+        path = self.folder / "log.csv"
+        if self.team.rank == 0 and path.exists():
+            rows = path.read_text().splitlines()
+            write_text(path, "".join(f"{r}\n" for i, r in enumerate(rows) if i == 0 or (r[:1].isdigit() and int(r.split(",")[0]) < epoch)))
+
+    def save(self, name: str, state: dict):
+        """Write `name`, whole or not at all; for last.pt the one before is kept as previous.pt. Rank 0 only."""
+        if self.team.rank == 0:
+            path = self.folder / name
+            if name == "last.pt" and path.exists():
+                os.replace(path, self.folder / "previous.pt")
+            write_file(path, lambda file: torch.save(state, file))
+
+    def resume(self) -> dict | None:
+        """The last whole checkpoint, or None. A damaged one is named and the one before it used."""
+        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
+            if self.team.agree(path.exists()):
+                try:
+                    return read_checkpoint(path)
+                except ValueError as error:
+                    self.team.say(f"warning: {error}; trying the one before")
+        return None
+
+    def finish(self, metrics: dict):
+        """Write metrics.json, which marks the run as finished, before any process goes on to the next stage."""
+        if self.team.rank == 0:
+            write_text(self.folder / "metrics.json", json.dumps(metrics, indent=1))
+        self.team.wait()
+
+
+def settings_of(config, *sections, without=()) -> dict:
+    """{"task.lr": 3e-5, ...} of whole sections or single "section.field" names: what a stage's result depends on."""
+    flat = {f"{s}.{k}": v for s, fields in dataclasses.asdict(config).items() for k, v in fields.items()}
+    return {k: v for k, v in flat.items() if (k.split(".")[0] in sections or k in sections) and k not in without}
+
+
+# ------------------------------------------------------------------------------------------------------------- a run
+
+class Watch:
+    """What surrounds the steps of a run: progress line, checkpoints, signals, and a halt when the loss is no longer finite.
+
+    Call `step` after every optimiser step. `state()` must return what a checkpoint holds at that moment.
+    """
+
+    def __init__(self, run: RunFolder, config, steps: int, state, unit: str):
+        self.run, self.team, self.steps, self.state, self.unit = run, run.team, steps, state, unit
+        self.every = 60 * config.run.checkpoint_minutes
+        self.began = self.saved = self.printed = time.time()
+        self.done = self.count = self.signal = 0
+        self.before = None                               # (loss, gradient norm, description) of the step before
+        self.pending = None                              # signal flags on their way between the processes
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+
+    def _signalled(self, number, frame):
+        # A terminal sends Ctrl-C to every process and torchrun passes it on: within a second it is the same signal.
+        if self.signal and time.time() - self.signalled > 1:
+            os._exit(128 + number)
+        self.signal, self.signalled = self.signal or number, time.time()
+
+    def step(self, loss, norm, describe, step, count):
+        """After an optimiser step. `step` counts from 1 over the run; `count` samples were in it; `describe()` tells of the batch."""
+        self.check()
+        self.before = (loss.detach(), norm.detach(), describe)
+        self.done, self.count = self.done + 1, self.count + count
+        now = time.time()
+        if stop := self._agreed():
+            self.save()
+            self.team.say(f"stopped by {signal.Signals(stop).name} after step {step}; saved, start the same command again to go on")
+            self.team.wait()
+            sys.exit(128 + stop)
+        if now - self.saved > self.every:
+            self.save()
+        if now - self.printed > 5:
+            self.printed, left = now, (now - self.began) / self.done * (self.steps - step)
+            self.team.say(f"  step {step:,} of {self.steps:,}  loss {loss.item():.4f}  {self.count / (now - self.began):,.0f} {self.unit}/s  "
+                          f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d} left")
+
+    def save(self):
+        """Write last.pt, unless the loss has just become infinite. Rank 0 alone, so processes need not agree on when."""
+        self.check()
+        self.run.save("last.pt", self.state())
+        self.saved = time.time()
+
+    def _agreed(self) -> int:
+        """The signal that some process has received, or 0: the same answer on all processes at the same step.
+
+        The flag travels while the next step is computed and is read one step late, so no process waits for another here.
+        """
+        mine = torch.tensor([self.signal])
+        if self.team.world == 1:
+            return mine.item()
+        flag, work = self.pending or (torch.zeros(1), None)
+        if work:
+            work.wait()
+        self.pending = (mine, dist.all_reduce(mine, dist.ReduceOp.MAX, async_op=True))
+        return int(flag.item())
+
+    def check(self):
+        """Stop if the last step's loss or gradient was not finite. Read one step late, so that the GPU is never waited for."""
+        if self.before is None:
+            return
+        loss, norm, describe = self.before
+        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+            raise ValueError(f"the loss is {loss.item()}, the gradient norm {norm.item()} at {describe()}\n"
+                             f"  the last checkpoint in {self.run.folder} is from before and is kept. Two things to try: a lower "
+                             "learning rate (or a longer warm-up), and a look at the files named above")
+        self.before = None
+
+    def end(self):
+        """After the last step: wait for the flags under way and give the signals back."""
+        self.check()
+        if self.pending:
+            self.pending[1].wait()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
