@@ -19,6 +19,9 @@ from PIL import Image
 MEAN = (0.485, 0.456, 0.406)   # ImageNet, RGB, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 64_000_000        # 8,000 x 8,000: above it a file is a mistake or a decompression bomb
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")    # by content, whatever the name says; Pillow knows 40 more
+
+Image.MAX_IMAGE_PIXELS = None  # the limit above is checked here, with a message that names the file
 
 
 def read_image(source) -> Image.Image:
@@ -29,15 +32,15 @@ def read_image(source) -> Image.Image:
     """
     name = "image in memory" if isinstance(source, bytes) else os.fsdecode(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{name}: {width} x {height} pixels, at most {MAX_PIXELS:,} are read; shrink the image first")
-            return image.convert("RGB")
-    except Image.DecompressionBombError as error:       # Pillow's own limit comes first for the very largest
-        raise ValueError(f"{name}: {error}; at most {MAX_PIXELS:,} pixels are read; shrink the image first") from None
-    except (OSError, SyntaxError, EOFError) as error:   # what Pillow raises for missing, truncated and foreign files
+            if width * height <= MAX_PIXELS:
+                if image.mode.startswith("I;16"):       # 16-bit grey: Pillow would clip it at 255
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                return image.convert("RGB")
+    except (OSError, SyntaxError, EOFError, ValueError, TypeError) as error:     # what Pillow raises for files that are none
         raise ValueError(f"{name}: not a readable image ({error})") from None
+    raise ValueError(f"{name}: {width} x {height} pixels, at most {MAX_PIXELS:,} are read; shrink the image first")
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
@@ -81,8 +84,9 @@ def inside(root, name: str) -> Path:
 
     For every file name that comes from a CSV or a list. Raises ValueError naming the entry.
     """
-    root, path = Path(root), Path(root) / name
-    if os.path.isabs(name) or ".." in Path(name).parts or not path.resolve().is_relative_to(root.resolve()):
+    path = Path(root) / name
+    if (os.path.isabs(name) or ".." in Path(name).parts or "\0" in name
+            or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))):
         raise ValueError(f"{name!r} leaves its data root {root}; entries must lie inside it")
     return path
 

@@ -26,12 +26,12 @@ EXPRESSIONS = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "S
 SIDE = 112                     # pixels of a frame, as in cropped_aligned
 
 # How hard the videos are. Times are in frames, at about 30 a second.
-PERSON_SPREAD = 1.0            # how far neutral faces lie apart: at 1, one person's resting brow is another's half-raised one
-JITTER = 0.15                  # deviation of what a single frame shows of an action unit, around its true intensity
-OCCLUSION_SHARE = 0.12         # frames with a hand, a scarf or a strand of hair over part of the face
+PERSON_SPREAD = 0.6            # how far neutral faces lie apart: at 1, one's resting brow is another's half-raised one
+JITTER = 0.2                   # deviation of what a single frame shows of an action unit, around its true intensity
+OCCLUSION_SHARE = 0.15         # frames with a hand, a scarf or a strand of hair over part of the face
 BLUR_SHARE = 0.15              # frames blurred by motion or focus
 FLICKER = 0.08                 # deviation of a single frame's brightness
-SHAKE = 1.0                    # pixels by which the alignment of neighbouring frames differs
+SHAKE = 0.7                    # pixels by which the alignment of neighbouring frames differs
 TWITCHES = 1.2                 # single action units per 100 frames that belong to no expression
 AU_THRESHOLD = 0.35            # intensity from which an annotator marks an action unit
 EXPR_THRESHOLD = 0.35          # the same for the envelope of an expression
@@ -101,16 +101,17 @@ def person(rng) -> Person:
         return float(mean + PERSON_SPREAD * deviation * np.clip(rng.standard_normal(), -2, 2))
 
     tone, man = rng.random(), rng.random() < 0.5
-    skin = tuple((np.array((96, 62, 45)) * (1 - tone) + np.array((246, 212, 188)) * tone + rng.uniform(-8, 8, 3)).astype(int).tolist())
+    skin = mix(np.array((96, 62, 45)) + rng.uniform(-8, 8, 3), (246, 212, 188), tone)
     hair = [(24, 20, 18), (58, 38, 26), (106, 70, 40), (196, 160, 96), (140, 60, 32), (150, 148, 146)][rng.integers(6)]
     iris = [(60, 38, 22), (40, 28, 20), (70, 100, 130), (74, 104, 70), (96, 92, 84)][rng.integers(5)]
     lips = mix(skin, [(178, 60, 70), (130, 50, 50), (200, 110, 110)][rng.integers(3)], rng.uniform(0.4, 0.9))
     return Person(
-        skin, hair, iris, lips, style=int(rng.integers(5)), beard=rng.uniform(0.4, 0.9) if man and rng.random() < 0.35 else 0.0,
-        moustache=bool(man and rng.random() < 0.25), glasses=bool(rng.random() < 0.2),
-        width=about(37, 1.8), chin=about(46, 2.2), jaw=about(0.88, 0.07), brow=about(10.5, 1.3), brow_tilt=about(0.5, 1.2),
-        brow_thick=about(2.6, 0.6), eye_apart=about(17, 1.1), eye_wide=about(8, 0.7), eye_open=about(3.7, 0.5),
-        nose_wide=about(6.5, 1), nose_long=about(10, 1.3), mouth=about(14.5, 1.5), lip=about(3.2, 0.7), corner=about(0.2, 1.1))
+        skin, hair, iris, lips, style=int(rng.integers(5)),
+        beard=rng.uniform(0.4, 0.9) if man and rng.random() < 0.35 else 0.0, moustache=bool(man and rng.random() < 0.25),
+        glasses=bool(rng.random() < 0.2), width=about(37, 1.8), chin=about(46, 2.2), jaw=about(0.88, 0.07),
+        brow=about(11.5, 1.3), brow_tilt=about(0.5, 1.2), brow_thick=about(3.4, 0.6), eye_apart=about(17, 0.8),
+        eye_wide=about(9, 0.7), eye_open=about(4.6, 0.5), nose_wide=about(6.5, 1), nose_long=about(10, 1.3),
+        mouth=about(14.5, 1.5), lip=about(3.4, 0.7), corner=about(0.2, 1.1))
 
 
 @dataclass
@@ -162,63 +163,64 @@ def between(upper, lower):
 
 
 def head(p: Person, au):
-    """Hair, neck, ears, head, forehead. Yields (points, colour, line width or 0 to fill), from back to front, as do all parts."""
+    """Hair, neck, ears, head, forehead. As every part, yields (points, colour, line width or 0 to fill) from back to front."""
     a1, a2, a4, a26 = au[0], au[1], au[2], au[11]
-    dark = mix(p.skin, (20, 0, 0), 0.35)
+    dark = mix(p.skin, (20, 0, 0), 0.6)
     if p.style == 4:
         yield oval(0, 4, p.width + 7, 60), p.hair, 0
     yield np.array([(-20, 30), (20, 30), (24, 80), (-24, 80)]), mix(p.skin, (20, 0, 0), 0.25), 0
     for s in (-1, 1):
         yield oval(s * p.width, -4, 4.5, 8), mix(p.skin, (120, 20, 20), 0.15), 0
     x, y = CIRCLE.T
-    y = np.where(y < 0, 46, p.chin + 7 * a26) * y                            # AU26 lengthens the lower face
+    y = np.where(y < 0, 46, p.chin + 9 * a26) * y                            # AU26 lengthens the lower face
     outline = np.stack([p.width * np.sign(x) * np.abs(x) ** p.jaw, y], 1)
     yield outline, p.skin, 0
     if p.beard:
         edge = [(-0.72 * p.width, 8), (-17, 19), (0, 15), (17, 19), (0.72 * p.width, 8)]
         yield np.concatenate([outline[y > 4], edge]), mix(p.skin, p.hair, p.beard), 0
     if max(a1, a2) > 0.1:                                                    # raised brows fold the forehead
-        for y in (-30, -34):
-            yield bend((-8 - 12 * a2, y + 1), (0, y - 2 * a1), (8 + 12 * a2, y + 1)), mix(p.skin, dark, 0.7 * max(a1, a2)), 2
+        for y in (-31, -36):
+            yield bend((-8 - 12 * a2, y + 1), (0, y - 3 * a1), (8 + 12 * a2, y + 1)), mix(p.skin, dark, 0.7 * max(a1, a2)), 3
     if a4 > 0.1:                                                             # lowered ones the bridge of the nose
         for s in (-1, 1):
-            yield bend((s * 2.5, -20), (s * 3, -17), (s * 2, -13)), mix(p.skin, dark, a4), 3
+            yield bend((s * 2.5, -22), (s * 3.5, -17), (s * 2, -11)), mix(p.skin, dark, a4), 4
     if p.style:
         fringe, part = [(-38, 0), (-31, 0), (-36, 14), (-37, 6)][p.style - 1]
         crown = CIRCLE[14:] * (p.width + 2, 50)                              # from the left over the top to the right
         hairline = bend((p.width - 8, fringe + 5), (part, fringe - 4), (8 - p.width, fringe + 5))
-        yield np.concatenate([crown, [(p.width - 1, -13), (p.width - 5, -22)], hairline, [(5 - p.width, -22), (1 - p.width, -13)]]), p.hair, 0
+        temple = np.array([(p.width - 1, -13), (p.width - 5, -22)])
+        yield np.concatenate([crown, temple, hairline, temple[::-1] * (-1, 1)]), p.hair, 0
 
 
 def eyes(p: Person, state: State):
     """Eyes, lids, cheeks and brows."""
     a1, a2, a4, a6, a7 = state.au[:5]
-    dark, lid = mix(p.skin, (20, 0, 0), 0.4), mix(p.skin, (60, 20, 20), 0.14)
-    wide = p.eye_open * (1 + 0.5 * state.arousal + 0.2 * a2) * (1 - state.blink)
-    up, low = wide * (1 - 0.5 * a7), wide * 0.75 * (1 - 0.45 * a6) * (1 - 0.75 * a7)     # lids above and below the eye's axis
+    dark, lid = mix(p.skin, (20, 0, 0), 0.6), mix(p.skin, (60, 20, 20), 0.14)
+    wide = p.eye_open * (1 + 0.8 * state.arousal + 0.2 * a2) * (1 - state.blink)
+    up, low = wide * (1 - 0.6 * a7), wide * 0.75 * (1 - 0.45 * a6) * (1 - 0.8 * a7)     # lids above and below the eye's axis
     for s in (-1, 1):
         x, y = s * p.eye_apart, -12.0
         inner, outer = (x - s * p.eye_wide, y + 0.7), (x + s * p.eye_wide, y - 0.3)
         upper, lower = bend(inner, (x, y - up), outer), bend(inner, (x, y + low), outer)
         yield between(upper, lower), (236, 232, 228), 0
-        yield oval(x, y - 0.4, 3.7, 3.7), p.iris, 0
-        yield oval(x, y - 0.4, 1.7, 1.7), (10, 8, 8), 0
-        yield np.concatenate([upper, [(outer[0], y - 7), (inner[0], y - 7)]]), lid, 0    # lids cover what of the iris the slit
+        yield oval(x, y - 0.4, 4.4, 4.4), p.iris, 0
+        yield oval(x, y - 0.4, 2, 2), (10, 8, 8), 0
+        yield np.concatenate([upper, [(outer[0], y - 8), (inner[0], y - 8)]]), lid, 0    # lids cover what of the iris the slit
         yield np.concatenate([lower, [(outer[0], y + 6), (inner[0], y + 6)]]), p.skin, 0     # between them does not show
         yield upper, (40, 26, 22), 3
         yield lower, mix(p.skin, dark, 0.6 + 0.4 * a7), 2
         if a7 > 0.1:                                                         # AU7 tightens the lower lid
-            yield lower + (0, 1.6), mix(p.skin, dark, 0.7 * a7), 2
+            yield lower + (0, 2), mix(p.skin, dark, 0.9 * a7), 4
         if a6 > 0.1:                                                         # AU6: a higher cheek, a bag, crow's feet
             crease = mix(p.skin, dark, 0.9 * a6)
-            yield oval(x + s * 2, 6 - 3 * a6, 9, 5.5), mix(p.skin, (255, 170, 150), 0.35 * a6), 0
-            yield bend((x - s * 7, y + 5), (x, y + 9 - 2 * a6), (x + s * 8, y + 4)), crease, 3
+            yield oval(x + s * 2, 6 - 3 * a6, 9, 5.5), mix(p.skin, (255, 150, 130), 0.5 * a6), 0
+            yield bend((x - s * 7, y + 5), (x, y + 9 - 2 * a6), (x + s * 8, y + 4)), crease, 4
             for slope in (-2, 1, 4):
-                yield np.array([(x + s * 10, y + 0.5 * slope), (x + s * 14.5, y + 1.3 * slope)]), crease, 2
+                yield np.array([(x + s * 11, y + 0.5 * slope), (x + s * 16, y + 1.4 * slope)]), crease, 3
         b = y - p.brow
-        ridge = bend((x - s * (9 + 3 * a4), b + p.brow_tilt / 2 - 4.6 * a1 + 4.0 * a4),
-                     (x - s, b - 1.5 - 2.4 * a1 - 3.0 * a2 + 3.0 * a4),
-                     (x + s * 10, b + 1 - p.brow_tilt / 2 - 5.0 * a2 + 1.5 * a4))
+        ridge = bend((x - s * (9 + 4 * a4), b + p.brow_tilt / 2 - 7.0 * a1 + 6.0 * a4),
+                     (x - s, b - 1.5 - 3.5 * a1 - 4.5 * a2 + 4.0 * a4),
+                     (x + s * 10, b + 1 - p.brow_tilt / 2 - 7.5 * a2 + 1.5 * a4))
         half = np.linspace(1, 0.45, 9)[:, None] * (0, p.brow_thick / 2)      # a brow is thicker inside
         yield between(ridge - half, ridge + half), mix(p.hair, (30, 22, 18), 0.5), 0
 
@@ -226,50 +228,51 @@ def eyes(p: Person, state: State):
 def nose_and_mouth(p: Person, state: State):
     """Nose, folds, moustache, lips and teeth."""
     a10, a12, a15, a23, a24, a25, a26 = state.au[5:]
-    dark = mix(p.skin, (20, 0, 0), 0.42)
-    wing, tip = p.nose_wide, p.nose_long - 2 - 1.5 * a10
-    yield bend((-2.5, -12), (-3.5, tip - 8), (-wing, tip)), mix(p.skin, dark, 0.45), 2
+    dark = mix(p.skin, (20, 0, 0), 0.6)
+    wing, tip = p.nose_wide * (1 + 0.3 * a10), p.nose_long - 2 - 3 * a10
+    yield bend((-2.5, -12), (-3.5, tip - 8), (-wing, tip)), mix(p.skin, dark, 0.3), 2
     yield oval(0, tip - 1.5, 0.55 * wing, 3), mix(p.skin, (255, 240, 225), 0.16), 0
     for s in (-1, 1):
         yield oval(s * 0.55 * wing, tip + 1.5, 1.9, 1.2), mix(p.skin, (10, 0, 0), 0.7), 0
-        yield bend((s * (wing + 0.3), tip - 3), (s * (wing + 1.2), tip), (s * (wing - 0.5), tip + 1.5)), mix(p.skin, dark, 0.6), 2
+        rim = bend((s * (wing + 0.3), tip - 3), (s * (wing + 1.2), tip), (s * (wing - 0.5), tip + 1.5))
+        yield rim, mix(p.skin, dark, 0.4), 2
 
-    half = p.mouth * (1 + 0.24 * a12 - 0.26 * a23 - 0.06 * a26)
-    corner = 25 + p.corner - 5.0 * a12 + 4.6 * a15 - 3.0 * state.valence
-    thin = p.lip * (1 - 0.45 * a23) * (1 - 0.8 * a24)
-    gap = 4.5 * a25 + a26 * (2 + 7 * a25)                                    # between the lips; AU26 alone opens them little
-    top, bottom = 25 - 0.25 * gap - 2.6 * a10 - 0.6 * a12, 25 + 0.75 * gap + 0.8 * a12
+    half = p.mouth * (1 + 0.32 * a12 - 0.4 * a23 - 0.1 * a26)
+    corner = 25 + p.corner - 8.0 * a12 + 7.5 * a15 - 4.0 * state.valence + 2 * a26
+    thin = p.lip * (1 - 0.5 * a23) * (1 - 0.85 * a24)
+    gap = 7 * a25 + a26 * (2 + 8 * a25)                                      # between the lips; AU26 alone opens them little
+    top, bottom = 25 - 0.25 * gap - 4.5 * a10 - 0.6 * a12 + 2 * a26, 25 + 0.75 * gap + 1.5 * a12 + 2 * a26
     fold = max(a10, 0.8 * a12)
     for s in (-1, 1):
-        if fold > 0.1:                                                       # nasolabial: from the nose's wing around the mouth
+        if fold > 0.1:                                                       # nasolabial: from the nose around the mouth
             knee, foot = (s * (0.75 * half + 3), 16 - 3 * a10), (s * (half + 4), corner + 1)
-            yield bend((s * (wing + 2), tip - 2 - 2 * a10), knee, foot), mix(p.skin, dark, 0.95 * fold), 3
+            yield bend((s * (wing + 2), tip - 2 - 2 * a10), knee, foot), mix(p.skin, dark, 0.95 * fold), 4
         if a12 > 0.1:
             dimple = bend((s * (half + 1.5), corner - 2.5), (s * (half + 3), corner), (s * (half + 1.5), corner + 2.5))
-            yield dimple, mix(p.skin, dark, a12), 2
+            yield dimple, mix(p.skin, dark, a12), 3
         if a15 > 0.1:
             hook = bend((s * (half + 0.5), corner), (s * (half + 2.5), corner + 3), (s * (half + 1.5), corner + 7))
-            yield hook, mix(p.skin, dark, a15), 3
+            yield hook, mix(p.skin, dark, a15), 4
         if a23 > 0.1:
-            yield np.array([(s * (half + 1.5), 22), (s * (half + 3), 29)]), mix(p.skin, dark, 0.8 * a23), 3
+            yield np.array([(s * (half + 2), 20), (s * (half + 3.5), 30)]), mix(p.skin, dark, 0.9 * a23), 4
         if a24 > 0.1:                                                        # pressed lips bunch the chin
-            bulge = bend((s * 3, bottom + 6.5), (s * 7, bottom + 5), (s * 10, bottom + 7))
-            yield bulge, mix(p.skin, dark, 0.9 * a24), 3
+            bulge = bend((s * 2, bottom + 8), (s * 7, bottom + 5), (s * 11, bottom + 8))
+            yield bulge, mix(p.skin, dark, 0.9 * a24), 5
 
     left, right = (-half, corner), (half, corner)
-    upper, lower = bend(left, (0, top), right), bend(left, (0, bottom), right)
+    above, upper, lower = (bend(left, (0, y), right) for y in (top - thin, top, bottom))
     if p.moustache:
-        yield between(bend(left, (0, top - thin - 4.5), right), bend(left, (0, top - thin), right)), mix(p.hair, p.skin, 0.2), 0
-    yield between(bend(left, (0, top - thin), right), upper), mix(p.lips, (40, 0, 0), 0.15), 0
+        yield between(bend(left, (0, top - thin - 4.5), right), above), mix(p.hair, p.skin, 0.2), 0
+    yield between(above, upper), mix(p.lips, (40, 0, 0), 0.15), 0
     yield between(lower, bend(left, (0, bottom + 1.2 * thin), right)), p.lips, 0
     if gap > 0.6:
         yield between(upper, lower), (48, 14, 16), 0
         teeth = upper * (0.85, 1)
-        yield between(teeth, teeth + (0, min(0.45 * gap, 2.6))), (232, 226, 214), 0
+        yield between(teeth, teeth + (0, min(0.45 * gap, 3))), (232, 226, 214), 0
     else:
-        yield upper, mix(p.lips, (20, 0, 0), 0.55 + 0.35 * a24), 3
-    ball = p.chin - 10 + 6 * a26
-    yield bend((-6, ball + 1), (0, ball), (6, ball + 1)), mix(p.skin, dark, 0.3), 2
+        yield upper, mix(p.lips, (20, 0, 0), 0.4 + 0.6 * a24), 3 + round(2 * a24)
+    ball = p.chin - 8 + 9 * a26
+    yield bend((-6, ball + 1), (0, ball), (6, ball + 1)), mix(p.skin, dark, 0.2), 2
 
 
 @lru_cache(maxsize=64)
@@ -340,9 +343,10 @@ class Acting:
 
 
 def blend(rng, expression: str) -> np.ndarray:
-    """Action units of one showing of an expression, (12,): a variant, some of it weak or missing, sometimes a unit too many."""
+    """Action units of one showing of an expression, (12,): a variant, some of it weak, sometimes a unit too many."""
     variant = PROTOTYPES[expression][rng.integers(len(PROTOTYPES[expression]))]
-    units = np.array([variant.get(unit, 0.0) for unit in AUS]) * rng.uniform(0.6, 1.15, 12) * np.where(rng.random(12) < 0.1, 0.3, 1)
+    units = np.array([variant.get(unit, 0.0) for unit in AUS]) * rng.uniform(0.6, 1.15, 12)
+    units[rng.random(12) < 0.1] *= 0.3
     if rng.random() < 0.3:
         units[rng.integers(12)] += rng.uniform(0.3, 0.7)
     return units.clip(0, 1)
@@ -426,18 +430,18 @@ def spoil(rng, p: Person, acting: Acting):
     yaw, roll, dx, dy = wander(rng, frames, 12, 4) * energy
     size, dim, right, low = wander(rng, frames, 40, 4)
     shake, flicker = SHAKE * rng.standard_normal((frames, 2)), 1 + FLICKER * rng.standard_normal(frames) + 0.06 * dim
-    turn, near, light = rng.normal(0, 2), rng.uniform(0.95, 1.06), rng.uniform(0.75, 1.15)
+    turn, near, light = rng.normal(0, 1.5), rng.uniform(1.1, 1.18), rng.uniform(0.8, 1.15)
     contrast, cast, noise = rng.uniform(0.75, 1.1), tuple(rng.uniform(0.92, 1.08, 3)), rng.uniform(1, 6)
     covers, blurs, blinks = [None] * frames, [(0.0, 0.0)] * frames, np.zeros(frames)
     for a, b in bursts(rng, frames, OCCLUSION_SHARE, 5, 30):
         covers[a:b] = [cover(rng, p)] * (b - a)
     for a, b in bursts(rng, frames, BLUR_SHARE, 5, 25):
-        blurs[a:b] = [[(6.0, 0.5), (0.5, 5.0), (2.5, 2.5), (4.0, 2.0)][rng.integers(4)]] * (b - a)
+        blurs[a:b] = [[(5.0, 0.5), (0.5, 4.0), (2.5, 2.5), (4.0, 1.5)][rng.integers(4)]] * (b - a)
     for a, b in bursts(rng, frames, 0.04, 3, 5):
         blinks[a:b] = 1
     for t in range(frames):
-        yield State(au[t], *acting.mood[t], blinks[t], turn + 3 * yaw[t], 0.05 * roll[t], near + 0.015 * size[t],
-                    (1.5 * dx[t] + shake[t, 0], 1.5 * dy[t] + shake[t, 1]), place, light * flicker[t], contrast, cast,
+        yield State(au[t], *acting.mood[t], blinks[t], turn + 2.5 * yaw[t], 0.04 * roll[t], near + 0.015 * size[t],
+                    (dx[t] + shake[t, 0], dy[t] + shake[t, 1]), place, light * flicker[t], contrast, cast,
                     (20 * right[t], 12 * low[t]), covers[t], blurs[t], noise)
 
 
@@ -528,15 +532,17 @@ def still(sizes: Sizes, number: int) -> Still:
     """The still face of a number below sizes.faces, the same one each time."""
     p = person(np.random.default_rng([sizes.seed, STILL, number]))
     rng = np.random.default_rng([sizes.seed, STILL, number, 2])
-    group = list(SETS)[int(np.searchsorted(np.cumsum([*SETS.values()])[:-1] * sizes.faces, number, "right"))]
+    group = list(SETS)[int((number >= np.round(np.cumsum([*SETS.values()]) * sizes.faces)).sum())]
     shares = np.array([.22, .12, .09, .1, .19, .12, .11, .05 * group.startswith("Affect")])
-    k, strength, mood = int(rng.choice(8, p=shares / shares.sum())), rng.uniform(0.6, 1), MOOD_SPREAD * rng.standard_normal(2).clip(-3, 3)
-    state = State(strength * blend(rng, EXPRESSIONS[k]), *mood, yaw=rng.normal(0, 4), roll=rng.normal(0, 0.08),
-                  scale=rng.uniform(0.92, 1.12), shift=tuple(rng.normal(0, 2, 2)), place=int(rng.integers(1000)),
+    k, strength = int(rng.choice(8, p=shares / shares.sum())), rng.uniform(0.6, 1)
+    mood = MOOD_SPREAD * rng.standard_normal(2).clip(-3, 3)
+    state = State(strength * blend(rng, EXPRESSIONS[k]), *mood, yaw=rng.normal(0, 3), roll=rng.normal(0, 0.06),
+                  scale=rng.uniform(1.05, 1.22), shift=tuple(rng.normal(0, 2, 2)), place=int(rng.integers(1000)),
                   brightness=rng.uniform(0.7, 1.2), contrast=rng.uniform(0.7, 1.1), cast=tuple(rng.uniform(0.9, 1.1, 3)),
                   slope=tuple(rng.normal(0, 18, 2)), cover=cover(rng, p) if rng.random() < 0.07 else None,
                   blur=(1.2, 1.2) if rng.random() < 0.1 else (0.0, 0.0), noise=rng.uniform(1, 6))
-    va, train, code = (strength * np.array(CIRCUMPLEX[EXPRESSIONS[k]]) + mood).clip(-1, 1), bool(rng.random() < 0.85), rng.bytes(28).hex()
+    va = (strength * np.array(CIRCUMPLEX[EXPRESSIONS[k]]) + mood).clip(-1, 1)
+    train, code = bool(rng.random() < 0.85), rng.bytes(28).hex()
     file = {"AffectNet-2017": f"Manually_Annotated_Images/{number % 7 + 1}/{code}.jpg",
             "AffectNet-2021": f"{'train' if train else 'val'}_set/images/{number}.jpg",
             "RAF-DB": f"basic/Image/aligned/{'train' if train else 'test'}_{number:05d}_aligned.jpg", "FER2013": ""}[group]
@@ -553,8 +559,10 @@ def claim(root: Path, sizes: Sizes, rank: int) -> None:
     if any((root / name).exists() for name in ("Aff-Wild2", "FERPlus", *SETS)):
         held = json.loads(mark.read_text()) if mark.exists() else "data that was not drawn"
         if held != dataclasses.asdict(sizes):
-            raise ValueError(f"{root} holds {held}, expected nothing or {dataclasses.asdict(sizes)}; draw into a new folder")
-    write_json(mark, sizes, rank)                                            # before any data, so data without it is not ours
+            raise ValueError(f"{root} holds {held}, expected nothing or {dataclasses.asdict(sizes)}; "
+                             "draw into a new folder, or delete this one")
+    write_json(mark, sizes, rank)                                            # before any data: data without it is not ours
+    (root / "complete.json").unlink(missing_ok=True)                         # until index has run again
 
 
 def draw(root, sizes: Sizes, rank: int = 0, world: int = 1) -> None:
@@ -586,7 +594,8 @@ def index(root, sizes: Sizes) -> None:
         face = still(sizes, number)
         k, rng = face.expression, face.rng
         if face.set == "AffectNet-2017":
-            code = 10 if not face.faced else AFFECTNET[k] if rng.random() < 0.96 else int(rng.integers(8, 10))   # None, Uncertain
+            code = AFFECTNET[k] if rng.random() < 0.96 else int(rng.integers(8, 10))     # 8 None, 9 Uncertain
+            code = code if face.faced else 10
             landmarks = ";".join(f"{x:.1f};{y:.1f}" for x, y in oval(48, 48, 30, 38))
             va = [f"{x:.6f}" for x in face.va] if code < 8 else [-2, -2]
             affectnet[face.train].append([face.file.split("/", 1)[1], 0, 0, 96, 96, landmarks, code, *va])
@@ -631,12 +640,12 @@ def is_complete(root, sizes: Sizes) -> bool:
 
 
 def sheet() -> Image.Image:
-    """A row per expression, a column per person; then two people with each action unit alone; then spoiled frames of a video."""
+    """A row per expression, a column per person; then each action unit alone, of two people; then a video's spoiled frames."""
     rng, people = np.random.default_rng(0), [person(np.random.default_rng([0, VAL, n])) for n in range(12)]
     rows = [[(p, State(0.95 * blend(rng, name))) for p in people] for name in EXPRESSIONS]
     rows += [[(p, State(unit)) for unit in np.eye(12)] for p in people[1:3]]
     spoiled = [state for state in spoil(rng, people[3], act(rng, 1000, 0)) if state.cover or max(state.blur) > 0]
-    rows += [[(people[3], state) for state in spoiled[::len(spoiled) // 12]][:12]]
+    rows += [[(people[3], state) for state in spoiled[::len(spoiled) // 12][:12]]]
     out = Image.new("RGB", (12 * SIDE, len(rows) * SIDE))
     for y, row in enumerate(rows):
         for x, (p, state) in enumerate(row):
