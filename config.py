@@ -50,11 +50,11 @@ class Drawn:
     """Folder that the data sets are drawn into."""
     seed: int = 0
     """Another seed draws other people."""
-    train_videos: int = 28
+    train_videos: int = 72
     """Training videos."""
-    val_videos: int = 14
+    val_videos: int = 24
     """Validation videos, of other people."""
-    frames: int = 400
+    frames: int = 180
     """Typical video length in frames."""
     faces: int = 4000
     """Still faces over all static sets."""
@@ -256,7 +256,7 @@ def _typed(value, kind, name):
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             value = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if kind is str and value is None:
         value = ""
@@ -296,7 +296,7 @@ def _range_problems(config):
     s, e, p, t = config.segments, config.encoder, config.pretrain, config.temporal
     if s.stride > s.window:
         yield f"segments.stride: got {s.stride} > segments.window={s.window}, which would leave frames uncovered"
-    if e.image_size % e.patch:
+    if e.patch > 0 and e.image_size % e.patch:
         yield f"encoder.image_size: got {e.image_size}, expected a multiple of encoder.patch={e.patch}"
     for where, dim, heads, multiple in (("encoder.dim", e.dim, e.heads, 4), ("pretrain.decoder_dim", p.decoder_dim, p.decoder_heads, 4),
                                         ("temporal.width", t.width, t.heads, 1)):
@@ -323,7 +323,7 @@ def load(path, overrides=()) -> Config:
     except OSError as error:
         found = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         raise ValueError(f"{path}: cannot be read ({error.strerror}); configurations here: {', '.join(found) or 'none'}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:       # ValueError: not UTF-8, or a date like 2024-13-45
         raise ValueError(f"{path}: not plain YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected sections like 'task: {{lr: 3e-5}}', got {type(content).__name__}")
@@ -344,10 +344,9 @@ def load(path, overrides=()) -> Config:
             continue
         try:
             _fill(config, section, key, yaml.safe_load(text) if text else "", problems)
-        except yaml.YAMLError:
-            problems.append(f"--set {override}: the value is not plain YAML")
-    if not problems:
-        problems += _range_problems(config)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            problems.append(f"--set {override[:80]}: the value is not plain YAML")
+    problems += _range_problems(config)
     if problems:
         raise ValueError(f"{path}: {len(problems)} problem(s) in the settings\n  " + "\n  ".join(problems))
     config.run.name = config.run.name or Path(path).stem

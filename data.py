@@ -75,7 +75,7 @@ def label_files(root, task: str) -> dict[str, dict[str, Path]]:
         raise ValueError(f"data.labels: both {found[0]} and {found[1]} exist; keep one, they hold the same labels")
     splits = {}
     for split in ("Train_Set", "Validation_Set"):
-        files = sorted((found[0] / split).glob("*.txt"))
+        files = sorted(f for f in (found[0] / split).glob("*.txt") if not f.name.startswith("."))
         if not files:
             raise ValueError(f"{found[0] / split}: no label files (<video>.txt); the training and validation sets both need some")
         splits[split] = {file.name[:-len(".txt")]: file for file in files}
@@ -94,7 +94,8 @@ def find_videos(roots) -> dict[str, Path]:
         if not root.is_dir():
             raise ValueError(f"data.frames: {root} is no folder; expected one that holds a folder of face crops per video")
         nested = [root / name for name in (root.name, "cropped_aligned") if (root / name).is_dir()]
-        for entry in sorted(p for folder in nested[:1] or [root] for p in folder.iterdir() if p.is_dir()):
+        for entry in sorted(p for folder in nested[:1] or [root] for p in folder.iterdir()
+                            if p.is_dir() and not p.name.startswith(".")):
             videos.setdefault(entry.name, entry)
     if not videos:
         raise ValueError(f"data.frames: no video folders in {list(map(str, roots)) or 'an empty list'}; expected <video>/00001.jpg below it")
@@ -104,7 +105,8 @@ def find_videos(roots) -> dict[str, Path]:
 def frame_numbers(folder) -> np.ndarray:
     """The numbers of the frames that have a face image, sorted: 00001.jpg is 1."""
     names = (entry.name for entry in os.scandir(folder))
-    return np.array(sorted(int(n[:-4]) for n in names if re.fullmatch(r"\d{5,}\.jpg", n)), dtype=np.int64)
+    numbers = sorted(int(name[:-4]) for name in names if re.fullmatch(r"\d{5}\.jpg|[1-9]\d{5,}\.jpg", name))
+    return np.array([n for n in numbers if n > 0], dtype=np.int64)
 
 
 def frame_path(folder, number: int) -> Path:
@@ -122,6 +124,8 @@ def person_group(video: str) -> str:
 def split(root, task: str, fold: int) -> tuple[dict[str, Path], dict[str, Path]]:
     """Training and validation label files of one task. Fold 0 is the official split; fold k of 1 to 4 (Table 1) pools both
     sets and validates on a quarter of the videos, groups kept whole, quarters balanced in the size of their label files."""
+    if not 0 <= fold <= 4:
+        raise ValueError(f"fold: got {fold}, expected 0 (official split) or 1 to 4")
     files = label_files(root, task)
     if fold == 0:
         return files["Train_Set"], files["Validation_Set"]
@@ -135,6 +139,8 @@ def split(root, task: str, fold: int) -> tuple[dict[str, Path], dict[str, Path]]
         part[group] = int(np.argmin(filled))
         filled[part[group]] += size[group]
     held_out = {v for group, videos in groups.items() if part[group] == fold - 1 for v in videos}
+    if not 0 < len(held_out) < len(pooled):
+        raise ValueError(f"fold {fold} of {len(groups)} scenes leaves nothing to {'train' if held_out else 'validate'} on; take fold 0, or label at least 4 scenes")
     return {v: f for v, f in pooled.items() if v not in held_out}, {v: f for v, f in pooled.items() if v in held_out}
 
 
@@ -179,7 +185,7 @@ class ExprFrames(Dataset):
                              f"{len(self.without_frames)} of them without a folder of frames; check data.labels and data.frames")
 
     def __len__(self):
-        return max(1, len(self.rows) // self.every)
+        return -(-len(self.rows) // self.every)          # rounded up, so that the last few have their turn too
 
     def row(self, i):
         return self.rows[(i * self.every + self.epoch % self.every) % len(self.rows)]
@@ -217,8 +223,12 @@ def read_features(path, start: int = 0, end: int | None = None) -> np.ndarray:
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:           # the header is Python source: a broken one also raises SyntaxError or TokenError
         raise ValueError(f"{path}: not a plain feature array ({error}); delete it and run extract_features.py again") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        raise ValueError(f"{path}: not a plain feature array ({getattr(array, 'dtype', 'a zip archive')}); delete it and run extract_features.py again")
     if array.ndim != 2:
         raise ValueError(f"{path}: array of shape {array.shape}, expected (frames, D); delete it and run extract_features.py again")
     part = np.array(array[start:end])

@@ -78,6 +78,8 @@ def ccc(pred, target) -> float:
     pred, target = np.asarray(pred, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if pred.ndim != 1 or pred.shape != target.shape:
         raise ValueError(f"expected two sequences of one length, got {pred.shape} and {target.shape}")
+    if not np.isfinite(pred).all() or not np.isfinite(target).all() or (target == -5).any():
+        raise ValueError("expected finite values, got NaN or infinity, or frames labelled -5 (not annotated); leave those out")
     x, y = pred - pred.mean(), target - target.mean()
     bottom = (x * x).mean() + (y * y).mean() + (pred.mean() - target.mean()) ** 2
     return float(2 * (x * y).mean() / bottom) if bottom > 1e-12 else 0.0
@@ -86,7 +88,7 @@ def ccc(pred, target) -> float:
 def expr_f1(pred, target) -> np.ndarray:
     """F1 of each of the 8 expressions from class indices (T,); leave out frames labelled -1. The score is their mean."""
     pred, target = np.asarray(pred), np.asarray(target)
-    if pred.ndim != 1 or pred.shape != target.shape or min(pred.min(initial=0), target.min(initial=0)) < 0 or max(pred.max(initial=0), target.max(initial=0)) > 7:
+    if pred.ndim != 1 or pred.shape != target.shape or {pred.dtype.kind, target.dtype.kind} - {"i", "u"} or min(pred.min(initial=0), target.min(initial=0)) < 0 or max(pred.max(initial=0), target.max(initial=0)) > 7:
         raise ValueError(f"expected two sequences of classes 0 to 7 of one length, got {pred.shape} and {target.shape}; leave out frames labelled -1")
     sums = np.zeros((8, 8))
     np.add.at(sums, (target, pred), 1)

@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data import EXPRESSIONS
 from images import inside, read_image
-
-EXPRESSIONS = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "Surprise", "Other")   # ABAW's order, 0-7
 
 # Each set's own code -> ABAW class; -1 = a face without an expression label, None = no face, so the row is left out.
 # AffectNet from 0: Neutral Happy Sad Surprise Fear Disgust Anger Contempt None Uncertain No-Face

@@ -51,12 +51,13 @@ def resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Generator, smallest: float) -> np.ndarray:
     """Random resized crop and horizontal flip (§3.1; MAE's augmentation), as uint8 (height, width, 3).
 
-    The crop covers a share of the image's area drawn from [smallest, 1] at an aspect ratio drawn from [3/4, 4/3], clipped to
-    the image. All randomness is in `rng`, so the same (seed, epoch, index) gives the same crop in any process.
+    The crop covers a share of the image's area drawn from [smallest, 1] at an aspect ratio drawn from [3/4, 4/3], or a narrower
+    range if `smallest` is above 3/4, clipped to the image. All randomness is in `rng`, so the same (seed, epoch, index) gives the same crop in any process.
     """
     width, height = image.size
     area = width * height * rng.uniform(smallest, 1.0)
-    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    narrowest = np.log(max(3 / 4, smallest))
+    aspect = np.exp(rng.uniform(narrowest, -narrowest))
     w = int(np.clip(round(np.sqrt(area * aspect)), 1, width))
     h = int(np.clip(round(np.sqrt(area / aspect)), 1, height))
     left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))

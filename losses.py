@@ -65,7 +65,7 @@ def ccc_loss(pred, target, valid):
     # mean add up to 0 over all processes, though not within one.
     dx, dy = (x - mu_x.detach()) * w, (y - mu_y.detach()) * w
     var_x, var_y, cov = all_sum(torch.stack([(dx * dx).sum(frames), (dy * dy).sum(frames), (dx * dy).sum(frames)])) / n_safe
-    ccc = 2 * cov / (var_x + var_y + (mu_x - mu_y) ** 2).clamp(min=1e-12)     # 0 / tiny = 0 when both are the same constant
+    ccc = 2 * cov / (var_x + var_y + (mu_x - mu_y) ** 2).clamp(min=1e-6)     # 0 / tiny = 0 when both are the same constant
     return ((1 - ccc) * (n > 0)).sum()
 
 

@@ -93,13 +93,15 @@ class MaskedAutoencoder(VisionTransformer):
         target = self.patchify(images)
         if self.norm_pix_loss:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        loss = (pred.float() - target).square().mean(dim=-1)                           # (B, N), one number per patch
+        loss = (pred.to(target.dtype) - target).square().mean(dim=-1)                  # (B, N), one number per patch
         return (loss * mask).sum() / mask.sum().clamp(min=1)
 
     def forward(self, images, noise=None):
+        expected = (len(images), self.pos_embed.shape[1] - 1)
         if noise is None:
-            grid = self.patch_embed.grid
-            noise = torch.rand(len(images), grid[0] * grid[1], device=images.device)
+            noise = torch.rand(expected, device=images.device)
+        if tuple(noise.shape) != expected:
+            raise ValueError(f"expected noise {expected}, one number per image and patch, got {tuple(noise.shape)}")
         tokens, mask, restore = self.forward_encoder(images, noise)
         pred = self.forward_decoder(tokens, restore)
         return self.forward_loss(images, pred, mask), pred, mask

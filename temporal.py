@@ -80,6 +80,8 @@ class SegmentModel(nn.Module):
         self.head = nn.Sequential(nn.Linear(dim, head), nn.LayerNorm(head), nn.Linear(head, outputs))
 
     def forward(self, x, valid=None):
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"expected (B, T, {self.dim}), got {tuple(x.shape)}")
         x = hide(x, valid)
         if self.tcn is not None:
             x = self.tcn(x, valid)                      # f_i -> g_i   (B, T, 768) -> (B, T, 128)

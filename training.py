@@ -128,7 +128,7 @@ def provide(config, team, missing, make, command, seconds):
 
 def generator(*numbers) -> np.random.Generator:
     """Random numbers that depend on nothing but `numbers`, in practice (seed, epoch, sample index)."""
-    return np.random.default_rng(list(numbers))
+    return np.random.default_rng([len(numbers), *numbers])       # the length too: NumPy takes (3, 4) and (3, 4, 0) for the same
 
 
 def seed_dropout(seed, epoch, step, rank):
@@ -212,7 +212,8 @@ def write_file(path, write):
     """Whole or not at all: `write(file)` fills a temporary file, which is flushed to disk and renamed to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{os.getpid()}.tmp"          # short: `path` may already have the longest name allowed
+    # Short, because `path` may already have the longest name allowed; with the rank, because two machines may share a pid.
+    temporary = path.parent / f".{os.environ.get('RANK', 0)}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -233,18 +234,21 @@ def read_checkpoint(path) -> dict:
     Raises ValueError naming the file if it is missing, truncated, damaged (each entry's checksum is compared), or holds
     anything but tensors and plain values: a pickle can run any program when it is loaded, so `weights_only=True` refuses it.
     """
+    damaged = None
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"{path}: damaged (wrong checksum in {damaged}); use another checkpoint")
-        with torch.serialization.safe_globals([argparse.Namespace]):     # the reference MAE saves its arguments as one
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                # Also two flags that no checksum covers and that PyTorch would obey: "compressed" and "a folder".
+                damaged = archive.testzip() or next((i.filename for i in archive.infolist() if i.compress_type or i.external_attr & 16), None)
+        if not damaged:
+            with torch.serialization.safe_globals([argparse.Namespace]):     # the reference MAE saves its arguments as one
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, UnicodeDecodeError, KeyError) as error:
+    except Exception as error:            # a foreign file is unpickled as far as it goes, and that can raise anything
         raise ValueError(f"{path}: not a whole, plain checkpoint ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+    if damaged:
+        raise ValueError(f"{path}: damaged (wrong checksum in {damaged}); use another checkpoint")
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: expected a dictionary of tensors, found {type(checkpoint).__name__}")
     return checkpoint
@@ -255,6 +259,8 @@ def load_weights(model, weights: dict, source, may_miss=(), may_ignore=()):
 
     Returns (missing, ignored) names. Raises ValueError listing every other missing or unexpected name and every shape that differs.
     """
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
+        raise ValueError(f"{source}: holds no weights; expected a dictionary of names and tensors")
     own = model.state_dict()
     wrong = [f"{k}: file {tuple(weights[k].shape)}, model {tuple(own[k].shape)}" for k in own
              if k in weights and weights[k].shape != own[k].shape]
@@ -279,7 +285,7 @@ class RunFolder:
     """
 
     def __init__(self, folder, config, settings: dict, team: Team):
-        self.folder, self.team = Path(folder), team
+        self.folder, self.team, self.damaged = Path(folder), team, False
         problem = ""
         if team.rank == 0:
             try:
@@ -297,7 +303,7 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"{self.folder}: cannot be written ({error.strerror}); choose another place with --set run.out=...") from None
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the system lets go of it however the process ends
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # the system lets go of it however the process ends
         except OSError:
             raise ValueError(f"{self.folder}: another run is writing here; wait for it, or choose another --set run.name=...") from None
         settings = {name: json.loads(json.dumps(value)) for name, value in settings.items()}
@@ -309,8 +315,9 @@ class RunFolder:
             if changed:
                 raise ValueError(f"{self.folder} was made with other settings; choose another --set run.name=..., or delete it\n  "
                                  + "\n  ".join(changed))
-        write_text(known, json.dumps(settings, indent=1))
-        write_text(self.folder / "config.yaml", as_yaml(config))
+        if not (self.folder / "metrics.json").exists():      # a finished run is left as it is
+            write_text(known, json.dumps(settings, indent=1))
+            write_text(self.folder / "config.yaml", as_yaml(config))
 
     def log(self, row: dict):
         """Append one row to log.csv. The first row fixes the columns."""
@@ -333,9 +340,11 @@ class RunFolder:
         """Write `name`, whole or not at all; for last.pt the one before is kept as previous.pt. Rank 0 only."""
         if self.team.rank == 0:
             path = self.folder / name
-            if name == "last.pt" and path.exists():
+            write_file(self.folder / "new.pt", lambda file: torch.save(state, file))
+            if name == "last.pt" and path.exists() and not self.damaged:
                 os.replace(path, self.folder / "previous.pt")
-            write_file(path, lambda file: torch.save(state, file))
+            os.replace(self.folder / "new.pt", path)
+            self.damaged = self.damaged and name != "last.pt"
 
     def resume(self) -> dict | None:
         """The last whole checkpoint, or None. A damaged one is named and the one before it used."""
@@ -345,6 +354,7 @@ class RunFolder:
                     return read_checkpoint(path)
                 except ValueError as error:
                     self.team.say(f"warning: {error}; trying the one before")
+                    self.damaged = True                  # not worth keeping as previous.pt
         return None
 
     def finish(self, metrics: dict):

@@ -97,7 +97,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch, stride=patch)
 
     def forward(self, images):
-        if images.ndim != 4 or tuple(images.shape[1:]) != self.expected:
+        if tuple(images.shape[1:]) != self.expected:
             raise ValueError(f"expected images (B, {', '.join(map(str, self.expected))}), got {tuple(images.shape)}")
         return self.proj(images).flatten(2).transpose(1, 2)   # (B, D, h, w) -> (B, D, N) -> (B, N, D)
 

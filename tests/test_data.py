@@ -232,10 +232,7 @@ def test_only_frames_with_label_and_image_are_taken(tmp_path):
     assert [frames[i][0].mean().round() for i in range(3)] == [10, 40, 20] and frames[0][0].shape == (8, 8, 3)
 
 
-LAST = pytest.mark.xfail(strict=True, reason="ExprFrames never takes the last len % every frames")
-
-
-@pytest.mark.parametrize("count, every", [(12, 1), (12, 4), (3, 5), (1, 1), pytest.param(11, 3, marks=LAST), pytest.param(13, 5, marks=LAST)])
+@pytest.mark.parametrize("count, every", [(12, 1), (12, 4), (3, 5), (1, 1), (11, 3), (13, 5)])
 def test_every_frame_is_taken_in_some_epoch_and_none_twice_in_one(tmp_path, count, every):
     frames = ExprFrames(*expr_videos(tmp_path, {"a": [0] * count}, {"a": range(1, count + 1)}), size=8, every=every)
     seen = set()

@@ -10,11 +10,12 @@ from PIL import Image
 
 import faces
 import synthetic
-from synthetic import AUS, EXPRESSIONS, LABEL_LAG, SIDE, STILL, TASKS, TRAIN, VAL, Sizes, State
-from synthetic import act, annotate, draw, draw_face, draw_video, eyes, index, is_complete, person, spoil, still, videos
+from synthetic import AUS, EXPRESSIONS, LABEL_LAG, SIDE, STILL, TASKS, TRAIN, VAL, Drawn, State
+from drawing import eyes
+from synthetic import act, annotate, draw, draw_face, draw_video, index, is_complete, person, spoil, still, videos
 
-SMALL = Sizes(train_videos=9, val_videos=3, frames=90, faces=120)
-TINY = Sizes(train_videos=2, val_videos=1, frames=12, faces=30)
+SMALL = Drawn(train_videos=9, val_videos=3, frames=90, faces=120)
+TINY = Drawn(train_videos=2, val_videos=1, frames=12, faces=30)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_the_shares_of_two_processes_are_disjoint(tmp_path):
 
 def test_another_seed_draws_other_people():
     assert still(TINY, 3).person == still(TINY, 3).person
-    assert still(TINY, 3).person != still(Sizes(faces=30, seed=1), 3).person
+    assert still(TINY, 3).person != still(Drawn(faces=30, seed=1), 3).person
 
 
 def test_a_drawing_is_complete_only_after_the_index_and_only_for_its_sizes(tmp_path):
@@ -125,10 +126,10 @@ def test_the_faults_of_real_videos_all_occur(root):
 
 
 def test_the_plan_has_short_videos_whole_strides_pairs_and_missing_tasks():
-    plan = videos(Sizes())
+    plan = videos(Drawn())
     for split in (TRAIN, VAL):
         of_split = [v for v in plan if v.split == split]
-        assert [v.frames for v in of_split[:3]] == [400, 73, 600]
+        assert [v.frames for v in of_split[:3]] == [180, 73, 270]
         assert {v.tasks for v in of_split} == {("VA", "EXPR", "AU"), ("VA",), ("AU",), ("EXPR", "AU")}
         left, right = of_split[5], of_split[6]
         assert left.name.removesuffix("_left") == right.name.removesuffix("_right") and left.frames == right.frames
@@ -149,7 +150,7 @@ def test_the_loaders_of_static_faces_read_every_set(root):
 
 def test_the_lists_of_static_faces_have_the_real_columns_and_the_rows_nobody_can_use(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "draw_face", lambda p, state, rng: Image.new("RGB", (SIDE, SIDE)))
-    index(tmp_path, Sizes(faces=1500))
+    index(tmp_path, Drawn(faces=1500))
     rows = [*csv.DictReader(open(tmp_path / "AffectNet-2017/training.csv"))]
     assert list(rows[0]) == faces.AFFECTNET_COLUMNS and {row["expression"] for row in rows} >= {"7", "8", "9", "10"}
     fer, plus = ([*csv.DictReader(open(tmp_path / f))] for f in ("FER2013/fer2013.csv", "FERPlus/fer2013new.csv"))
@@ -187,17 +188,17 @@ def test_brows_move_by_three_pixels_or_more(unit, way):
 def test_pose_light_and_blur_change_the_picture_and_noise_comes_from_the_generator_alone():
     p, rest = someone(), np.zeros(12)
     neutral = picture(p, rest)
-    for state in (dict(yaw=4.0), dict(roll=0.1), dict(shift=(3.0, 0.0)), dict(brightness=0.8), dict(blur=(3.0, 1.0)), dict(place=1)):
+    for state in (dict(yaw=4.0), dict(roll=0.1), dict(shift=(3.0, 0.0)), dict(brightness=0.8), dict(blur=(3.0, 1.0))):
         assert np.abs(picture(p, rest, **state) - neutral).mean() > 1
-    same, other = (np.asarray(draw_face(p, State(rest), np.random.default_rng(s))) for s in (0, 1))
-    assert np.array_equal(same, np.asarray(draw_face(p, State(rest), np.random.default_rng(0)))) and not np.array_equal(same, other)
+    first, again, other = (np.asarray(draw_face(p, State(rest), np.random.default_rng(seed))) for seed in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_nobody_is_in_two_videos_or_in_a_video_and_a_static_set(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(synthetic, "draw_face", lambda p, state, rng: seen.append(p) or Image.new("RGB", (8, 8)))
     people = [still(TINY, n).person for n in range(TINY.faces)]
-    for video in videos(sizes := Sizes(train_videos=8, val_videos=8, frames=5)):
+    for video in videos(sizes := Drawn(train_videos=8, val_videos=8, frames=5)):
         seen.clear()
         draw_video(tmp_path, sizes, video)
         assert len(set(seen)) == 1
@@ -207,7 +208,8 @@ def test_nobody_is_in_two_videos_or_in_a_video_and_a_static_set(tmp_path, monkey
 
 @pytest.mark.parametrize("split", [TRAIN, VAL])
 def test_every_expression_has_a_share_and_neutral_and_other_the_largest(split):
-    played = [act(np.random.default_rng(v.number), v.frames, v.first) for v in videos(Sizes()) if v.split == split and "EXPR" in v.tasks]
+    played = [act(np.random.default_rng(v.number), v.frames, v.first) for v in videos(Drawn())
+              if v.split == split and "EXPR" in v.tasks]
     shares = np.bincount(np.concatenate([acting.expression for acting in played]), minlength=8)
     shares = shares / shares.sum()
     assert shares.min() > 0.05
@@ -223,13 +225,16 @@ def test_valence_and_arousal_follow_the_face_late():
         assert LABEL_LAG[0] - 2 <= int(np.argmax(match)) <= LABEL_LAG[1] + 2 and max(match) > 0.95
 
 
-def test_single_frames_are_spoiled_and_a_second_of_them_is_not():
+def test_single_frames_are_spoiled_and_half_a_second_of_them_is_less_so():
     rng = np.random.default_rng(0)
     acting = act(rng, 3000, 0)
     states = list(spoil(rng, someone(), acting))
     shown, true = np.array([state.au for state in states]), acting.au
-    second = np.stack([np.convolve(unit, np.ones(15) / 15, "same") for unit in shown.T], 1)
-    calm = np.stack([np.convolve(unit, np.ones(15) / 15, "same") for unit in true.T], 1)
-    assert np.abs(second - calm).mean() < 0.5 * np.abs(shown - true).mean()
+    def over_half_a_second(au):
+        return np.stack([np.convolve(unit, np.ones(15) / 15, "same") for unit in au.T], 1)
+
+    active = (true > 0.3) & (true < 0.7)                    # nearer to 0 and 1, what is shown is cut off
+    alone, together = np.abs(shown - true)[active], np.abs(over_half_a_second(shown) - over_half_a_second(true))[active]
+    assert alone.mean() > 0.1 and together.mean() < 0.4 * alone.mean()
     spoiled = np.mean([state.cover is not None or max(state.blur) > 0 for state in states])
     assert 0.1 < spoiled < 0.5

@@ -202,12 +202,7 @@ def test_an_empty_batch_passes_forward_and_backward(masked, parts):
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
-def xfail_without_tcn(parts):
-    mark = pytest.mark.xfail(strict=True, reason="only the TCN checks the shape of its input; SegmentModel does not")
-    return pytest.param(parts, marks=mark if parts.get("tcn") is False else (), id=str(parts))
-
-
-@pytest.mark.parametrize("parts", [xfail_without_tcn(parts) for parts in PARTS])
+@pytest.mark.parametrize("parts", PARTS)
 def test_inputs_of_another_shape_are_refused_with_or_without_the_tcn(parts):
     for shape in ((9, 6), (2, 9, 5), (2, 6, 9)):
         with pytest.raises(ValueError, match=r"expected \(B, T, 6\), got \(" + ", ".join(map(str, shape))):
