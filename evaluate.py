@@ -10,16 +10,16 @@ Call the metrics alone:  evaluate.ccc(pred, target) · evaluate.expr_f1(pred, ta
 """
 
 import dataclasses
-import json
-import sys
 
 import numpy as np
 import torch
 
 import synthetic
+import pictures
 import training
 from config import from_command_line
-from data import AUS, EXPRESSIONS, open_videos, read_features, segments, split, targets
+from data import AUS, EXPRESSIONS, find_videos, frame_numbers, frame_path, open_videos, read_features, segments, split, targets
+from images import read_image, resize
 from temporal import OUTPUTS, SegmentModel
 
 NAMES = {"va": ("valence", "arousal"), "expr": EXPRESSIONS, "au": AUS}
@@ -165,6 +165,24 @@ def table(task: str, sums, title: str) -> str:
     return "\n".join(lines)
 
 
+def draw_timeline(model, videos, task, config, team, path, longest: int = 600):
+    """timeline.png: one validation video from frames to predictions, at most its first `longest` frames. Rank 0 only."""
+    if team.rank:
+        return
+    model.eval()
+    video = max(videos, key=lambda v: min(int(targets(v.labels, task)[1].sum()), longest * v.labels[0].size))
+    n, folder = min(len(video.labels), longest), find_videos(config.data.frames)[video.name]
+    outputs, (target, valid) = predict(model, video, config, team)[:n], targets(video.labels[:n], task)
+    faces = []
+    for number in frame_numbers(folder)[np.linspace(0, (frame_numbers(folder) <= n).sum() - 1, 11).astype(int)]:
+        try:
+            faces.append(resize(read_image(frame_path(folder, number)), (112, 112)))
+        except ValueError:
+            continue                                      # counted when features were extracted
+    pictures.timeline(task, NAMES[task], faces, read_features(video.features, 0, n).astype(np.float32),
+                      segments(n, config.segments.window, config.segments.stride), np.where(valid, target, np.nan), outputs, path)
+
+
 def load_model(checkpoint, config, task: str, dim: int, team) -> SegmentModel:
     """The segment model of a checkpoint. Raises ValueError if it is of another task or other sizes (names and shapes listed)."""
     saved = training.read_checkpoint(checkpoint)
@@ -175,9 +193,15 @@ def load_model(checkpoint, config, task: str, dim: int, team) -> SegmentModel:
     return model.to(team.device)
 
 
-def validation_videos(config, task, features):
-    """Validation videos of the chosen fold, and those left out because no frame has a face."""
-    return open_videos(split(config.data.labels, task, config.task.fold)[1], features, task)
+def report(model, videos, without, task, config, team, checkpoint) -> np.ndarray:
+    """Score the model on whole videos, print the table, draw the picture. Returns the scores, as `scores` does."""
+    sums = score(model, videos, task, config, team)
+    frames = sum(len(v.labels) for v in videos)
+    data = "drawn data; the paper's and the baseline's numbers are on Aff-Wild2" if config.data.drawn else "Aff-Wild2"
+    team.say("\n" + table(task, sums, f"{checkpoint}\n{len(videos)} validation videos, {frames:,} frames ({data})"))
+    if without:
+        team.say(f"left out, no features: {', '.join(without)}")
+    return scores(task, sums)
 
 
 def main(config, team, task, checkpoint):
@@ -188,13 +212,8 @@ def main(config, team, task, checkpoint):
     if not checkpoint:
         training.provide(config, team, "" if (path.parent / "metrics.json").exists() else path, lambda c, t: train_task.main(c, t, task),
                          f"python train_task.py --task {task}", train_task.DEMO_SECONDS)
-    videos, without, dim = validation_videos(config, task, features)
-    sums = score(load_model(path, config, task, dim, team), videos, task, config, team)
-    frames = sum(len(v.labels) for v in videos)
-    data = "drawn data; paper and baseline are on Aff-Wild2" if config.data.drawn else "Aff-Wild2"
-    team.say(table(task, sums, f"{path}\n{len(videos)} validation videos, {frames:,} frames ({data})"))
-    if without:
-        team.say(f"left out, no features: {', '.join(without)}")
+    videos, without, dim = open_videos(split(config.data.labels, task, config.task.fold)[1], features, task)
+    report(load_model(path, config, task, dim, team), videos, without, task, config, team, path)
 
 
 if __name__ == "__main__":

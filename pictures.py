@@ -70,6 +70,59 @@ def plot(pen, box, lines: dict, low: float, high: float, title: str):
                 pen.line((*p, *q), colour, 2)
 
 
+CLASS_COLOURS = ((225, 225, 225), (200, 60, 50), (110, 140, 60), (120, 80, 150), (240, 190, 60), (60, 100, 170), (240, 130, 50), (150, 120, 100))
+
+
+def band(pen, box, colours):
+    """A strip of one colour per frame in a box (left, top, right, bottom)."""
+    left, top, right, bottom = box
+    for i, colour in enumerate(colours):
+        pen.rectangle((left + i * (right - left) / len(colours), top, left + (i + 1) * (right - left) / len(colours), bottom), fill=colour)
+
+
+def timeline(task, names, faces, features, parts, labels, outputs, path):
+    """One video from frames to predictions: faces | features | segments | predictions over labels.
+
+    faces: uint8 (h, w, 3) arrays spread over the video; features (T, D); parts: its segments (start, end); labels with target 0
+    and NaN where not annotated, (T, 2), (T,) or (T, 12); outputs (T, K) as the task is scored: values, logits, logits.
+    """
+    left, right, T = 150, 1130, len(features)
+    rows = {"va": 2 * 120, "expr": 110, "au": 12 * 24 + 30}[task]
+    sheet = Image.new("RGB", (1150, 250 + 14 * len(parts) + rows), "white")
+    pen, side = ImageDraw.Draw(sheet), (right - left) // len(faces)
+    for text, y in (("frames", 45), ("features", 140), ("segments", 200), ("labels and", 225 + 14 * len(parts)), ("predictions", 241 + 14 * len(parts))):
+        pen.text((6, y), text, INK, font(14))
+    for i, face in enumerate(faces):
+        sheet.paste(Image.fromarray(face).resize((side - 3, side - 3)), (left + i * side, 6))
+    spread = (features - features.mean(0)) / (features.std(0) + 1e-6)
+    heat = Image.fromarray((spread.T * 50 + 128).clip(0, 255).astype(np.uint8))                  # (D, T): a column per frame
+    sheet.paste(heat.resize((right - left, 70)), (left, 115))
+    for i, (start, end) in enumerate(parts):
+        x0, x1 = (left + t / T * (right - left) for t in (start, end))
+        pen.rectangle((x0, 200 + 14 * i, x1 - 1, 208 + 14 * i), fill=COLOURS[1])
+    top = 225 + 14 * len(parts)
+    if task == "va":
+        for i, name in enumerate(names):
+            plot(pen, (left, top + 20 + 120 * i, right, top + 105 + 120 * i), {"prediction": outputs[:, i], "label": labels[:, i]}, -1, 1, name)
+    elif task == "expr":
+        for row, classes in enumerate((labels, outputs.argmax(1))):
+            band(pen, (left, top + 30 * row, right, top + 26 + 30 * row), [CLASS_COLOURS[int(k)] if np.isfinite(k) else "white" for k in classes])
+        x = left
+        for name, colour in zip(names, CLASS_COLOURS):
+            pen.rectangle((x, top + 72, x + 14, top + 86), fill=colour)
+            pen.text((x + 19, top + 71), name, INK, font(12))
+            x += 30 + pen.textlength(name, font(12)) + 8
+    else:
+        for i, name in enumerate(names):
+            y, shown = top + 24 * i, 1 / (1 + np.exp(-outputs[:, i]))
+            pen.text((left - 44, y + 1), name, INK, font(12))
+            for dy, values, colour in ((0, labels[:, i], COLOURS[0]), (10, shown, COLOURS[1])):
+                fade = [tuple(int(255 + v * (c - 255)) for c in colour) if np.isfinite(v) else (245, 245, 245) for v in values]
+                band(pen, (left, y + dy, right, y + dy + 8), fade)
+        pen.text((left, top + 24 * 12), "red: labelled, blue: predicted probability", INK, font(12))
+    save(sheet, path)
+
+
 def curves(log, path):
     """log.csv as small plots, one per column, over the epochs."""
     rows = list(csv.DictReader(open(log, newline="")))

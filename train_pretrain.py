@@ -98,17 +98,17 @@ def main(config, team):
     optimizer = training.adamw(model, p.lr, p.betas, p.weight_decay)
 
     # resume
-    at = {"epoch": 0, "step": 0, "loss": 0.0, "norm": 0.0, "unreadable": 0}      # where the run is, and its sums over this epoch
+    at, last = {"epoch": 0, "step": 0, "loss": 0.0, "norm": 0.0, "unreadable": 0}, {}      # where the run is, and its sums over this epoch
     if (saved := run.resume()) is not None:
         training.load_weights(model, saved["model"], run.folder)
         optimizer.load_state_dict(saved["optimizer"])
-        at = saved["at"]
+        at, last = saved["at"], saved["last"]
         team.say(f"going on from epoch {at['epoch'] + 1}, step {at['step']}")
     run.cut_log(at["epoch"] + 1)
     steps = math.ceil(len(faces) / p.batch)
 
     def state():
-        return {"kind": "pretrain", "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        return {"kind": "pretrain", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "last": last,
                 "at": {k: v.item() if torch.is_tensor(v) else v for k, v in at.items()}}
 
     watch = training.Watch(run, config, steps * p.epochs, state, "images")

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 import evaluate
 import extract_features
+import pictures
 import training
 from config import from_command_line
 from data import SegmentData, label_files, open_videos, split
@@ -133,12 +134,14 @@ def main(config, team, task):
 
     # finish
     team.wait()
-    sums = evaluate.score(evaluate.load_model(run.folder / "best.pt", config, task, dim, team), val_videos, task, config, team)
-    each = evaluate.scores(task, sums)
+    model = evaluate.load_model(run.folder / "best.pt", config, task, dim, team)
+    each = evaluate.report(model, val_videos, val_without, task, config, team, run.folder / "best.pt")
+    if team.rank == 0:
+        pictures.curves(run.folder / "log.csv", run.folder / "curves.png")
+    evaluate.draw_timeline(model, val_videos, task, config, team, run.folder / "timeline.png")
     run.finish({"metric": evaluate.METRIC[task], "score": float(each.mean()), **dict(zip(evaluate.NAMES[task], each.tolist())),
                 "validation_videos": len(val_videos), "left_out": val_without})
-    data = "drawn data; paper and baseline are on Aff-Wild2" if config.data.drawn else "Aff-Wild2"
-    team.say("\n" + evaluate.table(task, sums, f"{run.folder}/best.pt\n{len(val_videos)} validation videos, {sum(len(v.labels) for v in val_videos):,} frames ({data})"))
+    team.say(f"pictures: {run.folder}/curves.png, {run.folder}/timeline.png")
 
 
 if __name__ == "__main__":
