@@ -1,7 +1,7 @@
 """The numbers in README, measured: time and memory of each stage of the demo, scores of the three tasks, and the ablation.
 
     python benchmark.py --check       # compare the scores of a finished demo with what README promises; code 1 if one falls short
-    python benchmark.py               # everything from nothing into runs/benchmark.md and docs/ (about 25 minutes on two cores)
+    python benchmark.py               # everything from nothing into runs/benchmark.md and docs/pipeline.png (about 12 minutes on two cores)
 
 The ablation takes one thing out at a time (Table 5 of the paper's final version, and two rows more): the temporal model's parts;
 the Expr fine-tuning, so that the features are the MAE's; the pre-training, so that fine-tuning starts from random weights.
@@ -15,6 +15,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+import pictures
 
 PROMISED = {"va": 0.60, "expr": 0.50, "au": 0.65}
 TASKS = tuple(PROMISED)
@@ -77,6 +81,21 @@ def measure():
         lines.append(f"| {row} | " + " | ".join(f"{score(name, task):.3f}" for task in TASKS) + " |")
     Path("runs/benchmark.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    compose(Path("runs/demo"), Path("docs/pipeline.png"))
+
+
+def compose(run_folder: Path, path: Path):
+    """README's picture: the reconstructions of pre-training above the timeline of one video."""
+    parts = [("1  MAE pre-training on still faces: three quarters of each are hidden", Image.open(run_folder / "pretrain/reconstruction.png")),
+             ("2  fine-tuned encoder: one feature per frame    3  segments through TCN and Transformer    4  AUs of each frame",
+              Image.open(run_folder / "task_au/timeline.png"))]
+    sheet = Image.new("RGB", (max(part.width for _, part in parts), sum(part.height + 50 for _, part in parts)), "white")
+    pen, y = ImageDraw.Draw(sheet), 0
+    for title, part in parts:
+        pen.text((6, y + 14), title, pictures.INK, pictures.font(17))
+        sheet.paste(part, (0, y + 44))
+        y += part.height + 50
+    pictures.save(sheet, path)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ TWITCHES = 1.2                 # single action units per 100 frames that belong 
 AU_THRESHOLD = 0.35            # intensity from which an annotator marks an action unit
 EXPR_THRESHOLD = 0.35          # the same for the envelope of an expression
 LABEL_LAG = (3, 6)             # an annotator with a joystick follows the face this late
-MOOD_SPREAD = 0.25             # deviation of a slow valence and arousal that no expression explains
-VA_NOISE = 0.06                # deviation of the smooth error of a valence or arousal annotation
+MOOD_SPREAD = 0.16             # deviation of a slow valence and arousal that no expression explains
+VA_NOISE = 0.05                # deviation of the smooth error of a valence or arousal annotation
 
 # Action units of each expression (EMFACS), variants side by side; then where it lies in (valence, arousal).
 PROTOTYPES = {
