@@ -83,7 +83,6 @@ def main(config, team):
                              training.settings_of(config, "data.frames", "data.labels", "drawn", "encoder", "finetune", "run.seed"), team)
     if run.finished:
         return team.say(f"{run.folder} is finished; nothing to do")
-    torch.manual_seed(seed)
 
     # data
     synthetic.provide(config, team)
@@ -101,6 +100,7 @@ def main(config, team):
                  + (f"; left out, no folder of frames: {', '.join(part.without_frames)}" if part.without_frames else ""))
 
     # model and optimiser
+    torch.manual_seed(seed)
     model = build(config)
     if f.start == "none":
         team.say("  the encoder starts from random weights, as asked")
@@ -160,7 +160,8 @@ def main(config, team):
             optimizer.step()
             at = {"epoch": epoch, "step": step + 1, "loss": at["loss"] + loss, "norm": at["norm"] + norm.detach(), "unreadable": at["unreadable"] + counts[1]}
 
-            def describe(now=now, epoch=epoch, lr=lr, mine=batches.share(step)):
+            def describe(now=now, epoch=epoch, step=step, lr=lr, batches=batches):
+                mine = batches.share(step)
                 return f"step {now + 1} (epoch {epoch + 1}, lr {lr:.2e}); this process's batch: {', '.join(map(train.where, mine[:8]))} ... {len(mine)} files"
             watch.step(loss, norm, describe, now + 1, f.batch)
         watch.check()

@@ -76,13 +76,13 @@ def main(config, team):
     run = training.RunFolder(config.folder("pretrain"), config, training.settings_of(config, "data", "drawn", "encoder", "pretrain", "run.seed"), team)
     if run.finished:
         return team.say(f"{run.folder} is finished; nothing to do")
-    torch.manual_seed(seed)
 
     # data
     synthetic.provide(config, team)
     sets = load_faces(config.data)
     for s in sets:
         team.say(f"  {s.name:16s}{len(s):9,d} images" + "".join(f", {n:,} left out: {why}" for why, n in s.skipped.items()))
+    torch.manual_seed(seed)
     model = build(config)
     tokens = math.prod(model.patch_embed.grid)
     faces = Faces(sets, config.encoder.image_size, tokens, seed, p.smallest_crop)
@@ -139,8 +139,8 @@ def main(config, team):
             optimizer.step()
             at = {"epoch": epoch, "step": step + 1, "loss": at["loss"] + loss, "norm": at["norm"] + norm.detach(), "unreadable": at["unreadable"] + counts[1]}
 
-            def describe(now=now, epoch=epoch, lr=lr, mine=batches.share(step)):
-                names = [s.where(n) for s, n in map(faces.find, mine)]
+            def describe(now=now, epoch=epoch, step=step, lr=lr, batches=batches):
+                names = [s.where(n) for s, n in map(faces.find, batches.share(step))]
                 return f"step {now + 1} (epoch {epoch + 1}, lr {lr:.2e}); this process's batch: {', '.join(names[:8])} ... {len(names)} files"
             watch.step(loss, norm, describe, now + 1, p.batch)
         at = {k: v.item() if torch.is_tensor(v) else v for k, v in at.items()}

@@ -56,7 +56,6 @@ def main(config, team, task):
     if run.finished:
         team.say(f"{run.folder} is finished; nothing to train")
         return evaluate.main(config, team, task, "")
-    torch.manual_seed(seed)
 
     # data
     features = features_folder(config, team)
@@ -72,6 +71,7 @@ def main(config, team, task):
             team.say(f"  warning: {len(seen)} of {len(val_videos)} validation videos of fold {t.fold} were used to fine-tune the encoder, so the score is too high")
 
     # model and optimiser
+    torch.manual_seed(seed)
     model = SegmentModel(dim, OUTPUTS[task], **dataclasses.asdict(config.temporal))
     steps = math.ceil(len(train) / t.batch)
     team.say(f"{task}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} segments, {epochs} epochs of {steps} steps; "
@@ -115,8 +115,8 @@ def main(config, team, task):
             optimizer.step()
             at = {"epoch": epoch, "step": step + 1, "loss": at["loss"] + loss.detach(), "norm": at["norm"] + norm.detach()}
 
-            def describe(now=now, epoch=epoch, lr=lr, mine=batches.share(step)):
-                return f"step {now + 1} (epoch {epoch + 1}, lr {lr:.2e}); this process's batch: {', '.join(map(train.where, mine))}"
+            def describe(now=now, epoch=epoch, step=step, lr=lr, batches=batches):
+                return f"step {now + 1} (epoch {epoch + 1}, lr {lr:.2e}); this process's batch: {', '.join(map(train.where, batches.share(step)))}"
             watch.step(loss, norm, describe, now + 1, t.batch)
         watch.check()
         mean = float(evaluate.scores(task, evaluate.score(model, val_videos, task, config, team)).mean())

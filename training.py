@@ -383,7 +383,7 @@ class Watch:
         self.every = 60 * config.run.checkpoint_minutes
         self.began = self.saved = self.printed = time.time()
         self.done = self.count = self.signal = 0
-        self.before = None                               # (loss, gradient norm, description) of the step before
+        self.before = None                               # (loss and gradient norm, when they arrive, description) of the step before
         self.pending = None                              # signal flags on their way between the processes
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
@@ -397,7 +397,11 @@ class Watch:
     def step(self, loss, norm, describe, step, count):
         """After an optimiser step. `step` counts from 1 over the run; `count` samples were in it; `describe()` tells of the batch."""
         self.check()
-        self.before = (loss.detach(), norm.detach(), describe)
+        values, arrived = torch.stack([loss.detach(), norm.detach()]).to("cpu", non_blocking=True), None
+        if loss.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.before = (values, arrived, describe)
         self.done, self.count = self.done + 1, self.count + count
         now = time.time()
         if stop := self._agreed():
@@ -433,12 +437,14 @@ class Watch:
         return int(flag.item())
 
     def check(self):
-        """Stop if the last step's loss or gradient was not finite. Read one step late, so that the GPU is never waited for."""
+        """Stop if the last step's loss or gradient was not finite. Read one step late, so that the GPU is not waited for."""
         if self.before is None:
             return
-        loss, norm, describe = self.before
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            raise ValueError(f"the loss is {loss.item()}, the gradient norm {norm.item()} at {describe()}\n"
+        values, arrived, describe = self.before
+        if arrived:
+            arrived.synchronize()                        # the copy of that step's two numbers, not what was queued since
+        if not values.isfinite().all():
+            raise ValueError(f"the loss is {values[0]}, the gradient norm {values[1]} at {describe()}\n"
                              f"  the last checkpoint in {self.run.folder} is from before and is kept. Two things to try: a lower "
                              "learning rate (or a longer warm-up), and a look at the files named above")
         self.before = None
