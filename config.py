@@ -261,7 +261,8 @@ def _typed(value, kind, name):
     if kind is str and value is None:
         value = ""
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ValueError(f"{name}: got {value!r}, expected {'true or false' if kind is bool else 'a finite number' if kind is float else kind.__name__}")
+        expected = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text; put numbers in quotes"}[kind]
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
     return value
 
 

@@ -43,7 +43,8 @@ def read_labels(path, task: str) -> np.ndarray:
     if tuple(name.lower() for name in header) != tuple(name.lower() for name in COLUMNS[task]):
         raise ValueError(f"{path}: header is {','.join(header)[:200]!r}, expected {','.join(COLUMNS[task])!r}")
     width = 1 if task == "expr" else len(COLUMNS[task])
-    kind, allowed = (float, "a number from -1 to 1, or -5") if task == "va" else (int, f"a whole number from -1 to {7 if task == 'expr' else 1}")
+    kind, highest = (float, 1) if task == "va" else (int, 7 if task == "expr" else 1)
+    allowed = "a number from -1 to 1, or -5" if task == "va" else f"a whole number from -1 to {highest}"
     values = np.empty((len(lines) - 1, width), np.float32 if task == "va" else np.int8)
     for i, line in enumerate(lines[1:]):
         fields = line.split(",")
@@ -53,11 +54,7 @@ def read_labels(path, task: str) -> np.ndarray:
             row = [kind(field) for field in fields]
         except ValueError:
             raise ValueError(f"{path}, line {i + 2}: {line[:80]!r}, expected {allowed}") from None
-        if task == "va":
-            fits = all(-1 <= v <= 1 or v == -5 for v in row)              # NaN fits nothing
-        else:
-            fits = all(-1 <= v <= (7 if task == "expr" else 1) for v in row)
-        if not fits:
+        if not all(-1 <= v <= highest or v == INVALID[task] for v in row):      # NaN fits nothing
             raise ValueError(f"{path}, line {i + 2}: {line[:80]!r}, expected {allowed}")
         values[i] = row
     return values[:, 0] if task == "expr" else values
@@ -70,7 +67,8 @@ def label_files(root, task: str) -> dict[str, dict[str, Path]]:
     """
     found = [Path(root) / name for name in FOLDERS[task] if (Path(root) / name).is_dir()]
     if not root or not found:
-        raise ValueError(f"data.labels: no {' or '.join(FOLDERS[task])} in {str(root)!r}; set data.labels to the folder of annotations that holds it")
+        raise ValueError(f"data.labels: no {' or '.join(FOLDERS[task])} in {str(root)!r}; "
+                         "set data.labels to the folder of annotations that holds it")
     if len(found) > 1:
         raise ValueError(f"data.labels: both {found[0]} and {found[1]} exist; keep one, they hold the same labels")
     splits = {}
@@ -98,7 +96,8 @@ def find_videos(roots) -> dict[str, Path]:
                             if p.is_dir() and not p.name.startswith(".")):
             videos.setdefault(entry.name, entry)
     if not videos:
-        raise ValueError(f"data.frames: no video folders in {list(map(str, roots)) or 'an empty list'}; expected <video>/00001.jpg below it")
+        raise ValueError(f"data.frames: no video folders in {list(map(str, roots)) or 'an empty list'}; "
+                         "expected <video>/00001.jpg below it")
     return dict(sorted(videos.items()))
 
 
@@ -140,7 +139,8 @@ def split(root, task: str, fold: int) -> tuple[dict[str, Path], dict[str, Path]]
         filled[part[group]] += size[group]
     held_out = {v for group, videos in groups.items() if part[group] == fold - 1 for v in videos}
     if not 0 < len(held_out) < len(pooled):
-        raise ValueError(f"fold {fold} of {len(groups)} scenes leaves nothing to {'train' if held_out else 'validate'} on; take fold 0, or label at least 4 scenes")
+        raise ValueError(f"fold {fold} of {len(groups)} scenes leaves nothing to {'train' if held_out else 'validate'} on; "
+                         "take fold 0, or label at least 4 scenes")
     return {v: f for v, f in pooled.items() if v not in held_out}, {v: f for v, f in pooled.items() if v in held_out}
 
 
@@ -216,6 +216,9 @@ class Video:
     labels: np.ndarray                 # (T, 2), (T,) or (T, 12), as `read_labels` gives them
 
 
+AGAIN = "delete it and run extract_features.py again"
+
+
 def read_features(path, start: int = 0, end: int | None = None) -> np.ndarray:
     """Frames start to end of a feature file, float16 (T, D). Memory-mapped: only these frames are read.
 
@@ -226,14 +229,14 @@ def read_features(path, start: int = 0, end: int | None = None) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:           # the header is Python source: a broken one also raises SyntaxError or TokenError
-        raise ValueError(f"{path}: not a plain feature array ({error}); delete it and run extract_features.py again") from None
+        raise ValueError(f"{path}: not a plain feature array ({error}); {AGAIN}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        raise ValueError(f"{path}: not a plain feature array ({getattr(array, 'dtype', 'a zip archive')}); delete it and run extract_features.py again")
+        raise ValueError(f"{path}: not a plain feature array ({getattr(array, 'dtype', 'a zip archive')}); {AGAIN}")
     if array.ndim != 2:
-        raise ValueError(f"{path}: array of shape {array.shape}, expected (frames, D); delete it and run extract_features.py again")
+        raise ValueError(f"{path}: array of shape {array.shape}, expected (frames, D); {AGAIN}")
     part = np.array(array[start:end])
     if not np.isfinite(part).all():
-        raise ValueError(f"{path}: NaN or infinity in frames {start + 1} to {start + len(part)}; delete it and run extract_features.py again")
+        raise ValueError(f"{path}: NaN or infinity in frames {start + 1} to {start + len(part)}; {AGAIN}")
     return part
 
 
@@ -255,7 +258,8 @@ def open_videos(files: dict[str, Path], features, task: str) -> tuple[list[Video
                              "delete the folder and run extract_features.py again")
         videos.append(Video(name, path, labels))
     if not videos:
-        raise ValueError(f"none of {len(files)} labelled videos has features in {features}; run extract_features.py with the same data.frames")
+        raise ValueError(f"none of {len(files)} labelled videos has features in {features}; "
+                         "run extract_features.py with the same data.frames")
     return videos, without, dim
 
 

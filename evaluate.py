@@ -88,10 +88,11 @@ def ccc(pred, target) -> float:
 def expr_f1(pred, target) -> np.ndarray:
     """F1 of each of the 8 expressions from class indices (T,); leave out frames labelled -1. The score is their mean."""
     pred, target = np.asarray(pred), np.asarray(target)
-    if pred.ndim != 1 or pred.shape != target.shape or {pred.dtype.kind, target.dtype.kind} - {"i", "u"} or min(pred.min(initial=0), target.min(initial=0)) < 0 or max(pred.max(initial=0), target.max(initial=0)) > 7:
-        raise ValueError(f"expected two sequences of classes 0 to 7 of one length, got {pred.shape} and {target.shape}; leave out frames labelled -1")
+    if pred.ndim != 1 or pred.shape != target.shape or not np.isin(pred, range(8)).all() or not np.isin(target, range(8)).all():
+        raise ValueError(f"expected two sequences of classes 0 to 7 of one length, got {pred.shape} and {target.shape}; "
+                         "leave out frames labelled -1")
     sums = np.zeros((8, 8))
-    np.add.at(sums, (target, pred), 1)
+    np.add.at(sums, (target.astype(int), pred.astype(int)), 1)
     return scores("expr", sums)
 
 

@@ -92,14 +92,15 @@ def extract(encoder, folder, length: int, path, config, team) -> np.ndarray:
 
 
 def noface_path(path: Path) -> Path:
+    """<video>.npy -> <video>.noface.npy"""
     return path.with_name(f"{path.name[:-len('.npy')]}.noface.npy")
 
 
 def main(config, team):
     # configuration
     f = config.features
-    run = training.RunFolder(config.folder("features"), config,
-                             training.settings_of(config, "data.frames", "data.labels", "drawn", "encoder", "features.encoder", "finetune.token"), team)
+    settings = training.settings_of(config, "data.frames", "data.labels", "drawn", "encoder", "features.encoder", "finetune.token")
+    run = training.RunFolder(config.folder("features"), config, settings, team)
     if run.finished:
         return team.say(f"{run.folder} is finished; nothing to do")
 
@@ -118,7 +119,8 @@ def main(config, team):
     # loop: longest first, so that no process is left with a long video at the end
     order = sorted(lengths, key=lambda v: (-lengths[v], v))
     mine = [v for i, v in enumerate(order) if i % team.world == team.rank]
-    team.say(f"extracting {config.encoder.dim} numbers per frame from {len(videos)} videos, {sum(lengths.values()):,} frames, on {team.device}")
+    team.say(f"extracting {config.encoder.dim} numbers per frame from {len(videos)} videos, {sum(lengths.values()):,} frames, "
+             f"on {team.device}")
     team.say(f"  encoder from {checkpoint}; {keys}")
     began = printed = time.time()
     done = noface = empty = 0
@@ -130,7 +132,7 @@ def main(config, team):
         if time.time() - printed > 5:
             printed, total = time.time(), sum(lengths[v] for v in mine)
             left = (printed - began) / done * (total - done)
-            team.say(f"  {done:,} of {total:,} frames  {done / (printed - began):,.0f} frames/s  {int(left // 60)}:{int(left % 60):02d} left")
+            team.say(f"  {done:,} of {total:,} frames  {done / (printed - began):,.0f} frames/s  {training.clock(left)} left")
 
     # finish
     frames, without, empty = team.sum([done, noface, empty]).astype(int).tolist()

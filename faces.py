@@ -67,17 +67,20 @@ class FaceSet:
 
 
 def need(path: Path, hint: str) -> Path:
+    """The path, if it is there. Raises ValueError with the hint if not."""
     if not path.exists():
         raise ValueError(f"looked for {path}, which is not there; {hint}")
     return path
 
 
 def csv_file(given, name: str) -> Path:
+    """The file `name` itself, or in the folder given."""
     path = Path(given)
     return need(path / name if path.is_dir() else path, f"give {name} or the folder that holds it")
 
 
 def code(text, lowest: int, highest: int, where: str) -> int:
+    """A label code as a number. Raises ValueError if it is none, or out of range."""
     try:
         value = int(text)
     except ValueError:

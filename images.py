@@ -52,7 +52,8 @@ def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Genera
     """Random resized crop and horizontal flip (§3.1; MAE's augmentation), as uint8 (height, width, 3).
 
     The crop covers a share of the image's area drawn from [smallest, 1] at an aspect ratio drawn from [3/4, 4/3], or a narrower
-    range if `smallest` is above 3/4, clipped to the image. All randomness is in `rng`, so the same (seed, epoch, index) gives the same crop in any process.
+    range if `smallest` is above 3/4, clipped to the image. All randomness is in `rng`, so the same (seed, epoch, index) gives
+    the same crop in any process.
     """
     width, height = image.size
     area = width * height * rng.uniform(smallest, 1.0)

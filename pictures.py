@@ -26,6 +26,7 @@ def save(picture: Image.Image, path):
 
 
 def font(size: int):
+    """Pillow's own font at a size in pixels."""
     return ImageFont.load_default(size)
 
 
@@ -63,14 +64,15 @@ def plot(pen, box, lines: dict, low: float, high: float, title: str):
     for (name, values), colour in reversed(list(zip(lines.items(), COLOURS))):
         x_name -= pen.textlength(name, font(12)) + 14
         pen.text((x_name, top - 18), name, colour, font(12))
-        points = [(left + i / max(len(values) - 1, 1) * (right - left), bottom - (np.clip(v, low, high) - low) / (high - low) * (bottom - top))
-                  for i, v in enumerate(values)]
+        across = np.linspace(left, right, len(values))
+        points = [(x, bottom - (np.clip(v, low, high) - low) / (high - low) * (bottom - top)) for x, v in zip(across, values)]
         for (p, a), (q, b) in zip(zip(points, values), zip(points[1:], values[1:])):
             if np.isfinite(a) and np.isfinite(b):
                 pen.line((*p, *q), colour, 2)
 
 
-CLASS_COLOURS = ((225, 225, 225), (200, 60, 50), (110, 140, 60), (120, 80, 150), (240, 190, 60), (60, 100, 170), (240, 130, 50), (150, 120, 100))
+CLASS_COLOURS = ((225, 225, 225), (200, 60, 50), (110, 140, 60), (120, 80, 150), (240, 190, 60), (60, 100, 170), (240, 130, 50),
+                 (150, 120, 100))
 
 
 def band(pen, box, colours):
@@ -90,7 +92,8 @@ def timeline(task, names, faces, features, parts, labels, outputs, path):
     rows = {"va": 2 * 120, "expr": 110, "au": 12 * 24 + 30}[task]
     sheet = Image.new("RGB", (1150, 250 + 14 * len(parts) + rows), "white")
     pen, side = ImageDraw.Draw(sheet), (right - left) // len(faces)
-    for text, y in (("frames", 45), ("features", 140), ("segments", 200), ("labels and", 225 + 14 * len(parts)), ("predictions", 241 + 14 * len(parts))):
+    top = 225 + 14 * len(parts)                              # of the labels and predictions
+    for text, y in (("frames", 45), ("features", 140), ("segments", 200), ("labels and", top), ("predictions", top + 16)):
         pen.text((6, y), text, INK, font(14))
     for i, face in enumerate(faces):
         sheet.paste(Image.fromarray(face).resize((side - 3, side - 3)), (left + i * side, 6))
@@ -100,13 +103,14 @@ def timeline(task, names, faces, features, parts, labels, outputs, path):
     for i, (start, end) in enumerate(parts):
         x0, x1 = (left + t / T * (right - left) for t in (start, end))
         pen.rectangle((x0, 200 + 14 * i, x1 - 1, 208 + 14 * i), fill=COLOURS[1])
-    top = 225 + 14 * len(parts)
     if task == "va":
         for i, name in enumerate(names):
-            plot(pen, (left, top + 20 + 120 * i, right, top + 105 + 120 * i), {"prediction": outputs[:, i], "label": labels[:, i]}, -1, 1, name)
+            lines = {"prediction": outputs[:, i], "label": labels[:, i]}
+            plot(pen, (left, top + 20 + 120 * i, right, top + 105 + 120 * i), lines, -1, 1, name)
     elif task == "expr":
         for row, classes in enumerate((labels, outputs.argmax(1))):
-            band(pen, (left, top + 30 * row, right, top + 26 + 30 * row), [CLASS_COLOURS[int(k)] if np.isfinite(k) else "white" for k in classes])
+            colours = [CLASS_COLOURS[int(k)] if np.isfinite(k) else "white" for k in classes]
+            band(pen, (left, top + 30 * row, right, top + 26 + 30 * row), colours)
         x = left
         for name, colour in zip(names, CLASS_COLOURS):
             pen.rectangle((x, top + 72, x + 14, top + 86), fill=colour)

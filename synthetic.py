@@ -191,6 +191,7 @@ SETS = {"AffectNet-2017": 0.40, "AffectNet-2021": 0.20, "RAF-DB": 0.25, "FER2013
 
 @dataclass(frozen=True)
 class Video:
+    """One video, before it is drawn."""
     name: str
     split: int                 # TRAIN or VAL
     number: int                # within the split
@@ -354,6 +355,7 @@ def index(root, sizes: Drawn) -> None:
 
 
 def write_rows(path: Path, rows) -> None:
+    """A CSV file of these rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)

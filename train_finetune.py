@@ -52,11 +52,13 @@ class ExprClassifier(nn.Module):
 
 
 def build(config) -> ExprClassifier:
+    """The classifier of a configuration, with random weights."""
     f = config.finetune
     return ExprClassifier(VisionTransformer(**dataclasses.asdict(config.encoder)), f.token, f.hidden, f.dropout)
 
 
 def augment(image, index, epoch, size, seed, smallest_crop):
+    """The random crop and flip of sample `index` in `epoch`: uint8 (size, size, 3)."""
     return random_crop(image, size, training.generator(seed, epoch, index), smallest_crop)
 
 
@@ -79,8 +81,8 @@ def load_encoder(encoder, path) -> str:
 def main(config, team):
     # configuration
     f, seed = config.finetune, config.run.seed
-    run = training.RunFolder(config.folder("finetune"), config,
-                             training.settings_of(config, "data.frames", "data.labels", "drawn", "encoder", "finetune", "run.seed"), team)
+    settings = training.settings_of(config, "data.frames", "data.labels", "drawn", "encoder", "finetune", "run.seed")
+    run = training.RunFolder(config.folder("finetune"), config, settings, team)
     if run.finished:
         return team.say(f"{run.folder} is finished; nothing to do")
 
@@ -126,8 +128,8 @@ def main(config, team):
     run.cut_log(at["epoch"] + 1)
 
     def state():
-        return {"kind": "finetune", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": best,
-                "at": {k: v.item() if torch.is_tensor(v) else v for k, v in at.items()}}
+        return {"kind": "finetune", "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "best": best, "at": training.plain(at)}
 
     watch = training.Watch(run, config, steps * f.epochs, state, "images")
 
@@ -158,19 +160,17 @@ def main(config, team):
                 loss = loss + part.detach()
             norm = torch.nn.utils.get_total_norm([q.grad for q in model.parameters() if q.grad is not None])
             optimizer.step()
-            at = {"epoch": epoch, "step": step + 1, "loss": at["loss"] + loss, "norm": at["norm"] + norm.detach(), "unreadable": at["unreadable"] + counts[1]}
-
-            def describe(now=now, epoch=epoch, step=step, lr=lr, batches=batches):
-                mine = batches.share(step)
-                return f"step {now + 1} (epoch {epoch + 1}, lr {lr:.2e}); this process's batch: {', '.join(map(train.where, mine[:8]))} ... {len(mine)} files"
-            watch.step(loss, norm, describe, now + 1, f.batch)
+            at = {"epoch": epoch, "step": step + 1, "loss": at["loss"] + loss, "norm": at["norm"] + norm.detach(),
+                  "unreadable": at["unreadable"] + counts[1]}
+            watch.step(loss, norm, partial(batches.describe, step, lr, train.where), now + 1, f.batch)
         watch.check()
         f1 = validate(model, val, config, team)
-        at = {k: v.item() if torch.is_tensor(v) else v for k, v in at.items()}
-        row = {"epoch": epoch + 1, "lr": lr, "loss": at["loss"] / steps, "gradient_norm": at["norm"] / steps, "val_f1": f1.mean(),
-               "unreadable": int(at["unreadable"]), "seconds": round(time.time() - began, 2)}
+        at = training.plain(at)
+        row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": at["loss"] / steps,
+               "gradient_norm": at["norm"] / steps, "val_f1": f1.mean(), "unreadable": int(at["unreadable"]), "seconds": round(time.time() - began, 2)}
         run.log(row)
-        team.say(f"  epoch {epoch + 1}/{f.epochs}  loss {row['loss']:.4f}  validation macro F1 of single frames {f1.mean():.3f}" + ("  (best so far)" if f1.mean() > best else ""))
+        team.say(f"  epoch {epoch + 1}/{f.epochs}  loss {row['loss']:.4f}  validation macro F1 of single frames {f1.mean():.3f}"
+                 + ("  (best so far)" if f1.mean() > best else ""))
         at = {"epoch": epoch + 1, "step": 0, "loss": 0.0, "norm": 0.0, "unreadable": 0}
         if f1.mean() > best:
             best = float(f1.mean())
@@ -184,7 +184,8 @@ def main(config, team):
     val.every = 1
     f1 = validate(model, val, config, team)
     run.finish({"val_macro_f1": float(f1.mean()), "val_f1": f1.tolist(), "val_frames": len(val.rows), "train_frames": len(train.rows)})
-    team.say(f"fine-tuning is finished: macro F1 {f1.mean():.3f} on all {len(val.rows):,} single validation frames, written to {run.folder}")
+    team.say(f"fine-tuning is finished: macro F1 {f1.mean():.3f} on all {len(val.rows):,} single validation frames, "
+             f"written to {run.folder}")
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ class Faces(Dataset):
     """All face sets as one. Item: (uint8 image (size, size, 3), mask noise (N,)), or None if the image cannot be read."""
 
     def __init__(self, sets, size: int, tokens: int, seed: int, smallest_crop: float):
-        self.sets, self.size, self.tokens, self.seed, self.smallest_crop, self.epoch = sets, (size, size), tokens, seed, smallest_crop, 0
+        self.sets, self.size, self.tokens, self.epoch = sets, (size, size), tokens, 0
+        self.seed, self.smallest_crop = seed, smallest_crop
         self.ends = np.cumsum([len(s) for s in sets])
 
     def __len__(self):
@@ -47,11 +49,17 @@ class Faces(Dataset):
         k = int(np.searchsorted(self.ends, i, side="right"))
         return self.sets[k], int(i - (self.ends[k - 1] if k else 0))
 
+    def where(self, i) -> str:
+        face_set, number = self.find(i)
+        return face_set.where(number)
+
     def __getitem__(self, i):
         face_set, number = self.find(i)
         try:
             image = face_set.read(number)
-        except ValueError:
+        except ValueError as error:
+            if self.epoch == 0:                              # once, not once per epoch
+                print(f"  left out: {error}", flush=True)
             return None
         rng = training.generator(self.seed, self.epoch, i)
         return random_crop(image, self.size, rng, self.smallest_crop), rng.random(self.tokens, dtype=np.float32)
@@ -65,6 +73,7 @@ class Faces(Dataset):
 
 
 def build(config) -> MaskedAutoencoder:
+    """The MAE of a configuration, with random weights."""
     p = config.pretrain
     return MaskedAutoencoder(**dataclasses.asdict(config.encoder), decoder_dim=p.decoder_dim, decoder_depth=p.decoder_depth,
                              decoder_heads=p.decoder_heads, mask_ratio=p.mask_ratio, norm_pix_loss=p.norm_pix_loss)
@@ -73,7 +82,8 @@ def build(config) -> MaskedAutoencoder:
 def main(config, team):
     # configuration
     p, seed = config.pretrain, config.run.seed
-    run = training.RunFolder(config.folder("pretrain"), config, training.settings_of(config, "data", "drawn", "encoder", "pretrain", "run.seed"), team)
+    settings = training.settings_of(config, "data", "drawn", "encoder", "pretrain", "run.seed")
+    run = training.RunFolder(config.folder("pretrain"), config, settings, team)
     if run.finished:
         return team.say(f"{run.folder} is finished; nothing to do")
 
@@ -88,10 +98,10 @@ def main(config, team):
     faces = Faces(sets, config.encoder.image_size, tokens, seed, p.smallest_crop)
 
     # model and optimiser
-    decoder_bytes = training.vit_bytes(tokens + 1, p.decoder_dim, p.decoder_depth)
-    parameters = sum(x.numel() for x in model.parameters())
-    share = math.ceil(p.batch / team.world)
-    pieces = training.pieces(share, training.vit_bytes(model.visible + 1, config.encoder.dim, config.encoder.depth) + decoder_bytes, parameters, team.device)
+    share, parameters = math.ceil(p.batch / team.world), sum(x.numel() for x in model.parameters())
+    bytes_each = (training.vit_bytes(model.visible + 1, config.encoder.dim, config.encoder.depth)
+                  + training.vit_bytes(tokens + 1, p.decoder_dim, p.decoder_depth))
+    pieces = training.pieces(share, bytes_each, parameters, team.device)
     team.say(f"MAE of {parameters:,} parameters on {len(faces):,} faces, {p.epochs} epochs; "
              f"effective batch {p.batch} = {math.ceil(share / pieces)} x {pieces} accumulation x {team.world} processes, on {team.device}")
     ddp = team.parallel(model)
@@ -108,8 +118,8 @@ def main(config, team):
     steps = math.ceil(len(faces) / p.batch)
 
     def state():
-        return {"kind": "pretrain", "model": model.state_dict(), "optimizer": optimizer.state_dict(), "last": last,
-                "at": {k: v.item() if torch.is_tensor(v) else v for k, v in at.items()}}
+        return {"kind": "pretrain", "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "last": last, "at": training.plain(at)}
 
     watch = training.Watch(run, config, steps * p.epochs, state, "images")
 
@@ -137,15 +147,12 @@ def main(config, team):
                 loss = loss + part.detach()
             norm = torch.nn.utils.get_total_norm([q.grad for q in model.parameters() if q.grad is not None])
             optimizer.step()
-            at = {"epoch": epoch, "step": step + 1, "loss": at["loss"] + loss, "norm": at["norm"] + norm.detach(), "unreadable": at["unreadable"] + counts[1]}
-
-            def describe(now=now, epoch=epoch, step=step, lr=lr, batches=batches):
-                names = [s.where(n) for s, n in map(faces.find, batches.share(step))]
-                return f"step {now + 1} (epoch {epoch + 1}, lr {lr:.2e}); this process's batch: {', '.join(names[:8])} ... {len(names)} files"
-            watch.step(loss, norm, describe, now + 1, p.batch)
-        at = {k: v.item() if torch.is_tensor(v) else v for k, v in at.items()}
-        run.log({"epoch": epoch + 1, "lr": lr, "loss": at["loss"] / steps, "gradient_norm": at["norm"] / steps,
-                 "unreadable": int(at["unreadable"]), "seconds": round(time.time() - began, 2)})
+            at = {"epoch": epoch, "step": step + 1, "loss": at["loss"] + loss, "norm": at["norm"] + norm.detach(),
+                  "unreadable": at["unreadable"] + counts[1]}
+            watch.step(loss, norm, partial(batches.describe, step, lr, faces.where), now + 1, p.batch)
+        at = training.plain(at)
+        run.log({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": at["loss"] / steps,
+                 "gradient_norm": at["norm"] / steps, "unreadable": int(at["unreadable"]), "seconds": round(time.time() - began, 2)})
         last = {"loss": at["loss"] / steps, "unreadable": int(at["unreadable"])}
         at = {"epoch": epoch + 1, "step": 0, "loss": 0.0, "norm": 0.0, "unreadable": 0}
         if (epoch + 1) % max(1, p.epochs // 10) == 0 or epoch + 1 == p.epochs:
@@ -158,7 +165,8 @@ def main(config, team):
 
     # finish
     run.finish({"images": len(faces), "epochs": p.epochs, **last})
-    team.say(f"pre-training is finished: loss {last['loss']:.4f}, {last['unreadable']} unreadable images in the last epoch; see {run.folder}/reconstruction.png")
+    team.say(f"pre-training is finished: loss {last['loss']:.4f}, {last['unreadable']} unreadable images in the last epoch; "
+             f"see {run.folder}/reconstruction.png")
 
 
 @torch.no_grad()

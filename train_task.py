@@ -16,6 +16,7 @@ The batch is not cut into pieces here: CCC is not a sum over pieces, and 32 segm
 import dataclasses
 import math
 import time
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
@@ -34,6 +35,7 @@ DEMO_SECONDS = 30     # measured by benchmark.py on two cores
 
 
 def stage(config, task: str) -> str:
+    """The name of the run folder: task_au, or task_au_fold1."""
     return f"task_{task}" + (f"_fold{config.task.fold}" if config.task.fold else "")
 
 
@@ -64,18 +66,20 @@ def main(config, team, task):
     val_videos, val_without, _ = open_videos(val_files, features, task)
     train = SegmentData(videos, task, config.segments.window, config.segments.stride)
     for name, part, without in (("training", videos, train_without), ("validation", val_videos, val_without)):
-        team.say(f"  {name}: {len(part)} videos, {sum(len(v.labels) for v in part):,} frames" + (f"; left out, no features: {', '.join(without)}" if without else ""))
+        team.say(f"  {name}: {len(part)} videos, {sum(len(v.labels) for v in part):,} frames"
+                 + (f"; left out, no features: {', '.join(without)}" if without else ""))
     if t.fold:
         tuned = set(label_files(config.data.labels, "expr")["Train_Set"])
         if seen := [v.name for v in val_videos if v.name in tuned]:
-            team.say(f"  warning: {len(seen)} of {len(val_videos)} validation videos of fold {t.fold} were used to fine-tune the encoder, so the score is too high")
+            team.say(f"  warning: {len(seen)} of {len(val_videos)} validation videos of fold {t.fold} were used to fine-tune the encoder, "
+                     "so the score is too high")
 
     # model and optimiser
     torch.manual_seed(seed)
     model = SegmentModel(dim, OUTPUTS[task], **dataclasses.asdict(config.temporal))
     steps = math.ceil(len(train) / t.batch)
-    team.say(f"{task}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} segments, {epochs} epochs of {steps} steps; "
-             f"effective batch {t.batch} = {math.ceil(t.batch / team.world)} x 1 accumulation x {team.world} processes, on {team.device}")
+    team.say(f"{task}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} segments, "
+             f"{epochs} epochs of {steps} steps; effective batch {t.batch} = {math.ceil(t.batch / team.world)} x 1 accumulation x {team.world} processes, on {team.device}")
     ddp = team.parallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, weight_decay=t.weight_decay)
 
@@ -89,8 +93,8 @@ def main(config, team, task):
     run.cut_log(at["epoch"] + 1)
 
     def state():
-        return {"kind": "task", "task": task, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": best,
-                "at": {k: v.item() if torch.is_tensor(v) else v for k, v in at.items()}}
+        return {"kind": "task", "task": task, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "best": best, "at": training.plain(at)}
 
     watch = training.Watch(run, config, steps * epochs, state, "segments")
 
@@ -114,17 +118,15 @@ def main(config, team, task):
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
             optimizer.step()
             at = {"epoch": epoch, "step": step + 1, "loss": at["loss"] + loss.detach(), "norm": at["norm"] + norm.detach()}
-
-            def describe(now=now, epoch=epoch, step=step, lr=lr, batches=batches):
-                return f"step {now + 1} (epoch {epoch + 1}, lr {lr:.2e}); this process's batch: {', '.join(map(train.where, batches.share(step)))}"
-            watch.step(loss, norm, describe, now + 1, t.batch)
+            watch.step(loss, norm, partial(batches.describe, step, lr, train.where), now + 1, t.batch)
         watch.check()
         mean = float(evaluate.scores(task, evaluate.score(model, val_videos, task, config, team)).mean())
-        at = {k: v.item() if torch.is_tensor(v) else v for k, v in at.items()}
-        run.log({"epoch": epoch + 1, "lr": lr, "loss": at["loss"] / steps, "gradient_norm": at["norm"] / steps, "score": mean,
-                 "seconds": round(time.time() - began, 2)})
+        at = training.plain(at)
+        run.log({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": at["loss"] / steps,
+                 "gradient_norm": at["norm"] / steps, "score": mean, "seconds": round(time.time() - began, 2)})
         if mean > best or (epoch + 1) % max(1, epochs // 10) == 0:
-            team.say(f"  epoch {epoch + 1}/{epochs}  loss {at['loss'] / steps:.4f}  validation {evaluate.METRIC[task]} {mean:.3f}" + ("  (best so far)" if mean > best else ""))
+            team.say(f"  epoch {epoch + 1}/{epochs}  loss {at['loss'] / steps:.4f}  validation {evaluate.METRIC[task]} {mean:.3f}"
+                     + ("  (best so far)" if mean > best else ""))
         at = {"epoch": epoch + 1, "step": 0, "loss": 0.0, "norm": 0.0}
         if mean > best:
             best = mean

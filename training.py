@@ -118,7 +118,8 @@ def provide(config, team, missing, make, command, seconds):
     command = f"{command} --config {config.run.source}"
     if not config.data.drawn:
         raise ValueError(f"{missing} not found; make it with: {command}")
-    team.say(f"\n{missing} is missing, so it is made first. The demo takes about {seconds} s for it on two cores. Only this step: {command}")
+    team.say(f"\n{missing} is missing, so it is made first. The demo takes about {seconds} s for that on two cores. "
+             f"Only this step: {command}")
     began = time.time()
     make(config, team)
     team.say(f"made in {time.time() - began:.0f} s\n")
@@ -144,7 +145,7 @@ class Batches(torch.utils.data.Sampler):
     """
 
     def __init__(self, samples: int, batch: int, seed: int, epoch: int, team: Team, first: int = 0):
-        self.samples, self.batch, self.team, self.first = samples, batch, team, first
+        self.samples, self.batch, self.team, self.epoch, self.first = samples, batch, team, epoch, first
         self.order = generator(seed, epoch).permutation(samples)
 
     def __len__(self):
@@ -152,6 +153,12 @@ class Batches(torch.utils.data.Sampler):
 
     def share(self, step: int) -> list[int]:
         return self.order[step * self.batch:(step + 1) * self.batch][self.team.rank::self.team.world].tolist()
+
+    def describe(self, step: int, lr: float, where) -> str:
+        """For the report of a failed step: where the run was, and the names `where(i)` of the samples."""
+        share = self.share(step)
+        return (f"epoch {self.epoch + 1}, step {step + 1}, learning rate {lr:.2e}; this process's batch: "
+                f"{', '.join(where(i) for i in share[:8])}" + (f" and {len(share) - 8} more" if len(share) > 8 else ""))
 
     def __iter__(self):
         return (self.share(step) for step in range(self.first, self.first + len(self)))
@@ -187,6 +194,11 @@ def learning_rate(progress: float, warmup: float, peak: float) -> float:
     if progress < warmup:
         return peak * progress / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-12)))
+
+
+def plain(sums: dict) -> dict:
+    """Tensors as Python numbers: for a checkpoint or the log. Waits for the device."""
+    return {name: value.item() if torch.is_tensor(value) else value for name, value in sums.items()}
 
 
 def set_learning_rate(optimizer, step: int, steps: int, warmup_steps: float, peak: float) -> float:
@@ -239,14 +251,16 @@ def read_checkpoint(path) -> dict:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 # Also two flags that no checksum covers and that PyTorch would obey: "compressed" and "a folder".
-                damaged = archive.testzip() or next((i.filename for i in archive.infolist() if i.compress_type or i.external_attr & 16), None)
+                flagged = (entry.filename for entry in archive.infolist() if entry.compress_type or entry.external_attr & 16)
+                damaged = archive.testzip() or next(flagged, None)
         if not damaged:
             with torch.serialization.safe_globals([argparse.Namespace]):     # the reference MAE saves its arguments as one
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as error:            # a foreign file is unpickled as far as it goes, and that can raise anything
-        raise ValueError(f"{path}: not a whole, plain checkpoint ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a whole, plain checkpoint ({reason})") from None
     if damaged:
         raise ValueError(f"{path}: damaged (wrong checksum in {damaged}); use another checkpoint")
     if not isinstance(checkpoint, dict):
@@ -372,6 +386,11 @@ def settings_of(config, *sections, without=()) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------- a run
 
+def clock(seconds: float) -> str:
+    """h:mm:ss"""
+    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
+
+
 class Watch:
     """What surrounds the steps of a run: progress line, checkpoints, signals, and a halt when the loss is no longer finite.
 
@@ -395,7 +414,7 @@ class Watch:
         self.signal, self.signalled = self.signal or number, time.time()
 
     def step(self, loss, norm, describe, step, count):
-        """After an optimiser step. `step` counts from 1 over the run; `count` samples were in it; `describe()` tells of the batch."""
+        """After optimiser step `step`, counted from 1 over the run. `count` samples were in it; `describe()` tells which."""
         self.check()
         values, arrived = torch.stack([loss.detach(), norm.detach()]).to("cpu", non_blocking=True), None
         if loss.is_cuda:
@@ -413,8 +432,8 @@ class Watch:
             self.save()
         if now - self.printed > 5:
             self.printed, left = now, (now - self.began) / self.done * (self.steps - step)
-            self.team.say(f"  step {step:,} of {self.steps:,}  loss {loss.item():.4f}  {self.count / (now - self.began):,.0f} {self.unit}/s  "
-                          f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d} left")
+            self.team.say(f"  step {step:,} of {self.steps:,}  loss {loss.item():.4f}  "
+                          f"{self.count / (now - self.began):,.0f} {self.unit}/s  {clock(left)} left")
 
     def save(self):
         """Write last.pt, unless the loss has just become infinite. Rank 0 alone, so processes need not agree on when."""

@@ -133,7 +133,7 @@ def test_the_plan_has_short_videos_whole_strides_pairs_and_missing_tasks():
         assert {v.tasks for v in of_split} == {("VA", "EXPR", "AU"), ("VA",), ("AU",), ("EXPR", "AU")}
         left, right = of_split[5], of_split[6]
         assert left.name.removesuffix("_left") == right.name.removesuffix("_right") and left.frames == right.frames
-    assert len({v.name for v in plan}) == len(plan) == 42
+    assert len({v.name for v in plan}) == len(plan) == 96
     assert {"1-30-1280x720", "124", "video5_3", "7-60-1920x1080-2"} <= {v.name for v in plan}
 
 
@@ -225,16 +225,16 @@ def test_valence_and_arousal_follow_the_face_late():
         assert LABEL_LAG[0] - 2 <= int(np.argmax(match)) <= LABEL_LAG[1] + 2 and max(match) > 0.95
 
 
-def test_single_frames_are_spoiled_and_half_a_second_of_them_is_less_so():
+def test_single_frames_are_spoiled_and_fifteen_frames_of_them_is_less_so():
     rng = np.random.default_rng(0)
     acting = act(rng, 3000, 0)
     states = list(spoil(rng, someone(), acting))
     shown, true = np.array([state.au for state in states]), acting.au
-    def over_half_a_second(au):
+    def over_fifteen_frames(au):
         return np.stack([np.convolve(unit, np.ones(15) / 15, "same") for unit in au.T], 1)
 
     active = (true > 0.3) & (true < 0.7)                    # nearer to 0 and 1, what is shown is cut off
-    alone, together = np.abs(shown - true)[active], np.abs(over_half_a_second(shown) - over_half_a_second(true))[active]
-    assert alone.mean() > 0.1 and together.mean() < 0.4 * alone.mean()
+    alone, together = np.abs(shown - true)[active], np.abs(over_fifteen_frames(shown) - over_fifteen_frames(true))[active]
+    assert alone.mean() > 0.7 * synthetic.JITTER and together.mean() < 0.4 * alone.mean()
     spoiled = np.mean([state.cover is not None or max(state.blur) > 0 for state in states])
     assert 0.1 < spoiled < 0.5
