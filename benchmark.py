@@ -70,7 +70,6 @@ def measure():
     for name in ["demo", *(f"ablation_{i}" for i in range(len(ABLATION)))]:
         shutil.rmtree(Path("runs") / name, ignore_errors=True)
     lines = ["| stage | seconds |", "|---|---|"]
-    total = 0.0
     for script, *arguments in (["synthetic.py"], ["train_pretrain.py"], ["train_finetune.py"], ["extract_features.py"],
                                ["train_task.py", "--task", "au"], ["train_task.py", "--task", "va"], ["train_task.py", "--task", "expr"]):
         seconds, memory = run(script, *arguments)

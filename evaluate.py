@@ -14,7 +14,6 @@ import dataclasses
 import numpy as np
 import torch
 
-import synthetic
 import pictures
 import training
 from config import from_command_line
@@ -172,14 +171,16 @@ def draw_timeline(model, videos, task, config, team, path, longest: int = 600):
         return
     model.eval()
     video = max(videos, key=lambda v: min(int(targets(v.labels, task)[1].sum()), longest * v.labels[0].size))
-    n, folder = min(len(video.labels), longest), find_videos(config.data.frames)[video.name]
+    n = min(len(video.labels), longest)
     outputs, (target, valid) = predict(model, video, config, team)[:n], targets(video.labels[:n], task)
     faces = []
-    for number in frame_numbers(folder)[np.linspace(0, (frame_numbers(folder) <= n).sum() - 1, 11).astype(int)]:
-        try:
-            faces.append(resize(read_image(frame_path(folder, number)), (112, 112)))
-        except ValueError:
-            continue                                      # counted when features were extracted
+    try:
+        folder = find_videos(config.data.frames)[video.name]
+        numbers = [number for number in frame_numbers(folder) if number <= n]
+        for i in np.linspace(0, len(numbers) - 1, min(11, len(numbers))).astype(int):
+            faces.append(resize(read_image(frame_path(folder, numbers[i])), (112, 112)))
+    except (ValueError, KeyError):
+        pass            # features are enough to score: the frames may lie on another machine, and then the picture lacks them
     pictures.timeline(task, NAMES[task], faces, read_features(video.features, 0, n).astype(np.float32),
                       segments(n, config.segments.window, config.segments.stride), np.where(valid, target, np.nan), outputs, path)
 
@@ -195,7 +196,7 @@ def load_model(checkpoint, config, task: str, dim: int, team) -> SegmentModel:
 
 
 def report(model, videos, without, task, config, team, checkpoint) -> np.ndarray:
-    """Score the model on whole videos, print the table, draw the picture. Returns the scores, as `scores` does."""
+    """Score the model on whole videos and print the table. Returns the scores, as `scores` does."""
     sums = score(model, videos, task, config, team)
     frames = sum(len(v.labels) for v in videos)
     data = "drawn data; the paper's and the baseline's numbers are on Aff-Wild2" if config.data.drawn else "Aff-Wild2"
@@ -206,6 +207,7 @@ def report(model, videos, without, task, config, team, checkpoint) -> np.ndarray
 
 
 def main(config, team, task, checkpoint):
+    """Score `checkpoint`, or this configuration's best.pt, on the validation videos."""
     import train_task                                     # it imports this file for its validation
     features = train_task.features_folder(config, team)
     stage = train_task.stage(config, task)

@@ -24,10 +24,9 @@ import synthetic
 import train_finetune
 import training
 from config import from_command_line
-from data import COLUMNS, find_videos, frame_numbers, frame_path, label_files, read_labels
+from data import COLUMNS, FOLDERS, find_videos, frame_numbers, frame_path, label_files, read_labels
 from images import normalise, read_image, resize
 from vit import VisionTransformer
-
 
 DEMO_SECONDS = 20     # measured by benchmark.py on two cores
 
@@ -36,6 +35,8 @@ def video_lengths(config, videos) -> dict[str, int]:
     """Frames of each video: its longest label file or its last image, whichever is later. Unlabelled (test) videos count too."""
     lengths = {video: int(frame_numbers(folder).max(initial=0)) for video, folder in videos.items()}
     for task in COLUMNS:
+        if not any((Path(config.data.labels) / name).is_dir() for name in FOLDERS[task]):
+            continue                                       # labels of one task are enough
         for files in label_files(config.data.labels, task).values():
             for video, file in files.items():
                 if video in lengths:
@@ -97,19 +98,19 @@ def noface_path(path: Path) -> Path:
 
 
 def main(config, team):
-    # configuration
-    f = config.features
+    # configuration and input
+    checkpoint = Path(config.features.encoder or config.folder("finetune") / "best.pt")
+    if not config.features.encoder:
+        training.provide(config, team, "" if (checkpoint.parent / "metrics.json").exists() else checkpoint, train_finetune.main,
+                         "python train_finetune.py", train_finetune.DEMO_SECONDS)
     settings = training.settings_of(config, "data.frames", "data.labels", "drawn", "encoder", "features.encoder", "finetune.token")
+    settings["encoder checksum"] = training.checksum(checkpoint)          # features of two encoders must not be mixed
     run = training.RunFolder(config.folder("features"), config, settings, team)
     if run.finished:
         return team.say(f"{run.folder} is finished; nothing to do")
 
     # data and model
     synthetic.provide(config, team)
-    checkpoint = Path(f.encoder or config.folder("finetune") / "best.pt")
-    if not f.encoder:
-        training.provide(config, team, "" if (checkpoint.parent / "metrics.json").exists() else checkpoint, train_finetune.main,
-                         "python train_finetune.py", train_finetune.DEMO_SECONDS)
     encoder = VisionTransformer(**dataclasses.asdict(config.encoder))
     keys = train_finetune.load_encoder(encoder, checkpoint)
     encoder = encoder.to(team.device).eval()

@@ -91,7 +91,7 @@ def timeline(task, names, faces, features, parts, labels, outputs, path):
     left, right, T = 150, 1130, len(features)
     rows = {"va": 2 * 120, "expr": 110, "au": 12 * 24 + 30}[task]
     sheet = Image.new("RGB", (1150, 250 + 14 * len(parts) + rows), "white")
-    pen, side = ImageDraw.Draw(sheet), (right - left) // len(faces)
+    pen, side = ImageDraw.Draw(sheet), (right - left) // max(11, len(faces))
     top = 225 + 14 * len(parts)                              # of the labels and predictions
     for text, y in (("frames", 45), ("features", 140), ("segments", 200), ("labels and", top), ("predictions", top + 16)):
         pen.text((6, y), text, INK, font(14))

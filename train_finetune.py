@@ -34,7 +34,6 @@ from images import normalise, random_crop
 from losses import all_sum, expr_loss
 from vit import VisionTransformer
 
-
 DEMO_SECONDS = 60     # measured by benchmark.py on two cores
 
 

@@ -30,7 +30,6 @@ from data import SegmentData, label_files, open_videos, split
 from losses import TASK_LOSS
 from temporal import OUTPUTS, SegmentModel
 
-
 DEMO_SECONDS = 30     # measured by benchmark.py on two cores
 
 

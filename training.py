@@ -19,17 +19,16 @@ import fcntl
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 
 from config import as_yaml
 
@@ -240,6 +239,18 @@ def write_text(path, text: str):
     write_file(path, lambda file: file.write(text.encode()))
 
 
+def checksum(path) -> int:
+    """CRC-32 of a file, read in pieces. Raises ValueError if it cannot be read."""
+    crc = 0
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 22):
+                crc = zlib.crc32(piece, crc)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    return crc
+
+
 def read_checkpoint(path) -> dict:
     """A checkpoint as written by `torch.save`, tensors on the CPU.
 
@@ -320,6 +331,8 @@ class RunFolder:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # the system lets go of it however the process ends
         except OSError:
             raise ValueError(f"{self.folder}: another run is writing here; wait for it, or choose another --set run.name=...") from None
+        for leftover in self.folder.glob(".*.tmp*"):
+            leftover.unlink()                                # half-written files of a killed run
         settings = {name: json.loads(json.dumps(value)) for name, value in settings.items()}
         known = self.folder / "settings.json"
         if known.exists():
