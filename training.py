@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import errno
 import fcntl
+import gc
 import json
 import math
 import os
@@ -102,6 +103,9 @@ def launch(stage, config, *arguments):
         sys.exit(2)
     finally:
         if dist.is_initialized():
+            # A DDP model that outlives its process group now and then aborts the process at exit ("terminate called without an
+            # active exception"): models and loops refer to each other, so collect them first.
+            gc.collect()
             dist.destroy_process_group()
 
 
