@@ -235,6 +235,11 @@ def write_file(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:        # torch.save hides the system's error, such as a full disk, behind one of its own
+        hidden = error
+        while hidden is not None and not isinstance(hidden, OSError):
+            hidden = hidden.__context__
+        raise (hidden or error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -441,16 +446,19 @@ class Watch:
         self.done, self.count = self.done + 1, self.count + count
         now = time.time()
         if stop := self._agreed():
-            self.save()
-            self.team.say(f"stopped by {signal.Signals(stop).name} after step {step}; saved, start the same command again to go on")
-            self.team.wait()
-            sys.exit(128 + stop)
+            self._stop(stop, step)
         if now - self.saved > self.every:
             self.save()
         if now - self.printed > 5:
             self.printed, left = now, (now - self.began) / self.done * (self.steps - step)
             self.team.say(f"  step {step:,} of {self.steps:,}  loss {loss.item():.4f}  "
                           f"{self.count / (now - self.began):,.0f} {self.unit}/s  {clock(left)} left")
+
+    def _stop(self, number: int, step: int):
+        self.save()
+        self.team.say(f"stopped by {signal.Signals(number).name} after step {step:,}; saved, start the same command again to go on")
+        self.team.wait()
+        sys.exit(128 + number)
 
     def save(self):
         """Write last.pt, unless the loss has just become infinite. Rank 0 alone, so processes need not agree on when."""
@@ -486,9 +494,14 @@ class Watch:
         self.before = None
 
     def end(self):
-        """After the last step: wait for the flags under way and give the signals back."""
+        """After the last epoch: obey a signal that came too late for a step, and give the signals back."""
         self.check()
         if self.pending:
             self.pending[1].wait()
+        received = torch.tensor([self.signal])
+        if self.team.world > 1:
+            dist.all_reduce(received, dist.ReduceOp.MAX)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
+        if received.item():
+            self._stop(int(received.item()), self.steps)

@@ -1,15 +1,15 @@
 """A very small configuration of all stages, and processes that run the scripts with it: what the end-to-end tests share.
 
-`run` starts a script as its command line does, but in a process forked from one that has imported PyTorch already, which saves
-seconds each time. Its `hook` is called there first: it replaces a function of a module, say to kill the process at an exact
-moment. As a script, this file does the same under torchrun:
+`run` starts a script as its command line does, but in processes forked from one that has imported PyTorch already, which saves
+seconds each time. A hook is called there first: it replaces a function, say to kill the process at an exact moment. As a script,
+this file does the same for torchrun, with the name of a function below:
 
-    torchrun --nproc_per_node=2 tests/tiny.py worker_killed_once train_task.py --task au --config tiny.yaml
+    torchrun --nproc_per_node=2 tests/tiny.py killed_once train_task.py --task au --config tiny.yaml
 """
 
 import contextlib
 import copy
-import functools
+import csv
 import importlib
 import multiprocessing
 import os
@@ -20,15 +20,18 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-SECONDS = 120                 # after which a process that does not end is killed, and the test fails
+SECONDS = 120                 # after which processes that do not end are killed, and the test fails
+STAGES = {"pretrain": ["train_pretrain.py"], "finetune": ["train_finetune.py"], "task_au": ["train_task.py", "--task", "au"]}
+TINY = ["--config", "tiny.yaml"]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 SETTINGS = {
     "data": {"drawn": True, "frames": ["data/Aff-Wild2/cropped_aligned"], "labels": "data/Aff-Wild2/annotations",
@@ -36,7 +39,7 @@ SETTINGS = {
              "fer2013": "data/FER2013", "ferplus": "data/FERPlus"},
     "drawn": {"root": "data", "train_videos": 4, "val_videos": 3, "frames": 40, "faces": 60},
     "encoder": {"image_size": 16, "patch": 8, "dim": 8, "depth": 1, "heads": 2},
-    "pretrain": {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2, "epochs": 2, "batch": 19, "lr": 3e-3, "warmup_epochs": 0.5},
+    "pretrain": {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2, "epochs": 2, "batch": 17, "lr": 3e-3, "warmup_epochs": 0.5},
     "finetune": {"hidden": 8, "dropout": 0.0, "epochs": 2, "every": 3, "batch": 12, "lr": 3e-3, "warmup_epochs": 0.5},
     "features": {"batch": 16},
     "segments": {"window": 20, "stride": 12},
@@ -47,102 +50,231 @@ SETTINGS = {
 
 
 def write(folder, name="tiny.yaml", **changes) -> Path:
-    """SETTINGS as folder/name, with changes like task={"lr": 1e-3}."""
+    """SETTINGS with changes like task={"lr": 1e-3}, as folder/name. -> folder"""
     settings = copy.deepcopy(SETTINGS)
     for section, fields in changes.items():
         settings[section].update(fields)
-    path = Path(folder) / name
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-def again(source, folder, *without) -> Path:
-    """A copy of everything in `source`, less the run folders of the stages named in `without`."""
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    for stage in without:
-        shutil.rmtree(Path(folder) / "runs/tiny" / stage)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / name).write_text(yaml.safe_dump(settings))
     return Path(folder)
 
 
+def copied(source, folder, without=()) -> Path:
+    """`folder`, now a copy of `source`, less the run folders of the stages in `without`."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    for stage in without:
+        shutil.rmtree(folder / "runs/tiny" / stage)
+    return folder
+
+
 def content(folder) -> dict:
-    """{file: (its bytes, when it was written)} of a whole folder."""
-    return {p.relative_to(folder): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    """{file: (its bytes, when it was written)} of all files below a folder but the locks, which are empty."""
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+def weights(folder, file="last.pt") -> dict:
+    return torch.load(folder / file, weights_only=True)["model"]
+
+
+def same(a: dict, b: dict) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def apart(a: dict, b: dict) -> float:
+    """The largest difference between two sets of weights, attention's key biases left out.
+
+    A key bias adds the same to all scores of a query, which softmax takes away again: no output depends on it, its gradient is 0
+    but for rounding, and Adam, which divides a gradient by its size, makes steps of that rounding. Everything else is compared.
+    """
+    assert a.keys() == b.keys()
+    worst = 0.0
+    for name in a:
+        difference = (a[name].double() - b[name].double()).abs()
+        if name.endswith("qkv.bias"):
+            queries, keys, values = difference.chunk(3)
+            difference = torch.cat([queries, values])
+        worst = max(worst, difference.max().item())
+    return worst
+
+
+def log(folder) -> list[dict]:
+    """log.csv, less the seconds, which differ each time."""
+    with open(folder / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
 
-@dataclass
-class Ended:
-    codes: list                # one per process, negative for a signal
-    said: str                  # what they wrote to stdout and stderr
-
-    @property
-    def code(self):
-        return self.codes[0]
-
-
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["pytest", "train_task", "torch.nn.parallel", "torch.distributed.optim"])
+server.set_forkserver_preload(["pytest", "train_task", "torch._dynamo"])      # the last is what an optimiser imports at its first step
 
 
 def _script(folder, output, environment, hook, arguments):
+    """What a process does: become `python SCRIPT ARGUMENTS` in `folder`."""
     os.chdir(folder)
     os.environ.update(environment)
     with open(output, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
-    sys.argv = [str(ROOT / arguments[0]), *arguments[1:]]
     torch.set_num_threads(1)
+    become(hook, arguments)
+
+
+def become(hook, arguments):
+    sys.argv = [str(ROOT / arguments[0]), *arguments[1:]]
+    sys.path.insert(0, str(ROOT))
     if hook:
         hook()
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+class Ended(NamedTuple):
+    codes: list[int]           # one per process; negative for a signal
+    said: str                  # what they wrote to stdout and stderr
+
+
 class Job:
-    """A script in `world` processes. It goes on until `end` is called, which waits for it."""
+    """A script in `world` processes, from now until `end`."""
 
     def __init__(self, folder, *arguments, world=1, hook=None):
-        self.output = Path(folder) / f".said.{time.monotonic_ns()}"
-        port = {} if world == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        self.processes = []
+        self.output, self.processes, port = Path(folder) / f".said.{time.monotonic_ns()}", [], free_port() if world > 1 else 0
         for rank in range(world):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **port}
-            self.processes.append(server.Process(target=_script, args=(folder, self.output, environment, hook, arguments), daemon=True))
-        with contextlib.chdir(ROOT):                   # the server imports the modules from where it starts
+            environment = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+            self.processes.append(server.Process(target=_script, args=(folder, self.output, environment, hook, arguments)))
+        with contextlib.chdir(ROOT):                   # from where the server imports the modules, once
             for process in self.processes:
                 process.start()
+
+    def said(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
 
     def kill(self):
         for process in self.processes:
             process.kill()
 
     def end(self) -> Ended:
-        limit = time.time() + SECONDS
+        limit = time.monotonic() + SECONDS
         for process in self.processes:
-            process.join(max(0, limit - time.time()))
-        late = [p.pid for p in self.processes if p.exitcode is None]
+            process.join(max(0, limit - time.monotonic()))
+        late = any(process.exitcode is None for process in self.processes)
         self.kill()
         for process in self.processes:
             process.join()
-        said = self.output.read_text() if self.output.exists() else ""
+        said = self.said()
         self.output.unlink(missing_ok=True)
         assert not late, f"still running after {SECONDS} s:\n{said}"
-        return Ended([p.exitcode for p in self.processes], said)
+        return Ended([process.exitcode for process in self.processes], said)
 
 
 def run(folder, *arguments, world=1, hook=None) -> Ended:
-    """`python SCRIPT ARGUMENTS` with `folder` as the working directory."""
     return Job(folder, *arguments, world=world, hook=hook).end()
 
 
-def finish(folder, *arguments, world=1, hook=None) -> str:
+def done(folder, *arguments, world=1, hook=None) -> str:
     """As `run`, for a run that must end well. -> what it said"""
-    ended = run(folder, *arguments, world=world, hook=hook)
-    assert not any(ended.codes), ended.said
-    return ended.said
+    codes, said = run(folder, *arguments, world=world, hook=hook)
+    assert not any(codes), said
+    return said
 
 
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def command(folder, *arguments) -> subprocess.Popen:
+    """A command in a process of its own, as a user starts it: for torchrun."""
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def end(process) -> tuple[int, str]:
+    """-> exit code of a `command`, what it said"""
+    try:
+        said = process.communicate(timeout=SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"still running after {SECONDS} s:\n{process.communicate()[0]}") from None
+    return process.returncode, said
+
+
+def torchrun(*arguments) -> list:
+    return ["-m", "torch.distributed.run", *arguments]
+
+
+# -------------------------------------------------------------------------------------------------------------- hooks
+
+def instead(place: str, replace):
+    """Put `replace(original)` where `place` ("module.function" or "module.Class.method") says."""
+    module, *path, name = place.split(".")
+    owner = importlib.import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, name, replace(getattr(owner, name)))
+
+
+def at(place: str, count: int, act, after=True):
+    """Call `act(*arguments)` once, after or before the `count`-th call of the function at `place`."""
+    calls = 0
+
+    def counting(original):
+        def function(*arguments, **keywords):
+            nonlocal calls
+            calls += 1
+            if calls == count and not after:
+                act(*arguments)
+            result = original(*arguments, **keywords)
+            if calls == count and after:
+                act(*arguments)
+            return result
+        return function
+    instead(place, counting)
+
+
+def send(number, *ignored):
+    os.kill(os.getpid(), number)
+
+
+def stop(place, count, number=signal.SIGKILL, after=True):
+    """A hook: this process gets a signal after (before) the `count`-th call of a function."""
+    return partial(at, place, count, partial(send, number), after)
+
+
+# ---- for torchrun: rank 1 acts after its second step
+
+MIDDLE = 2
+
+
+def killed_once():
+    """The worker is killed; when torchrun has started it again, it is left alone."""
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        at("training.Watch.step", MIDDLE, partial(send, signal.SIGKILL))
+
+
+def all_killed():
+    """One worker kills torchrun and itself; the other follows when it has lost its parent."""
+    def act(*ignored):
+        parent = os.getppid()
+        if os.environ["RANK"] == "1":
+            os.kill(parent, signal.SIGKILL)
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        send(signal.SIGKILL)
+    at("training.Watch.step", MIDDLE, act)
+
+
+def told_to_stop():
+    """The worker tells torchrun to stop, as a scheduler does, and each worker waits until it hears of it."""
+    def act(watch, *ignored):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getppid(), signal.SIGTERM)
+        limit = time.monotonic() + 30
+        while not watch.signal and time.monotonic() < limit:
+            time.sleep(0.01)
+    at("training.Watch.step", MIDDLE, act)
+
+
+if __name__ == "__main__":
+    become(globals()[sys.argv[1]], sys.argv[2:])

@@ -1,0 +1,346 @@
+"""Killed, stopped, restarted, refused: however a run is interrupted, the same command ends with the weights of an undisturbed one."""
+
+import errno
+import io
+import math
+import os
+import re
+import shutil
+import signal
+import time
+from functools import partial
+
+import pytest
+import torch
+
+import tiny
+from tiny import ROOT, STAGES, TINY, Job, apart, content, copied, done, log, run, same, stop, weights
+
+EACH_STEP = ["--set", "run.checkpoint_minutes=1e-9"]       # a checkpoint after every step
+
+
+def ready(source, folder, stage):
+    """A copy of a finished pipeline in which this stage has not begun. -> the copy, the stage's folder in it"""
+    copied(source, folder, [stage])
+    return folder, folder / "runs/tiny" / stage
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """All stages undisturbed in one process, with dropout. Shared: work on a copy."""
+    folder = tiny.write(tmp_path_factory.mktemp("whole"), finetune={"dropout": 0.2}, temporal={"dropout": 0.2})
+    done(folder, *STAGES["task_au"], *TINY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exact(whole, tmp_path_factory):
+    """The same without dropout, whose masks differ with the number of processes."""
+    folder = tiny.write(tmp_path_factory.mktemp("exact"))
+    shutil.copytree(whole / "data", folder / "data")
+    done(folder, *STAGES["task_au"], *TINY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(whole, tmp_path_factory):
+    """The task undisturbed in two processes, with dropout. -> its folder"""
+    folder, stage = ready(whole, tmp_path_factory.mktemp("pair"), "task_au")
+    done(folder, *STAGES["task_au"], *TINY, world=2)
+    return stage
+
+
+def assert_same(folder, expected):
+    """Weights and log of two run folders, bit for bit."""
+    assert same(weights(folder), weights(expected)) and log(folder) == log(expected)
+    assert (folder / "metrics.json").read_bytes() == (expected / "metrics.json").read_bytes()
+    if (expected / "best.pt").exists():
+        assert same(weights(folder, "best.pt"), weights(expected, "best.pt"))
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+def between_the_renames():
+    """Killed when the checkpoint before has been put aside and the new one has not taken its place."""
+    calls = 0
+
+    def counting(replace):
+        def function(source, target):
+            nonlocal calls
+            calls += str(target).endswith("last.pt")
+            if calls == 3 and str(target).endswith("last.pt"):
+                tiny.send(signal.SIGKILL)
+            return replace(source, target)
+        return function
+    tiny.instead("os.replace", counting)
+
+
+def half_written():
+    """Killed with half of a checkpoint in the file."""
+    calls = 0
+
+    def counting(save):
+        def function(state, file):
+            nonlocal calls
+            calls += 1
+            if calls < 4:
+                return save(state, file)
+            whole = io.BytesIO()
+            save(state, whole)
+            file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+            file.flush()
+            tiny.send(signal.SIGKILL)
+        return function
+    tiny.instead("torch.save", counting)
+
+
+MOMENTS = {"before the first checkpoint": stop("training.Watch.step", 1, after=False),
+           "in the first epoch": stop("training.Watch.step", 2),
+           "in the second epoch": stop("training.Watch.step", 7),
+           "after the last step of an epoch": stop("training.RunFolder.log", 1, after=False),
+           "after the row of an epoch": stop("training.RunFolder.log", 1),
+           "while a checkpoint is written": half_written,
+           "between the two renames": between_the_renames,
+           "after the last step": stop("training.Watch.end", 1, after=False),
+           "before the metrics": stop("training.RunFolder.finish", 1, after=False)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_any_moment_and_started_again_a_run_ends_with_the_same_bits(whole, tmp_path, stage):
+    """One folder for each moment, all at work at the same time."""
+    places = {moment: ready(whole, tmp_path / moment.replace(" ", "_"), stage) for moment in MOMENTS}
+    command = [*STAGES[stage], *TINY, *EACH_STEP]
+    jobs = {moment: Job(places[moment][0], *command, hook=hook) for moment, hook in MOMENTS.items()}
+    assert {moment: job.end().codes for moment, job in jobs.items()} == {moment: [-9] for moment in MOMENTS}
+    jobs = {moment: Job(places[moment][0], *command) for moment in MOMENTS}
+    ended = {moment: job.end() for moment, job in jobs.items()}
+    assert {moment: e.said for moment, e in ended.items() if e.codes != [0]} == {}
+    for moment, (folder, place) in places.items():
+        assert ("going on from epoch" in ended[moment].said) == (moment != "before the first checkpoint"), moment
+        assert_same(place, whole / "runs/tiny" / stage)
+
+
+def test_the_whole_pipeline_killed_in_every_stage_ends_with_the_same_bits(whole, tmp_path):
+    """From nothing, by the one command: killed while drawing, in each training and in the extraction."""
+    folder = tiny.write(tmp_path, finetune={"dropout": 0.2}, temporal={"dropout": 0.2})
+    command = [*STAGES["task_au"], *TINY, *EACH_STEP]
+    for hook in (stop("synthetic.draw_video", 3), stop("train_pretrain.draw_reconstruction", 1), stop("train_finetune.validate", 1),
+                 stop("vit.VisionTransformer.features", 12), stop("evaluate.score", 1)):
+        assert run(folder, *command, hook=hook).codes == [-9]
+    done(folder, *command)
+    for stage in STAGES:
+        assert_same(folder / "runs/tiny" / stage, whole / "runs/tiny" / stage)
+    for path in (whole / "runs/tiny/features").glob("*.npy"):
+        assert (folder / "runs/tiny/features" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_may_go_on_with_another_number_of_processes(exact, tmp_path, stage):
+    folder, place = ready(exact, tmp_path, stage)
+    command = [*STAGES[stage], *TINY, *EACH_STEP]
+    for world, steps in ((2, 2), (1, 3), (2, None)):
+        codes, said = run(folder, *command, world=world, hook=steps and stop("training.Watch.step", steps))
+        assert codes == [-9 if steps else 0] * world, said
+    assert apart(weights(place), weights(exact / "runs/tiny" / stage)) < 1e-5
+    for mine, theirs in zip(log(place), log(exact / "runs/tiny" / stage), strict=True):
+        assert [float(v) for v in mine.values()] == pytest.approx([float(v) for v in theirs.values()], rel=2e-5, abs=1e-6)
+
+
+def test_workers_that_read_ahead_change_nothing(whole, tmp_path):
+    """Another run.workers is no other setting: a run may go on with it, to the same bits."""
+    folder, place = ready(whole, tmp_path, "finetune")
+    command = [*STAGES["finetune"], *TINY]
+    assert run(folder, *command, *EACH_STEP, hook=stop("training.Watch.step", 3)).codes == [-9]
+    done(folder, *command, "--set", "run.workers=2")
+    assert_same(place, whole / "runs/tiny/finetune")
+
+
+# --- stopped ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stopped_run_saves_says_so_and_goes_on_to_the_same_bits(whole, tmp_path, stage):
+    """SIGTERM and SIGINT, in a step, in the last step of an epoch, and between two epochs; without checkpoints of its own."""
+    folder, place = ready(whole, tmp_path, stage)
+    command = [*STAGES[stage], *TINY]
+    for number, code, place_and_count in ((signal.SIGTERM, 143, ("training.set_learning_rate", 2)), (signal.SIGINT, 130, ("training.set_learning_rate", 1)),
+                                          (signal.SIGTERM, 143, ("training.RunFolder.log", 1))):
+        codes, said = run(folder, *command, hook=stop(*place_and_count, number))
+        assert codes == [code] and "Traceback" not in said
+        assert re.search(rf"stopped by {number.name} after step \d+; saved, start the same command again to go on", said)
+        assert (place / "last.pt").exists() and not (place / "metrics.json").exists()
+    assert "going on from epoch" in done(folder, *command)
+    assert_same(place, whole / "runs/tiny" / stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_in_the_last_step_of_an_epoch_a_run_goes_on_to_the_same_bits(whole, tmp_path, stage):
+    folder, place = ready(whole, tmp_path, stage)
+    command = [*STAGES[stage], *TINY]
+    steps = int(re.search(r"after step (\d+)", run(folder, *command, hook=stop("training.RunFolder.log", 1, signal.SIGTERM)).said)[1]) - 1
+    shutil.rmtree(place)
+    codes, said = run(folder, *command, hook=stop("training.set_learning_rate", steps, signal.SIGTERM))
+    assert codes == [143] and f"stopped by SIGTERM after step {steps};" in said
+    done(folder, *command)
+    assert_same(place, whole / "runs/tiny" / stage)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_after_the_last_step_of_a_stage_is_not_forgotten(whole, tmp_path, number, code):
+    """The next stage must not begin: a scheduler would kill it."""
+    folder = copied(whole, tmp_path, ["finetune", "features", "task_au"])
+    codes, said = run(folder, *STAGES["task_au"], *TINY, hook=stop("training.RunFolder.log", 2, number))
+    assert codes == [code] and f"stopped by {number.name}" in said and "extracting" not in said
+    done(folder, *STAGES["task_au"], *TINY)
+    assert_same(folder / "runs/tiny/task_au", whole / "runs/tiny/task_au")
+
+
+def test_one_process_of_two_that_is_told_to_stop_stops_both(pair, whole, tmp_path):
+    folder, place = ready(whole, tmp_path, "task_au")
+    command = [*STAGES["task_au"], *TINY]
+    codes, said = run(folder, *command, world=2, hook=partial(only, 1, stop("training.set_learning_rate", 3, signal.SIGTERM)))
+    assert codes == [143, 143] and said.count("stopped by SIGTERM after step 4; saved") == 1
+    done(folder, *command, world=2)
+    assert_same(place, pair)
+
+
+def only(rank, hook):
+    if os.environ["RANK"] == str(rank):
+        hook()
+
+
+# --- under torchrun ---------------------------------------------------------------------------------------------------
+
+def test_under_torchrun_a_run_stopped_then_killed_then_losing_a_worker_ends_with_the_same_bits(pair, whole, tmp_path):
+    """torchrun passes SIGTERM on and ends; it dies with all workers at once; a worker dies and it starts the group again."""
+    folder, place = ready(whole, tmp_path, "task_au")
+    script = [*STAGES["task_au"], *TINY, *EACH_STEP]
+
+    def launched(hook, *options):
+        return tiny.end(tiny.command(folder, *tiny.torchrun("--nproc_per_node=2", *options), ROOT / "tests/tiny.py", hook, *script))
+
+    code, said = launched("told_to_stop")
+    print(code, said)
+    assert code not in (0, 2) and said.count("stopped by SIGTERM after step ") == 1 and (place / "last.pt").exists()
+    code, said = launched("all_killed")
+    assert code == -9 and "going on from epoch 1, step " in said
+    code, said = launched("killed_once", "--max_restarts=3")
+    assert code == 0 and said.count("going on from epoch") == 2, said
+    assert_same(place, pair)
+
+
+def test_two_agents_of_one_process_each_train_as_one_agent_of_two(pair, whole, tmp_path):
+    folder, place = ready(whole, tmp_path, "task_au")
+    meeting = tiny.torchrun("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{tiny.free_port()}", "--rdzv_id=tiny")
+    agents = [tiny.command(folder, *meeting, ROOT / "train_task.py", "--task", "au", *TINY) for _ in range(2)]
+    ended = [tiny.end(agent) for agent in agents]
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert sum("x 2 processes" in said for _, said in ended) == 1             # one of them speaks
+    assert_same(place, pair)
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+def held(folder):
+    """At the third step, wait until there is a file named go."""
+    (folder / "waiting").touch()
+    limit = time.monotonic() + 60
+    while not (folder / "go").exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(whole, tmp_path):
+    folder, place = ready(whole, tmp_path, "task_au")
+    command = [*STAGES["task_au"], *TINY]
+    first = Job(folder, *command, hook=partial(tiny.at, "training.set_learning_rate", 3, partial(call, held, folder)))
+    try:
+        limit = time.monotonic() + 60
+        while not (folder / "waiting").exists():
+            assert time.monotonic() < limit, first.said()
+            time.sleep(0.01)
+        before = content(place)
+        for world in (1, 2):
+            codes, said = run(folder, *command, world=world)
+            assert codes == [2] * world and "error: runs/tiny/task_au: another run is writing here; wait for it, or choose another" in said
+        assert content(place) == before
+    finally:
+        (folder / "go").touch()
+        assert first.end().codes == [0]
+    assert_same(place, whole / "runs/tiny/task_au")
+
+
+def call(function, argument, *ignored):
+    function(argument)
+
+
+@pytest.mark.parametrize("stage, field, old, new", [("pretrain", "pretrain.lr", 0.003, 0.001), ("pretrain", "run.seed", 0, 1),
+                                                    ("finetune", "finetune.dropout", 0.2, 0.1), ("task_au", "task.batch", 3, 4)])
+def test_a_changed_setting_is_refused_and_named(whole, tmp_path, stage, field, old, new):
+    folder, place = ready(whole, tmp_path, stage)
+    command = [*STAGES[stage], *TINY, *EACH_STEP]
+    assert run(folder, *command, hook=stop("training.Watch.step", 2)).codes == [-9]
+    before = content(place)
+    codes, said = run(folder, *command, "--set", f"{field}={new}")
+    assert codes == [2] and said == (f"error: runs/tiny/{stage} was made with other settings; choose another --set run.name=..., or delete it\n"
+                                     f"  {field}: was {old}, now {new}\n")
+    assert content(place) == before
+
+
+def test_a_setting_of_another_stage_is_no_reason_to_refuse(whole, tmp_path):
+    folder, place = ready(whole, tmp_path, "task_au")
+    done(folder, *STAGES["task_au"], *TINY, "--set", "task.epochs_va=9", "--set", "run.checkpoint_minutes=3", "--set", "pretrain.lr=1")
+    assert_same(place, whole / "runs/tiny/task_au")
+
+
+# --- a full disk, a loss that is not finite ---------------------------------------------------------------------------
+
+class Full(io.FileIO):
+    """A file on a disk with 1000 bytes left."""
+    room = 1000
+
+    def write(self, block):
+        Full.room -= len(block)
+        if Full.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(block)
+
+
+def full_disk(buffered):
+    """From the fifth file on that is written by write_file, the disk is full. torch.save sees it in two ways."""
+    import training
+    count = 0
+
+    def opened(path, mode="r", **keywords):
+        nonlocal count
+        count += mode == "wb"
+        if mode != "wb" or count < 5:
+            return open(path, mode, **keywords)
+        return io.BufferedWriter(Full(path, "w")) if buffered else Full(path, "w")
+    training.open = opened
+
+
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "not buffered"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_stops_the_run_with_a_message_and_the_last_checkpoint_goes_on(whole, tmp_path, stage, buffered):
+    folder, place = ready(whole, tmp_path, stage)
+    command = [*STAGES[stage], *TINY, *EACH_STEP]
+    codes, said = run(folder, *command, hook=partial(full_disk, buffered))
+    assert codes == [2] and "Traceback" not in said, said
+    assert "No space left on device; free some space and start the same command again, the last checkpoint is intact" in said
+    steps = torch.load(place / "last.pt", weights_only=True)["at"]["step"]
+    assert steps == 2 and not list(place.glob("*.tmp")) and not list(place.glob(".*.tmp"))
+    assert "going on from epoch 1, step 2" in done(folder, *command)
+    assert_same(place, whole / "runs/tiny" / stage)
+
+
+@pytest.mark.parametrize("stage, section", [("pretrain", "pretrain"), ("finetune", "finetune"), ("task_au", "task")])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_report_and_the_last_finite_checkpoint(whole, tmp_path, stage, section, world):
+    folder, place = ready(whole, tmp_path, stage)
+    for _ in range(2):                                 # and again from the checkpoint, which is finite but hopeless
+        codes, said = run(folder, *STAGES[stage], *TINY, *EACH_STEP, "--set", f"{section}.lr=1e30", world=world)
+        assert codes == [2] * world and "Traceback" not in said
+        assert re.search(r"error: the loss is \S+, the gradient norm \S+ at epoch 1, step \d+, learning rate \S+; this process's batch: \S+", said), said
+        assert re.search(r"\.jpg|frames \d+ to \d+", said) and "Two things to try: a lower learning rate" in said
+        saved = torch.load(place / "last.pt", weights_only=True)
+        assert all(value.isfinite().all() for value in saved["model"].values()) and math.isfinite(saved["at"]["loss"])
+        assert not (place / "metrics.json").exists()
