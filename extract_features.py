@@ -28,7 +28,7 @@ from data import COLUMNS, FOLDERS, find_videos, frame_numbers, frame_path, label
 from images import normalise, read_image, resize
 from vit import VisionTransformer
 
-DEMO_SECONDS = 20     # measured by benchmark.py on two cores
+DEMO_SECONDS = 9     # measured by benchmark.py on two cores
 
 
 def video_lengths(config, videos) -> dict[str, int]:

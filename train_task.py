@@ -30,7 +30,7 @@ from data import SegmentData, label_files, open_videos, split
 from losses import TASK_LOSS
 from temporal import OUTPUTS, SegmentModel
 
-DEMO_SECONDS = 30     # measured by benchmark.py on two cores
+DEMO_SECONDS = 21     # measured by benchmark.py on two cores
 
 
 def stage(config, task: str) -> str:
