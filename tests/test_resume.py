@@ -210,6 +210,7 @@ def only(rank, hook):
 
 # --- under torchrun ---------------------------------------------------------------------------------------------------
 
+@pytest.mark.soak     # now and then gloo hangs while torchrun's restarted workers connect: too uncertain for the quick suite
 def test_under_torchrun_a_run_stopped_then_killed_then_losing_a_worker_ends_with_the_same_bits(pair, whole, tmp_path):
     """torchrun passes SIGTERM on and ends; it dies with all workers at once; a worker dies and it starts the group again."""
     folder, place = ready(whole, tmp_path, "task_au")
