@@ -98,6 +98,7 @@ def noface_path(path: Path) -> Path:
 
 
 def main(config, team):
+    """Extract the features of all videos, or of those that are left."""
     # configuration and input
     checkpoint = Path(config.features.encoder or config.folder("finetune") / "best.pt")
     if not config.features.encoder:

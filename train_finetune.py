@@ -78,6 +78,7 @@ def load_encoder(encoder, path) -> str:
 
 
 def main(config, team):
+    """Fine-tune, or go on with it, until runs/<config>/finetune is finished."""
     # configuration
     f, seed = config.finetune, config.run.seed
     settings = training.settings_of(config, "data.frames", "data.labels", "drawn", "encoder", "finetune", "run.seed")

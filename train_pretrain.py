@@ -79,6 +79,7 @@ def build(config) -> MaskedAutoencoder:
 
 
 def main(config, team):
+    """Pre-train, or go on with it, until runs/<config>/pretrain is finished."""
     # configuration
     p, seed = config.pretrain, config.run.seed
     settings = training.settings_of(config, "data", "drawn", "encoder", "pretrain", "run.seed")

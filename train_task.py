@@ -49,6 +49,7 @@ def features_folder(config, team):
 
 
 def main(config, team, task):
+    """Train on `task`, or go on with it, until runs/<config>/task_<task> is finished; then print its scores."""
     # configuration
     t, seed, epochs = config.task, config.run.seed, getattr(config.task, f"epochs_{task}")
     others = [f"task.epochs_{other}" for other in OUTPUTS if other != task]

@@ -245,6 +245,7 @@ def write_file(path, write):
 
 
 def write_text(path, text: str):
+    """Text as UTF-8, whole or not at all."""
     write_file(path, lambda file: file.write(text.encode()))
 
 
