@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 import zipfile
 import zlib
 from pathlib import Path
@@ -74,7 +75,7 @@ class Team:
     def parallel(self, model):
         """The model under DDP, which averages gradients over processes; the model itself in a single process."""
         model = model.to(self.device)
-        return torch.nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
+        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if self.world > 1 else model
 
 
 def start() -> Team:
@@ -85,8 +86,30 @@ def start() -> Team:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=_fresh_store(), rank=rank, world_size=world)
     return Team(rank, world, device)
+
+
+def _fresh_store():
+    """The store by which processes find each other, without what processes before a restart have left there.
+
+    torchrun keeps one store over all restarts, and PyTorch puts the same keys into it each time: a restarted process reads the
+    address of a dead one, fails or waits for ever. So rank 0 draws a new prefix and hands it to each process that asks under a
+    name of its own. A question of a dead process may be answered too; rank 0 goes on until the living one has thanked for it.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    if rank == 0:
+        prefix = uuid.uuid4().hex
+        for other in range(1, world):
+            while not store.check([f"{prefix}/thanks/{other}"]):
+                store.set("answer/" + store.get(f"question/{other}").decode(), prefix)
+                time.sleep(0.01)
+    else:
+        name = uuid.uuid4().hex
+        store.set(f"question/{rank}", name)
+        prefix = store.get(f"answer/{name}").decode()
+        store.set(f"{prefix}/thanks/{rank}", "")
+    return dist.PrefixStore(prefix, store)
 
 
 def launch(stage, config, *arguments):
