@@ -215,7 +215,7 @@ class Run:
     workers: int = 8
     """Processes that decode images, per training process. 0 = decode in the training process."""
     checkpoint_minutes: float = 10.0
-    """Save at least this often; also after each epoch."""
+    """Save at least this often; also after an epoch, as long as saving takes less than 2 % of the time."""
 
 
 @dataclass

@@ -72,8 +72,9 @@ def ccc_loss(pred, target, valid):
 def expr_loss(logits, target, valid, count=None):
     """Cross-entropy over the valid frames of the batch (eq. 3). Shape: (..., K) logits, (...) classes, (...) mask → scalar.
 
-    `count`: the valid frames of the whole batch over all processes, where the batch is accumulated in pieces: the pieces'
-    losses then add up to the whole batch's.
+    `count`: the valid frames of the whole batch over all processes, where the batch is accumulated in pieces. The result is then
+    this piece's share: the shares of all pieces on all processes add up to the loss. Nothing is sent, so multiply by the number
+    of processes before `backward`, since DDP averages.
     """
     logits = _checked(logits, target, valid, "class")
     logits = logits.masked_fill(~valid[..., None], 0)
@@ -94,7 +95,7 @@ def au_loss(logits, target, valid, count=None):
 def _mean(loss, valid, count):
     total = (loss * valid).sum()
     if count is not None:
-        return all_sum(total) / count
+        return total / count
     total, count = all_sum(torch.stack([total, valid.sum().to(total.dtype)]))
     return total / count.clamp(min=1)
 

@@ -156,8 +156,9 @@ def main(config, team):
                     with team.autocast():
                         logits = ddp(x)
                     part = expr_loss(logits, y, y >= 0, counts[0].clamp(min=1))
-                    part.backward()
+                    (part * team.world).backward()         # DDP averages the gradients over the processes: make it a sum
                 loss = loss + part.detach()
+            loss = all_sum(loss)
             norm = torch.nn.utils.get_total_norm([q.grad for q in model.parameters() if q.grad is not None])
             optimizer.step()
             at = {"epoch": epoch, "step": step + 1, "loss": at["loss"] + loss, "norm": at["norm"] + norm.detach(),
@@ -175,7 +176,7 @@ def main(config, team):
         if f1.mean() > best:
             best = float(f1.mean())
             run.save("best.pt", {"kind": "finetune", "model": model.state_dict(), "epoch": epoch + 1, "score": best})
-        watch.save()
+        watch.epoch()
     watch.end()
 
     # finish

@@ -142,9 +142,10 @@ def main(config, team):
                     x = normalise(x.to(team.device, non_blocking=True))
                     with team.autocast():
                         part, _, _ = ddp(x, u.to(team.device, non_blocking=True))
-                    part = all_sum(part * len(x)) / counts[0].clamp(min=1)    # the mean over the images of all processes
-                    part.backward()
+                    part = part * len(x) / counts[0].clamp(min=1)        # its share of the mean over the images of all processes
+                    (part * team.world).backward()                       # DDP averages the gradients over the processes: make it a sum
                 loss = loss + part.detach()
+            loss = all_sum(loss)
             norm = torch.nn.utils.get_total_norm([q.grad for q in model.parameters() if q.grad is not None])
             optimizer.step()
             at = {"epoch": epoch, "step": step + 1, "loss": at["loss"] + loss, "norm": at["norm"] + norm.detach(),
@@ -159,8 +160,7 @@ def main(config, team):
             team.say(f"  epoch {epoch + 1}/{p.epochs}  loss {last['loss']:.4f}  (a grey image would score about 1)")
             if team.rank == 0:
                 draw_reconstruction(model, faces, run.folder / "reconstruction.png")
-        if time.time() - watch.saved > watch.every or epoch + 1 == p.epochs:
-            watch.save()
+        watch.epoch()
     watch.end()
 
     # finish

@@ -131,7 +131,7 @@ def main(config, team, task):
         if mean > best:
             best = mean
             run.save("best.pt", {"kind": "task", "task": task, "model": model.state_dict(), "epoch": epoch + 1, "score": best})
-        watch.save()
+        watch.epoch()
     watch.end()
 
     # finish

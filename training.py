@@ -447,7 +447,7 @@ class Watch:
         self.run, self.team, self.steps, self.state, self.unit = run, run.team, steps, state, unit
         self.every = 60 * config.run.checkpoint_minutes
         self.began = self.saved = self.printed = time.time()
-        self.done = self.count = self.signal = 0
+        self.done = self.count = self.signal = self.cost = 0
         self.before = None                               # (loss and gradient norm, when they arrive, description) of the step before
         self.pending = None                              # signal flags on their way between the processes
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -487,8 +487,15 @@ class Watch:
     def save(self):
         """Write last.pt, unless the loss has just become infinite. Rank 0 alone, so processes need not agree on when."""
         self.check()
+        began = time.time()
         self.run.save("last.pt", self.state())
         self.saved = time.time()
+        self.cost = self.saved - began                   # seconds
+
+    def epoch(self):
+        """After each epoch: save, unless that would make saving take more than 2 % of the time."""
+        if time.time() - self.saved > 50 * self.cost:
+            self.save()
 
     def _agreed(self) -> int:
         """The signal that some process has received, or 0: the same answer on all processes at the same step.
@@ -518,8 +525,8 @@ class Watch:
         self.before = None
 
     def end(self):
-        """After the last epoch: obey a signal that came too late for a step, and give the signals back."""
-        self.check()
+        """After the last epoch: save, obey a signal that came too late for a step, and give the signals back."""
+        self.save()
         if self.pending:
             self.pending[1].wait()
         received = torch.tensor([self.signal])

@@ -40,15 +40,22 @@ def make_batch(task, world, silent):
     return x, frames, target.masked_fill(~valid, -5 if task == "va" else -1), valid
 
 
-def backward(model, task, batch, pieces=1, count=None):
-    """As a training step does it: gradients cross the network once, with the last piece."""
+def backward(model, task, batch):
+    x, frames, target, valid = batch
+    loss = TASK_LOSS[task](model(x, frames), target, valid)
+    loss.backward()
+    return loss.item()
+
+
+def backward_in_pieces(model, task, batch, pieces, count, world):
+    """As the training steps that accumulate: loss and gradients cross the network once, with the last piece."""
     total = 0.0
     for i, (x, frames, target, valid) in enumerate(zip(*(part.tensor_split(pieces) for part in batch))):
         with model.no_sync() if i < pieces - 1 else contextlib.nullcontext():
-            loss = TASK_LOSS[task](model(x, frames), target, valid, *([] if count is None else [count]))
-            loss.backward()
-        total = total + loss.item()
-    return total
+            share = TASK_LOSS[task](model(x, frames), target, valid, count)
+            (share * world).backward()
+        total = total + share.detach()
+    return all_sum(total).item()
 
 
 def result(model, loss):
@@ -65,10 +72,11 @@ def worker(rank, folder):
         for case, (task, pieces) in CASES.items():
             for silent in SILENT:
                 batch = make_batch(task, world, SILENT[silent])
-                count = batch[3].sum().clamp(min=1) if pieces > 1 else None
                 model = DistributedDataParallel(make_model(task))
                 shard = [part.split(SHARDS[world])[rank] for part in batch]
-                results[case, silent] = result(model, backward(model, task, shard, pieces, count))
+                loss = (backward(model, task, shard) if pieces == 1 else
+                        backward_in_pieces(model, task, shard, pieces, batch[3].sum().clamp(min=1), world))
+                results[case, silent] = result(model, loss)
         x = torch.tensor([rank + 1.0, 10.0 * rank], requires_grad=True)
         total = all_sum(x)
         total.square().sum().backward()

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import stat
+import time
 import traceback
 from types import SimpleNamespace
 
@@ -486,6 +487,22 @@ def test_checkpoints_are_saved_after_the_set_minutes(tmp_path, handlers):
     w.saved -= 61
     w.step(FINITE, FINITE, lambda: "", 2, 8)
     assert run.resume() == {"step": 7} and w.saved > w.began - 1
+
+
+def test_saving_after_each_epoch_takes_2_percent_of_the_time_at_most(tmp_path, handlers):
+    w = watch(run_folder(tmp_path))
+    saved = []
+    w.run.save = lambda name, state: saved.append(name)
+    w.epoch()                                          # the first is not yet known to take any time
+    w.cost, w.saved = 3.0, time.time() - 149
+    w.epoch()
+    assert len(saved) == 1
+    w.saved = time.time() - 151
+    w.epoch()
+    assert len(saved) == 2 and w.cost < 1              # measured anew
+    w.cost, w.saved = 3.0, time.time()
+    w.end()                                            # the last one is always saved
+    assert len(saved) == 3
 
 
 def test_progress_tells_speed_and_time_left(tmp_path, handlers, capsys):
