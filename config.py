@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import shlex
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -207,7 +208,7 @@ class Run:
     name: str = ""
     """Results go to <out>/<name>/<stage>; "" = the name of the configuration file."""
     source: str = ""
-    """The configuration file, set when it is read: for the commands that messages suggest."""
+    """The configuration file and every --set, filled in when they are read: for the commands that messages suggest."""
     out: str = "runs"
     """Folder of all runs; with several machines, one they share."""
     seed: int = 0
@@ -351,7 +352,7 @@ def load(path, overrides=()) -> Config:
     if problems:
         raise ValueError(f"{path}: {len(problems)} problem(s) in the settings\n  " + "\n  ".join(problems))
     config.run.name = config.run.name or Path(path).stem
-    config.run.source = str(path)
+    config.run.source = shlex.join([str(path), *(word for override in overrides for word in ("--set", override))])
     return config
 
 

@@ -407,14 +407,23 @@ class RunFolder:
             self.damaged = self.damaged and name != "last.pt"
 
     def resume(self) -> dict | None:
-        """The last whole checkpoint, or None. A damaged one is named and the one before it used."""
+        """The last whole checkpoint; None before the first. A damaged one is named and the one before it used.
+
+        Raises ValueError if all that are there are damaged: someone should know before weeks of work begin again.
+        """
         for path in (self.folder / "last.pt", self.folder / "previous.pt"):
             if self.team.agree(path.exists()):
+                checkpoint, problem = None, ""
                 try:
-                    return read_checkpoint(path)
+                    checkpoint = read_checkpoint(path)
                 except ValueError as error:
-                    self.team.say(f"warning: {error}; trying the one before")
-                    self.damaged = True                  # not worth keeping as previous.pt
+                    problem = str(error)
+                if not self.team.sum([problem != ""])[0]:
+                    return checkpoint                    # every process could read it
+                self.team.say(f"warning: {problem or f'{path}: not every process can read it'}; trying the one before")
+                self.damaged = True                      # not worth keeping as previous.pt
+        if self.damaged:
+            raise ValueError(f"{self.folder}: no checkpoint here is whole; put a copy in its place, or delete the folder to start from the beginning")
         return None
 
     def finish(self, metrics: dict):

@@ -235,6 +235,8 @@ TABLE = {
                                         "none of 1 labelled videos has features in .*; run extract_features.py"),
     "a fold number out of range": (settings("task: {fold: 5}"), r"task\.fold: got 5, expected 0 \(official split\) or 1 to 4"),
     "a fold number below 0": (settings("{}", "task.fold=-1"), r"task\.fold: got -1, expected 0"),
+    "a fold number out of range, asked of split": (fold(5), "fold: got 5, expected 0"),
+    "0 validation videos in a fold": (fold(4), "fold 4 of 2 scenes leaves nothing to validate on; take fold 0, or label at least 4 scenes"),
     # features
     "features with NaN": (features(np.array([[0, 1], [0, np.nan]], np.float16)), r"v\.npy: NaN or infinity in frames 1 to 2; delete it"),
     "features with infinity": (features(np.array([[0, -np.inf]], np.float16)), r"v\.npy: NaN or infinity in frames 1 to 1"),
@@ -245,6 +247,10 @@ TABLE = {
     "a text file called .npy": (feature_bytes("hello"), PLAIN),
     "an empty feature file": (feature_bytes(""), PLAIN),
     "a feature file cut short": (changed_features(lambda content: content[:-9]), PLAIN),
+    "a zip of arrays called .npy": (npz, PLAIN),
+    "features that are text": (features(np.array([["a"]])), PLAIN),
+    "features that are dates": (features(np.zeros((2, 2), "M8[s]")), PLAIN),
+    "a feature header that is no Python": (changed_features(lambda content: content.replace(b"}", b"(")), PLAIN),
     "features of another width": (two_videos(5, 4), r"b\.npy: features are 5 x 4, expected at least 5 frames .* x 3; delete the folder"),
     "fewer features than labels": (two_videos(4, 3), r"b\.npy: features are 4 x 3, expected at least 5 frames \(as .*b\.txt has\) x 3"),
     # checkpoints
@@ -255,6 +261,7 @@ TABLE = {
     "half a checkpoint": (checkpoint_bytes(lambda content: content[:len(content) // 2]), WHOLE),
     "a flipped bit in a checkpoint": (checkpoint_bytes(flip), r"best\.pt: damaged \(wrong checksum in .*data/0\); use another checkpoint"),
     "a text file as a checkpoint": (checkpoint_bytes(lambda content: b"hello"), WHOLE),
+    "a table as a checkpoint": (checkpoint_bytes(lambda content: b"epoch,loss\n1,0.5\n"), WHOLE),
     "a pickle as a checkpoint": (checkpoint(Evil(), lambda state, file: pickle.dump(state, file, 2)), WHOLE),
     "a hostile pickle in a checkpoint": (checkpoint({"model": Evil()}), WHOLE),
     "a checkpoint that is one tensor": (checkpoint(torch.ones(3)), r"best\.pt: expected a dictionary of tensors, found Tensor"),
@@ -269,13 +276,6 @@ TABLE = {
     "a folder with a run of other settings": (used_folder, r"(?s)run was made with other settings.*task\.lr: was 1, now 2"),
     "an output folder that cannot be written": (lambda d: training.RunFolder(put(d / "file") / "run", config.Config(), {}, ALONE),
                                                 r"file/run: cannot be written .*; choose another place with --set run\.out="),
-    "a zip of arrays called .npy": (npz, PLAIN),
-    "features that are text": (features(np.array([["a"]])), r"v\.npy"),
-    "features that are dates": (features(np.zeros((2, 2), "M8[s]")), r"v\.npy"),
-    "a feature header that is no Python": (changed_features(lambda content: content.replace(b"}", b"(")), r"v\.npy"),
-    "a table as a checkpoint": (checkpoint_bytes(lambda content: b"epoch,loss\n1,0.5\n"), WHOLE),
-    "0 validation videos in a fold": (fold(4), "fold.*4"),
-    "a fold number out of range, asked of split": (fold(5), "fold.*got 5"),
 }
 
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,12 @@ def test_the_command_line_wins_over_the_file_and_the_last_override_over_the_firs
     file.write_text("task: {lr: 1.0e-3, batch: 4}\nsegments: {window: 10, stride: 5}")
     settings = load(file, ["task.lr=2e-3", "segments.stride=7", "task.lr=3e-3"])
     assert (settings.task.lr, settings.task.batch, settings.segments.window, settings.segments.stride) == (3e-3, 4, 10, 7)
+
+
+def test_a_suggested_command_repeats_what_the_user_typed(file):
+    overrides = ["task.lr=1e-3", "data.frames=[a, b c]"]
+    words = shlex.split(load(file, overrides).run.source)
+    assert words == [str(file), "--set", overrides[0], "--set", overrides[1]]
 
 
 def test_what_is_written_as_yaml_reads_back_the_same(file):

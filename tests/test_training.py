@@ -394,8 +394,18 @@ def test_the_last_whole_checkpoint_is_resumed_and_a_damaged_one_is_named(tmp_pat
     assert run.resume() == {"epoch": 2}
     assert "last.pt: not a whole, plain checkpoint" in (said := capsys.readouterr().out) and "trying the one before" in said
     damage(run.folder / "previous.pt")
-    assert run.resume() is None
+    with pytest.raises(ValueError, match="run: no checkpoint here is whole; put a copy in its place, or delete the folder"):
+        run.resume()
     assert "last.pt" in (said := capsys.readouterr().out) and "previous.pt" in said
+
+
+def test_a_checkpoint_that_another_process_cannot_read_is_used_by_none(tmp_path, capsys):
+    """Else the processes would go on from different steps."""
+    run = run_folder(tmp_path)
+    run.save("last.pt", {"epoch": 1}), run.save("last.pt", {"epoch": 2})
+    failed = iter([1.0, 0.0])                                                 # how many processes fail: last.pt, previous.pt
+    run.team = SimpleNamespace(rank=0, agree=lambda x: x, sum=lambda mine: [sum(mine) + next(failed)], say=print)
+    assert run.resume() == {"epoch": 1} and "last.pt: not every process can read it" in capsys.readouterr().out
 
 
 def test_a_save_that_fails_leaves_a_checkpoint_to_resume_from(tmp_path):
