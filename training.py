@@ -12,7 +12,6 @@ No Trainer: each script keeps its loop in full view and calls these. Three rules
 """
 
 import argparse
-import csv
 import dataclasses
 import errno
 import fcntl
@@ -27,6 +26,7 @@ import uuid
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -272,6 +272,12 @@ def write_text(path, text: str):
     write_file(path, lambda file: file.write(text.encode()))
 
 
+def write_array(path, array: np.ndarray):
+    """A .npy file, whole or not at all."""
+    # Given the file itself, NumPy hides the system's error, such as a full disk, behind one of its own.
+    write_file(path, lambda file: np.save(SimpleNamespace(write=file.write), array))
+
+
 def checksum(path) -> int:
     """CRC-32 of a file, read in pieces. Raises ValueError if it cannot be read."""
     crc = 0
@@ -380,21 +386,18 @@ class RunFolder:
             write_text(self.folder / "config.yaml", as_yaml(config))
 
     def log(self, row: dict):
-        """Append one row to log.csv. The first row fixes the columns."""
+        """Add one row to log.csv, whole or not at all. The first row fixes the columns."""
         if self.team.rank == 0:
             path = self.folder / "log.csv"
-            with open(path, "a", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            text = path.read_text() if path.exists() else ",".join(row) + "\n"
+            write_text(path, text + ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()) + "\n")
 
     def cut_log(self, epoch: int):
         """Drop the rows from `epoch` on (counted from 1): a resumed run writes them again."""
         path = self.folder / "log.csv"
         if self.team.rank == 0 and path.exists():
-            rows = path.read_text().splitlines()
-            write_text(path, "".join(f"{r}\n" for i, r in enumerate(rows) if i == 0 or (r[:1].isdigit() and int(r.split(",")[0]) < epoch)))
+            header, *rows = path.read_text().splitlines()
+            write_text(path, "".join(f"{r}\n" for r in [header, *(r for r in rows if int(r.split(",")[0]) < epoch)]))
 
     def save(self, name: str, state: dict):
         """Write `name`, whole or not at all; for last.pt the one before is kept as previous.pt. Rank 0 only."""

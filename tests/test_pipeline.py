@@ -381,6 +381,17 @@ def test_a_frame_without_a_face_repeats_the_one_before_it_and_unlabelled_videos_
     assert metrics(folder / "runs/tiny/features")["videos"] == 8
 
 
+def test_unreadable_images_cost_no_readable_one_of_a_later_batch(one, tmp_path):
+    folder = copied(one, tmp_path, ["features"])
+    frames = folder / "data/Aff-Wild2/cropped_aligned"
+    images = sorted((frames / list(label_files(folder / "data/Aff-Wild2/annotations", "au")["Train_Set"])[0]).iterdir())
+    for path in images[:5]:
+        spoil(path, "truncated")
+    done(folder, "extract_features.py", *TINY, "--set", "features.batch=4")
+    noface = np.load(folder / f"runs/tiny/features/{images[0].parent.name}.noface.npy")
+    assert not noface[[int(path.stem) - 1 for path in images[5:]]].any() and noface[[int(path.stem) - 1 for path in images[:5]]].all()
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 def test_fine_tuning_starts_from_our_pre_training_a_file_of_the_reference_mae_or_nothing(one, tmp_path):

@@ -336,6 +336,16 @@ def test_a_full_disk_stops_the_run_with_a_message_and_the_last_checkpoint_goes_o
     assert_same(place, whole / "runs/tiny" / stage)
 
 
+def test_a_full_disk_stops_an_extraction_with_a_message_and_the_videos_that_are_done_stay(whole, tmp_path):
+    folder, place = ready(whole, tmp_path, "features")
+    codes, said = run(folder, "extract_features.py", *TINY, hook=partial(full_disk, True))
+    assert codes == [2] and "No space left on device; free some space and start the same command again" in said and "Traceback" not in said
+    assert 2 <= len(list(place.glob("*.npy"))) < 2 * 7 and not list(place.glob(".*.tmp"))       # an array and a mask per video
+    done(folder, "extract_features.py", *TINY)
+    for path in (whole / "runs/tiny/features").glob("*.npy"):
+        assert (place / path.name).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("stage, section", [("pretrain", "pretrain"), ("finetune", "finetune"), ("task_au", "task")])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_report_and_the_last_finite_checkpoint(whole, tmp_path, stage, section, world):
