@@ -120,7 +120,8 @@ def main(config, team):
 
     # resume
     at, best = {"epoch": 0, "step": 0, "loss": 0.0, "norm": 0.0, "unreadable": 0}, -1.0
-    if (saved := run.resume()) is not None:
+    found = {"training frames": len(train.rows), "validation frames": len(val.rows)}
+    if (saved := run.resume(found)) is not None:
         training.load_weights(model, saved["model"], run.folder)
         optimizer.load_state_dict(saved["optimizer"])
         at, best = saved["at"], saved["best"]
@@ -129,7 +130,7 @@ def main(config, team):
 
     def state():
         return {"kind": "finetune", "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "best": best, "at": training.plain(at)}
+                "best": best, "at": training.plain(at), "data": found}
 
     watch = training.Watch(run, config, steps * f.epochs, state, "images")
 

@@ -109,7 +109,8 @@ def main(config, team):
 
     # resume
     at, last = {"epoch": 0, "step": 0, "loss": 0.0, "norm": 0.0, "unreadable": 0}, {}      # where the run is, and its sums over this epoch
-    if (saved := run.resume()) is not None:
+    found = {s.name: len(s) for s in sets}
+    if (saved := run.resume(found)) is not None:
         training.load_weights(model, saved["model"], run.folder)
         optimizer.load_state_dict(saved["optimizer"])
         at, last = saved["at"], saved["last"]
@@ -119,7 +120,7 @@ def main(config, team):
 
     def state():
         return {"kind": "pretrain", "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "last": last, "at": training.plain(at)}
+                "last": last, "at": training.plain(at), "data": found}
 
     watch = training.Watch(run, config, steps * p.epochs, state, "images")
 

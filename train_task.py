@@ -85,7 +85,8 @@ def main(config, team, task):
 
     # resume
     at, best = {"epoch": 0, "step": 0, "loss": 0.0, "norm": 0.0}, -2.0
-    if (saved := run.resume()) is not None:
+    found = {"segments": len(train), "validation frames": sum(len(v.labels) for v in val_videos)}
+    if (saved := run.resume(found)) is not None:
         training.load_weights(model, saved["model"], run.folder)
         optimizer.load_state_dict(saved["optimizer"])
         at, best = saved["at"], saved["best"]
@@ -94,7 +95,7 @@ def main(config, team, task):
 
     def state():
         return {"kind": "task", "task": task, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "best": best, "at": training.plain(at)}
+                "best": best, "at": training.plain(at), "data": found}
 
     watch = training.Watch(run, config, steps * epochs, state, "segments")
 

@@ -409,11 +409,15 @@ class RunFolder:
             os.replace(self.folder / "new.pt", path)
             self.damaged = self.damaged and name != "last.pt"
 
-    def resume(self) -> dict | None:
+    def resume(self, data: dict) -> dict | None:
         """The last whole checkpoint; None before the first. A damaged one is named and the one before it used.
 
-        Raises ValueError if all that are there are damaged: someone should know before weeks of work begin again.
+        `data`: how much there is to train on, by kind; a checkpoint holds the same under the key `data`.
+        Raises ValueError if all checkpoints are damaged (someone should know before weeks of work begin again), and if `data`
+        has changed since or is not what rank 0 found, as when a disk is not mounted: the run would go on with what is left.
         """
+        if (first := self.team.agree(data)) != data:
+            raise ValueError(f"this machine has other data than the first one: {data}, there {first}")
         for path in (self.folder / "last.pt", self.folder / "previous.pt"):
             if self.team.agree(path.exists()):
                 checkpoint, problem = None, ""
@@ -421,8 +425,11 @@ class RunFolder:
                     checkpoint = read_checkpoint(path)
                 except ValueError as error:
                     problem = str(error)
-                if not self.team.sum([problem != ""])[0]:
-                    return checkpoint                    # every process could read it
+                if not self.team.sum([problem != ""])[0]:            # every process could read it
+                    if checkpoint.get("data", {}) != data:
+                        raise ValueError(f"{self.folder}: began with {checkpoint.get('data', {})}, found now {data}; "
+                                         "bring the data back, or choose another --set run.name=...")
+                    return checkpoint
                 self.team.say(f"warning: {problem or f'{path}: not every process can read it'}; trying the one before")
                 self.damaged = True                      # not worth keeping as previous.pt
         if self.damaged:

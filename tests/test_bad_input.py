@@ -311,7 +311,7 @@ def test_a_name_in_any_language_and_of_any_length_works_from_labels_to_features(
     run = training.RunFolder(settings.folder("features"), settings, {"run.name": name}, ALONE)
     mask = extract_features.extract(Brightness(), videos[name], 3, run.folder / f"{name}.npy", settings, ALONE)
     run.save("last.pt", {"video": name})
-    assert mask.tolist() == [False, True, False] and run.resume() == {"video": name}
+    assert mask.tolist() == [False, True, False] and run.resume({}) == {"video": name}
     (video,), without, dim = data.open_videos(files, run.folder, "expr")
     part = data.SegmentData([video], "expr", 4, 3)
     x, target, valid, frames = part[0]

@@ -289,6 +289,24 @@ def test_a_changed_setting_is_refused_and_named(whole, tmp_path, stage, field, o
     assert content(place) == before
 
 
+def test_a_run_does_not_go_on_with_less_data_than_it_began_with(whole, tmp_path):
+    """As when a disk is not mounted after a restart."""
+    for stage, gone, before in (("pretrain", "data/RAF-DB", "AffectNet 2017"), ("finetune", "data/Aff-Wild2/cropped_aligned", "training frames"),
+                                ("task_au", "runs/tiny/features", "segments")):
+        folder, place = ready(whole, tmp_path / stage, stage)
+        command = [*STAGES[stage], *TINY, *EACH_STEP]
+        assert run(folder, *command, hook=stop("training.Watch.step", 2)).codes == [-9]
+        kept = {name: file for name, (file, _) in content(place).items()}
+        victim = next(p for p in sorted((folder / gone).rglob("*")) if p.suffix in (".jpg", ".npy") and "noface" not in p.name)
+        victim.rename(folder / "elsewhere")
+        codes, said = run(folder, *command)
+        assert codes == [2] and f"runs/tiny/{stage}: began with {{'{before}'" in said and "bring the data back" in said, said
+        assert {name: file for name, (file, _) in content(place).items()} == kept
+        (folder / "elsewhere").rename(victim)
+        done(folder, *command)
+        assert_same(place, whole / "runs/tiny" / stage)
+
+
 def test_a_setting_of_another_stage_is_no_reason_to_refuse(whole, tmp_path):
     folder, place = ready(whole, tmp_path, "task_au")
     done(folder, *STAGES["task_au"], *TINY, "--set", "task.epochs_va=9", "--set", "run.checkpoint_minutes=3", "--set", "pretrain.lr=1")

@@ -383,19 +383,19 @@ def damage(path):
 
 def test_the_last_whole_checkpoint_is_resumed_and_a_damaged_one_is_named(tmp_path, capsys):
     run = run_folder(tmp_path)
-    assert run.resume() is None
+    assert run.resume({}) is None
     for epoch in (1, 2, 3):
         run.save("last.pt", {"epoch": epoch})
         run.save("best.pt", {"epoch": -epoch})
-        assert run.resume() == {"epoch": epoch}
+        assert run.resume({}) == {"epoch": epoch}
     assert read_checkpoint(run.folder / "previous.pt") == {"epoch": 2} and read_checkpoint(run.folder / "best.pt") == {"epoch": -3}
     assert capsys.readouterr().out == ""
     damage(run.folder / "last.pt")
-    assert run.resume() == {"epoch": 2}
+    assert run.resume({}) == {"epoch": 2}
     assert "last.pt: not a whole, plain checkpoint" in (said := capsys.readouterr().out) and "trying the one before" in said
     damage(run.folder / "previous.pt")
     with pytest.raises(ValueError, match="run: no checkpoint here is whole; put a copy in its place, or delete the folder"):
-        run.resume()
+        run.resume({})
     assert "last.pt" in (said := capsys.readouterr().out) and "previous.pt" in said
 
 
@@ -405,7 +405,7 @@ def test_a_checkpoint_that_another_process_cannot_read_is_used_by_none(tmp_path,
     run.save("last.pt", {"epoch": 1}), run.save("last.pt", {"epoch": 2})
     failed = iter([1.0, 0.0])                                                 # how many processes fail: last.pt, previous.pt
     run.team = SimpleNamespace(rank=0, agree=lambda x: x, sum=lambda mine: [sum(mine) + next(failed)], say=print)
-    assert run.resume() == {"epoch": 1} and "last.pt: not every process can read it" in capsys.readouterr().out
+    assert run.resume({}) == {"epoch": 1} and "last.pt: not every process can read it" in capsys.readouterr().out
 
 
 def test_a_save_that_fails_leaves_a_checkpoint_to_resume_from(tmp_path):
@@ -414,7 +414,7 @@ def test_a_save_that_fails_leaves_a_checkpoint_to_resume_from(tmp_path):
     for _ in range(3):
         with pytest.raises(Exception, match="pickle"):
             run.save("last.pt", {"epoch": 2, "bad": lambda: 0})
-        assert run.resume() == {"epoch": 1}
+        assert run.resume({}) == {"epoch": 1}
     assert not [p for p in run.folder.iterdir() if p.name.endswith(".tmp")]
 
 
@@ -422,10 +422,10 @@ def test_a_save_that_fails_after_a_damaged_checkpoint_keeps_the_good_one(tmp_pat
     run = run_folder(tmp_path)
     run.save("last.pt", {"epoch": 1}), run.save("last.pt", {"epoch": 2})
     damage(run.folder / "last.pt")
-    assert run.resume() == {"epoch": 1}
+    assert run.resume({}) == {"epoch": 1}
     with pytest.raises(Exception, match="pickle"):
         run.save("last.pt", {"epoch": 2, "bad": lambda: 0})
-    assert run.resume() == {"epoch": 1}
+    assert run.resume({}) == {"epoch": 1}
 
 
 def test_a_resumed_run_writes_the_rows_after_its_checkpoint_again(tmp_path):
@@ -485,17 +485,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     with pytest.raises(ValueError, match=rf"(?s)the loss is {loss.item()}, the gradient norm {norm.item()} at step 2 .*a.jpg, b.jpg.*"
                                          "checkpoint in .*run is from before and is kept. Two things to try: a lower learning rate"):
         {"next step": lambda: w.step(FINITE, FINITE, lambda: "", 3, 8), "save": w.save, "end": w.end}[when]()
-    assert run.resume() == {"good": 1}
+    assert run.resume({}) == {"good": 1}
 
 
 def test_checkpoints_are_saved_after_the_set_minutes(tmp_path, handlers):
     run = run_folder(tmp_path)
     w = watch(run, minutes=1)
     w.step(FINITE, FINITE, lambda: "", 1, 8)
-    assert run.resume() is None
+    assert run.resume({}) is None
     w.saved -= 61
     w.step(FINITE, FINITE, lambda: "", 2, 8)
-    assert run.resume() == {"step": 7} and w.saved > w.began - 1
+    assert run.resume({}) == {"step": 7} and w.saved > w.began - 1
 
 
 def test_saving_after_each_epoch_takes_2_percent_of_the_time_at_most(tmp_path, handlers):
@@ -536,7 +536,7 @@ def test_a_signal_saves_says_so_and_ends_with_a_code(tmp_path, capfd, number, co
 
     assert in_child(work) == code
     assert f"stopped by {number.name} after step 7; saved, start the same command again to go on" in capfd.readouterr().out
-    assert run_folder(tmp_path).resume() == {"step": 7}
+    assert run_folder(tmp_path).resume({}) == {"step": 7}
 
 
 def test_a_second_signal_later_ends_the_run_at_once(tmp_path):
@@ -548,7 +548,7 @@ def test_a_second_signal_later_ends_the_run_at_once(tmp_path):
         w.save()
 
     assert in_child(work) == 130
-    assert run_folder(tmp_path).resume() is None
+    assert run_folder(tmp_path).resume({}) is None
 
 
 def test_after_the_end_of_a_run_signals_act_as_usual(tmp_path):
@@ -595,7 +595,7 @@ def train(folder, stop_after=None):
     y = x @ torch.tensor([[1.0], [-2.0], [0.5], [3.0]])
     model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Dropout(0.05), torch.nn.ReLU(), torch.nn.Linear(32, 1))
     optimizer, steps, at = adamw(model, 1e-2, (0.9, 0.99), 0.01), 5, {"epoch": 0, "step": 0}
-    if (saved := run.resume()) is not None:
+    if (saved := run.resume({})) is not None:
         load_weights(model, saved["model"], "last.pt")
         optimizer.load_state_dict(saved["optimizer"])
         at = saved["at"]
