@@ -194,9 +194,9 @@ def end(process) -> tuple[int, str]:
     """-> exit code of a `command`, what it said"""
     try:
         said = process.communicate(timeout=SECONDS)[0]
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as late:      # its workers may live on and hold the pipe open: do not wait for its end
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"still running after {SECONDS} s:\n{process.communicate()[0]}") from None
+        raise AssertionError(f"still running after {SECONDS} s:\n{(late.output or b'').decode()}") from None
     return process.returncode, said
 
 
@@ -255,8 +255,9 @@ def killed_once():
 
 def all_killed():
     """One worker kills torchrun and itself; the other follows when it has lost its parent."""
+    parent = os.getppid()            # asked now: when this worker comes to act, the other may have killed it already
+
     def act(*ignored):
-        parent = os.getppid()
         if os.environ["RANK"] == "1":
             os.kill(parent, signal.SIGKILL)
         while os.getppid() == parent:
