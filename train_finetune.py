@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler
 
 import evaluate
 import synthetic
@@ -139,10 +139,8 @@ def main(config, team):
         began = time.time()
         train.epoch = epoch
         batches = training.Batches(len(train), f.batch, seed, epoch, team, first=at["step"])
-        loader = DataLoader(train, batch_sampler=batches, num_workers=config.run.workers, collate_fn=train.collate,
-                            pin_memory=team.device.type == "cuda")
         model.train()
-        for step, (images, labels) in enumerate(loader, start=at["step"]):
+        for step, (images, labels) in enumerate(training.loader(train, batches, config, team), start=at["step"]):
             now = epoch * steps + step
             lr = training.set_learning_rate(optimizer, now, steps * f.epochs, f.warmup_epochs * steps, f.lr)
             labels = labels.to(team.device, non_blocking=True)
@@ -193,11 +191,10 @@ def main(config, team):
 @torch.no_grad()
 def validate(model, val, config, team) -> np.ndarray:
     """F1 per expression (8,) over the frames of `val`, each read by exactly one process."""
-    loader = DataLoader(torch.utils.data.Subset(val, range(team.rank, len(val), team.world)), batch_size=config.features.batch,
-                        num_workers=config.run.workers, collate_fn=val.collate)
+    batches = BatchSampler(range(team.rank, len(val), team.world), config.features.batch, drop_last=False)
     tally = evaluate.Tally("expr")
     model.eval()
-    for images, labels in loader:
+    for images, labels in training.loader(val, batches, config, team):
         with team.autocast():
             logits = model(normalise(images.to(team.device, non_blocking=True)))
         tally.add(logits.float().cpu().numpy(), labels.numpy())

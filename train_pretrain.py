@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import pictures
 import synthetic
@@ -129,9 +129,7 @@ def main(config, team):
         began = time.time()
         faces.epoch = epoch
         batches = training.Batches(len(faces), p.batch, seed, epoch, team, first=at["step"])
-        loader = DataLoader(faces, batch_sampler=batches, num_workers=config.run.workers, collate_fn=faces.collate,
-                            pin_memory=team.device.type == "cuda")
-        for step, (images, noise, bad) in enumerate(loader, start=at["step"]):
+        for step, (images, noise, bad) in enumerate(training.loader(faces, batches, config, team), start=at["step"]):
             now = epoch * steps + step
             lr = training.set_learning_rate(optimizer, now, steps * p.epochs, p.warmup_epochs * steps, p.lr)
             counts = all_sum(torch.tensor([len(images), bad], dtype=torch.float32, device=team.device))

@@ -19,7 +19,6 @@ import time
 from functools import partial
 
 import torch
-from torch.utils.data import DataLoader
 
 import evaluate
 import extract_features
@@ -103,10 +102,8 @@ def main(config, team, task):
     for epoch in range(at["epoch"], epochs):
         began = time.time()
         batches = training.Batches(len(train), t.batch, seed, epoch, team, first=at["step"])
-        loader = DataLoader(train, batch_sampler=batches, num_workers=config.run.workers, collate_fn=train.collate,
-                            pin_memory=team.device.type == "cuda")
         model.train()
-        for step, batch in enumerate(loader, start=at["step"]):
+        for step, batch in enumerate(training.loader(train, batches, config, team), start=at["step"]):
             x, target, valid, frames = (b.to(team.device, non_blocking=True) for b in batch)
             now = epoch * steps + step
             lr = training.set_learning_rate(optimizer, now, steps * epochs, t.warmup_epochs * steps, t.lr)

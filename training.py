@@ -18,6 +18,7 @@ import fcntl
 import gc
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -33,6 +34,8 @@ import torch
 import torch.distributed as dist
 
 from config import as_yaml
+
+STOP = (signal.SIGTERM, signal.SIGINT)       # what tells a run to save and end
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -125,6 +128,9 @@ def launch(stage, config, *arguments):
               file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # else a DataLoader raises in whatever runs when its worker dies
+        for worker in multiprocessing.active_children():     # after an error; they are deaf to the SIGTERM that Python would send
+            worker.kill()
         if dist.is_initialized():
             # A DDP model that outlives its process group now and then aborts the process at exit ("terminate called without an
             # active exception"): models and loops refer to each other, so collect them first.
@@ -188,6 +194,19 @@ class Batches(torch.utils.data.Sampler):
 
     def __iter__(self):
         return (self.share(step) for step in range(self.first, self.first + len(self)))
+
+
+def loader(dataset, batches, config, team: Team):
+    """PyTorch's DataLoader, started: it goes over `batches` (lists of indices), each put together by `dataset.collate`."""
+    ready = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=config.run.workers, collate_fn=dataset.collate,
+                                        pin_memory=team.device.type == "cuda")
+    # A scheduler sends SIGTERM, and a terminal Ctrl-C, to the workers too, and the training still needs them for its last step.
+    # They inherit what is held back here for ever; this process gets it a moment later.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+    try:
+        return iter(ready)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
 
 
 def pieces(share: int, bytes_each: float, parameters: int, device) -> int:
@@ -469,7 +488,7 @@ class Watch:
         self.done = self.count = self.signal = self.cost = 0
         self.before = None                               # (loss and gradient norm, when they arrive, description) of the step before
         self.pending = None                              # signal flags on their way between the processes
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP:
             signal.signal(number, self._signalled)
 
     def _signalled(self, number, frame):
@@ -551,7 +570,7 @@ class Watch:
         received = torch.tensor([self.signal])
         if self.team.world > 1:
             dist.all_reduce(received, dist.ReduceOp.MAX)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP:
             signal.signal(number, signal.SIG_DFL)
         if received.item():
             self._stop(int(received.item()), self.steps)

@@ -203,6 +203,34 @@ def test_one_process_of_two_that_is_told_to_stop_stops_both(pair, whole, tmp_pat
     assert_same(place, pair)
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_workers_that_are_told_to_stop_too_go_on_until_the_run_has_saved(pair, whole, tmp_path, number, code):
+    """A scheduler, torchrun and a terminal all send their signal to the whole process group."""
+    folder, place = ready(whole, tmp_path, "task_au")
+    command, reading = [*STAGES["task_au"], *TINY], ["--set", "run.workers=2"]
+    codes, said = run(folder, *command, *reading, world=2, hook=partial(group_told, number))
+    assert codes == [code] * 2 and said.count(f"stopped by {number.name} after step 4; saved") == 1 and "worker" not in said
+    done(folder, *command, world=2)
+    assert_same(place, pair)
+
+
+def group_told(number):
+    os.setsid()
+    tiny.at("training.set_learning_rate", 3, lambda *ignored: os.killpg(0, number))
+
+
+def test_a_worker_that_fails_ends_the_run(whole, tmp_path):
+    """The other workers are not waited for."""
+    folder, _ = ready(whole, tmp_path, "task_au")
+    hook = partial(tiny.at, "data.SegmentData.__getitem__", 2, disk_error)
+    codes, said = run(folder, *STAGES["task_au"], *TINY, "--set", "run.workers=2", hook=hook)
+    assert codes == [2] and "the disk is gone" in said, said
+
+
+def disk_error(*ignored):
+    raise OSError("the disk is gone")
+
+
 def only(rank, hook):
     if os.environ["RANK"] == str(rank):
         hook()

@@ -118,6 +118,7 @@ def _script(folder, output, environment, hook, arguments):
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)      # a DataLoader's workers start as they do for a user
     become(hook, arguments)
 
 
