@@ -138,7 +138,7 @@ class Features:
     encoder: str = ""
     """Checkpoint to extract with: "" = this run's finetune/best.pt."""
     batch: int = 256
-    """Frames per forward pass; the most that is in memory at once."""
+    """Frames per forward pass."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ The still-face sets of pre-training are in `faces.py`. Layouts, label codes and 
     python data.py --config configs/paper.yaml      # what is found in your copy: videos, frames, labels per class
 """
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -60,6 +61,11 @@ def read_labels(path, task: str) -> np.ndarray:
     return values[:, 0] if task == "expr" else values
 
 
+def has_labels(root, task: str) -> bool:
+    """Is there a folder of labels for this task? Some teams have those of one task only."""
+    return any((Path(root) / name).is_dir() for name in FOLDERS[task])
+
+
 def label_files(root, task: str) -> dict[str, dict[str, Path]]:
     """{"Train_Set": {video: file}, "Validation_Set": {video: file}} of one task, videos in sorted order.
 
@@ -85,7 +91,7 @@ def label_files(root, task: str) -> dict[str, dict[str, Path]]:
 def find_videos(roots) -> dict[str, Path]:
     """{video: folder of its frames} over several roots, sorted. A nested cropped_aligned/cropped_aligned is entered.
 
-    A video that is in two roots is taken from the first. Raises ValueError for a root that is missing, or when none is found.
+    A video that is in two roots is taken from the first that has frames of it. Raises ValueError for a root that is missing, or when none is found.
     """
     videos: dict[str, Path] = {}
     for root in map(Path, roots):
@@ -94,7 +100,8 @@ def find_videos(roots) -> dict[str, Path]:
         nested = [root / name for name in (root.name, "cropped_aligned") if (root / name).is_dir()]
         for entry in sorted(p for folder in nested[:1] or [root] for p in folder.iterdir()
                             if p.is_dir() and not p.name.startswith(".")):
-            videos.setdefault(entry.name, entry)
+            if entry.name not in videos or not len(frame_numbers(videos[entry.name])):
+                videos[entry.name] = entry
     if not videos:
         raise ValueError(f"data.frames: no video folders in {list(map(str, roots)) or 'an empty list'}; "
                          "expected <video>/00001.jpg below it")
@@ -104,7 +111,7 @@ def find_videos(roots) -> dict[str, Path]:
 def frame_numbers(folder) -> np.ndarray:
     """The numbers of the frames that have a face image, sorted: 00001.jpg is 1."""
     names = (entry.name for entry in os.scandir(folder))
-    numbers = sorted(int(name[:-4]) for name in names if re.fullmatch(r"\d{5}\.jpg|[1-9]\d{5,}\.jpg", name))
+    numbers = sorted(int(name[:-4]) for name in names if re.fullmatch(r"\d{5}\.jpg|[1-9]\d{5,6}\.jpg", name))
     return np.array([n for n in numbers if n > 0], dtype=np.int64)
 
 
@@ -168,12 +175,12 @@ class ExprFrames(Dataset):
 
     def __init__(self, files: dict[str, Path], videos: dict[str, Path], size: int, every: int = 1, crop=None):
         self.size, self.every, self.crop, self.epoch = (size, size), every, crop, 0
-        self.folders, self.without_frames = [], [v for v in files if v not in videos]
-        rows = []
+        self.folders, self.without_frames, rows = [], [], []
         for video, file in files.items():
-            if video not in videos:
+            labels, numbers = read_labels(file, "expr"), frame_numbers(videos[video]) if video in videos else []
+            if not len(numbers):
+                self.without_frames.append(video)
                 continue
-            labels, numbers = read_labels(file, "expr"), frame_numbers(videos[video])
             numbers = numbers[(numbers >= 1) & (numbers <= len(labels))]
             numbers = numbers[labels[numbers - 1] >= 0]
             rows.append(np.stack([np.full(len(numbers), len(self.folders)), numbers, labels[numbers - 1]], axis=1))
@@ -182,7 +189,7 @@ class ExprFrames(Dataset):
         self.rows = np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 3), np.int32)
         if not len(self.rows):
             raise ValueError(f"no frame has both an expression label and an image: {len(files)} label files, "
-                             f"{len(self.without_frames)} of them without a folder of frames; check data.labels and data.frames")
+                             f"{len(self.without_frames)} of them without frames; check data.labels and data.frames")
 
     def __len__(self):
         return -(-len(self.rows) // self.every)          # rounded up, so that the last few have their turn too
@@ -230,7 +237,7 @@ def read_features(path, start: int = 0, end: int | None = None) -> np.ndarray:
         raise
     except Exception as error:           # the header is Python source: a broken one also raises SyntaxError or TokenError
         raise ValueError(f"{path}: not a plain feature array ({error}); {AGAIN}") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or not array.dtype.isnative:
         raise ValueError(f"{path}: not a plain feature array ({getattr(array, 'dtype', 'a zip archive')}); {AGAIN}")
     if array.ndim != 2:
         raise ValueError(f"{path}: array of shape {array.shape}, expected (frames, D); {AGAIN}")
@@ -261,6 +268,12 @@ def open_videos(files: dict[str, Path], features, task: str) -> tuple[list[Video
         raise ValueError(f"none of {len(files)} labelled videos has features in {features}; "
                          "run extract_features.py with the same data.frames")
     return videos, without, dim
+
+
+def encoder_of(features) -> int | None:
+    """The checksum of the encoder that extracted the features in a folder; None if extract_features.py did not make it."""
+    settings = Path(features) / "settings.json"
+    return json.loads(settings.read_text())["encoder checksum"] if settings.exists() else None
 
 
 def read_shape(path) -> tuple[int, int]:
@@ -308,14 +321,16 @@ if __name__ == "__main__":
     from config import from_command_line
     settings = from_command_line(__doc__)[0].data
     try:
-        videos = find_videos(settings.frames)
-        print(f"{len(videos)} videos with frames, {sum(len(frame_numbers(f)) for f in videos.values()):,} face images")
-        for task in COLUMNS:
+        images = {video: frame_numbers(folder) for video, folder in find_videos(settings.frames).items()}
+        print(f"{len(images)} videos with frames, {sum(map(len, images.values())):,} face images")
+        for task in [task for task in COLUMNS if has_labels(settings.labels, task)] or COLUMNS:
             for name, files in label_files(settings.labels, task).items():
-                labels = np.concatenate([read_labels(file, task) for file in files.values()])
+                labels = {video: read_labels(file, task) for video, file in files.items()}
+                faces = [np.isin(np.arange(1, len(labels[video]) + 1), images.get(video, [])) for video in labels]
+                labels, faces = np.concatenate([*labels.values()]), np.concatenate(faces)
                 valid = targets(labels, task)[1].reshape(len(labels), -1).all(axis=1)
                 print(f"{task:5s}{name:15s}{len(files):4d} videos, {len(labels):9,d} frames, {valid.sum():9,d} fully labelled, "
-                      f"{sum(v not in videos for v in files)} videos without frames")
+                      f"{(valid & faces).sum():9,d} of them with a face; {sum(v not in images for v in files)} videos without frames")
                 if task == "expr":
                     print("      per class: " + ", ".join(f"{e} {(labels == i).sum():,}" for i, e in enumerate(EXPRESSIONS)))
                 if task == "au":

@@ -17,7 +17,7 @@ import torch
 import pictures
 import training
 from config import from_command_line
-from data import AUS, EXPRESSIONS, find_videos, frame_numbers, frame_path, open_videos, read_features, segments, split, targets
+from data import AUS, EXPRESSIONS, encoder_of, find_videos, frame_numbers, frame_path, open_videos, read_features, segments, split, targets
 from images import read_image, resize
 from temporal import OUTPUTS, SegmentModel
 
@@ -41,8 +41,13 @@ class Tally:
         self.task, self.sums = task, np.zeros({"va": (2, 6), "expr": (8, 8), "au": (12, 4)}[task])
 
     def add(self, outputs, labels):
-        """outputs (T, K) of the model: values or logits; labels (T, 2), (T,) or (T, 12) with their invalid codes."""
+        """outputs (T, K) of the model: values or logits; labels (T, 2), (T,) or (T, 12) with their invalid codes.
+
+        Raises ValueError for an output that is NaN or infinite: it would count as one class or another.
+        """
         outputs, labels = np.asarray(outputs, dtype=np.float64), np.asarray(labels)
+        if not np.isfinite(outputs).all():
+            raise ValueError("the model's outputs are not finite, so there is nothing to score; use another checkpoint")
         target, valid = targets(labels, self.task)
         if self.task == "va":
             for d in range(2):
@@ -179,17 +184,23 @@ def draw_timeline(model, videos, task, config, team, path, longest: int = 600):
         numbers = [number for number in frame_numbers(folder) if number <= n]
         for i in np.linspace(0, len(numbers) - 1, min(11, len(numbers))).astype(int):
             faces.append(resize(read_image(frame_path(folder, numbers[i])), (112, 112)))
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OSError):
         pass            # features are enough to score: the frames may lie on another machine, and then the picture lacks them
     pictures.timeline(task, NAMES[task], faces, read_features(video.features, 0, n).astype(np.float32),
                       segments(n, config.segments.window, config.segments.stride), np.where(valid, target, np.nan), outputs, path)
 
 
-def load_model(checkpoint, config, task: str, dim: int, team) -> SegmentModel:
-    """The segment model of a checkpoint. Raises ValueError if it is of another task or other sizes (names and shapes listed)."""
+def load_model(checkpoint, config, task: str, dim: int, encoder: int | None, team) -> SegmentModel:
+    """The segment model of a checkpoint, for features (frames, `dim`) of the encoder with checksum `encoder`.
+
+    Raises ValueError if it is of another task or other sizes (names and shapes listed), or was trained on another encoder's features.
+    """
     saved = training.read_checkpoint(checkpoint)
     if saved.get("task", task) != task:
         raise ValueError(f"{checkpoint}: trained for --task {saved['task']}, not {task}")
+    if encoder and saved.get("encoder checksum", encoder) != encoder:
+        raise ValueError(f"{checkpoint}: trained on features of another encoder (checksum {saved['encoder checksum']}, not {encoder}), "
+                         "which mean something else; give the features it was trained on, --set task.features=...")
     model = SegmentModel(dim, OUTPUTS[task], **dataclasses.asdict(config.temporal))
     training.load_weights(model, saved.get("model", saved), checkpoint)
     return model.to(team.device)
@@ -216,7 +227,7 @@ def main(config, team, task, checkpoint):
         training.provide(config, team, "" if (path.parent / "metrics.json").exists() else path, lambda c, t: train_task.main(c, t, task),
                          f"python train_task.py --task {task}", train_task.DEMO_SECONDS)
     videos, without, dim = open_videos(split(config.data.labels, task, config.task.fold)[1], features, task)
-    report(load_model(path, config, task, dim, team), videos, without, task, config, team, path)
+    report(load_model(path, config, task, dim, encoder_of(features), team), videos, without, task, config, team, path)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ where there was no readable face image. Such a frame repeats the feature of the 
 training, validation and test alike; the authors' code repeats in training and uses zeros at test. Row i belongs to frame i + 1.
 
 A video is written under a temporary name and renamed when whole, so a stopped run goes on where it was; videos are shared among
-the processes. In memory are one batch of images and the features of one video, 1.5 kB a frame with ViT-B.
+the processes. In memory are the features of one video, 1.5 kB a frame with ViT-B, and the batches of images that the workers
+(`run.workers`) have read ahead, two each.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import synthetic
 import train_finetune
 import training
 from config import from_command_line
-from data import COLUMNS, FOLDERS, find_videos, frame_numbers, frame_path, label_files, read_labels
+from data import COLUMNS, find_videos, frame_numbers, frame_path, has_labels, label_files, read_labels
 from images import normalise, read_image, resize
 from vit import VisionTransformer
 
@@ -34,9 +35,7 @@ def video_lengths(config, videos) -> dict[str, int]:
     """Frames of each video: its longest label file or its last image, whichever is later. Unlabelled (test) videos count too."""
     lengths = {video: int(frame_numbers(folder).max(initial=0)) for video, folder in videos.items()}
     for task in COLUMNS:
-        if not any((Path(config.data.labels) / name).is_dir() for name in FOLDERS[task]):
-            continue                                       # labels of one task are enough
-        for files in label_files(config.data.labels, task).values():
+        for files in label_files(config.data.labels, task).values() if has_labels(config.data.labels, task) else ():
             for video, file in files.items():
                 if video in lengths:
                     lengths[video] = max(lengths[video], len(read_labels(file, task)))
@@ -88,6 +87,15 @@ def extract(encoder, folder, length: int, path, config, team) -> np.ndarray:
     return noface
 
 
+def extracted(folder, length: int, path) -> np.ndarray | None:
+    """The mask that `extract` wrote when it made `path`; None if there is none, or the video has other frames now."""
+    if path.exists():
+        noface = np.load(noface_path(path))
+        if len(noface) == length and np.array_equal(np.flatnonzero(~noface) + 1, frame_numbers(folder)):
+            return noface
+    return None
+
+
 def noface_path(path: Path) -> Path:
     """<video>.npy -> <video>.noface.npy"""
     return path.with_name(f"{path.name[:-len('.npy')]}.noface.npy")
@@ -124,7 +132,9 @@ def main(config, team):
     done = noface = empty = 0
     for video in mine:
         path = run.folder / f"{video}.npy"
-        mask = np.load(noface_path(path)) if path.exists() else extract(encoder, videos[video], lengths[video], path, config, team)
+        mask = extracted(videos[video], lengths[video], path)
+        if mask is None:
+            mask = extract(encoder, videos[video], lengths[video], path, config, team)
         noface, empty = noface + int(mask.sum()), empty + int(mask.all())
         done += lengths[video]
         if time.time() - printed > 5:

@@ -7,6 +7,8 @@ Images stay uint8 until they are on the device: a batch crosses to the GPU at a 
     python images.py FILE ...      # size and mean colour of each file, or why it is refused
 """
 
+import errno
+import functools
 import io
 import os
 import sys
@@ -20,6 +22,7 @@ MEAN = (0.485, 0.456, 0.406)   # ImageNet, RGB, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 64_000_000        # 8,000 x 8,000: above it a file is a mistake or a decompression bomb
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")    # by content, whatever the name says; Pillow knows 40 more
+NO_IMAGE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)    # not the system's fault
 
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked here, with a message that names the file
 
@@ -28,7 +31,8 @@ def read_image(source) -> Image.Image:
     """Decode one image as RGB.
 
     `source` is a path, or the bytes of a file. The size is read from the header and checked before any pixel is decoded.
-    Raises ValueError naming the file if it is missing, empty, truncated, no image, or larger than MAX_PIXELS.
+    Raises ValueError naming the file if it is missing, empty, truncated, no image, or larger than MAX_PIXELS; the system's OSError
+    if the disk or the network fails: a run that left such images out would train on what happens to be reachable.
     """
     name = "image in memory" if isinstance(source, bytes) else os.fsdecode(source)
     try:
@@ -39,6 +43,8 @@ def read_image(source) -> Image.Image:
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")
     except (OSError, SyntaxError, EOFError, ValueError, TypeError) as error:     # what Pillow raises for files that are none
+        if getattr(error, "errno", None) not in NO_IMAGE:
+            raise
         raise ValueError(f"{name}: not a readable image ({error})") from None
     raise ValueError(f"{name}: {width} x {height} pixels, at most {MAX_PIXELS:,} are read; shrink the image first")
 
@@ -66,17 +72,21 @@ def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Genera
     return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels
 
 
+@functools.cache
+def _mean_and_std(device):
+    """(1, 3, 1, 1) each. Kept, because a new one each time would make the CPU wait for the GPU in each step."""
+    return torch.tensor(MEAN, device=device).view(1, 3, 1, 1), torch.tensor(STD, device=device).view(1, 3, 1, 1)
+
+
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) with ImageNet's mean and deviation, on the device the images are on."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _mean_and_std(images.device)
     return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std   # (B, H, W, 3) -> (B, 3, H, W)
 
 
 def unnormalise(images: torch.Tensor) -> np.ndarray:
     """The way back, for pictures: float (B, 3, H, W) -> uint8 (B, H, W, 3), clipped to what a pixel can hold."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _mean_and_std(images.device)
     pixels = ((images.float() * std + mean) * 255).round().clamp(0, 255)
     return pixels.permute(0, 2, 3, 1).byte().cpu().numpy()           # (B, 3, H, W) -> (B, H, W, 3)
 

@@ -211,7 +211,7 @@ def videos(sizes: Drawn) -> list:
             name = [f"{code}-30-1280x720", f"{120 + code}", f"video{code}_3", f"{code}-60-1920x1080-2"][film % 4]
             name += {5: "_left", 6: "_right"}.get(n % 8, "")
             length = np.random.default_rng([sizes.seed, split, film, 1]).uniform(0.75, 1.5)
-            frames = {0: sizes.frames, 1: min(73, sizes.frames), 2: sizes.frames * 3 // 2}.get(n, int(sizes.frames * length))
+            frames = {0: sizes.frames, 1: min(73, sizes.frames), 2: sizes.frames * 3 // 2}.get(n, max(1, int(sizes.frames * length)))
             tasks = {4: ("VA",), 7: ("AU",), 8: ("EXPR", "AU")}.get(n % 9, ("VA", "EXPR", "AU"))
             out.append(Video(name, split, n, frames, tasks, first))
             first += episodes(frames) * ("EXPR" in tasks)
@@ -297,7 +297,7 @@ def claim(root: Path, sizes: Drawn, rank: int) -> None:
         held = json.loads(mark.read_text()) if mark.exists() else "data that was not drawn"
         if held != description(sizes):
             raise ValueError(f"{root} holds {held}, expected nothing or {description(sizes)}; "
-                             "draw into a new folder, or delete this one")
+                             "draw into a new folder (drawn.root, and the paths under data), or delete this one")
     write_json(mark, sizes, rank)                                            # before any data: data without it is not ours
     (root / "complete.json").unlink(missing_ok=True)                         # until index has run again
 
@@ -401,8 +401,17 @@ def make(config, team):
 
 
 def provide(config, team):
-    """With `data.drawn`, draw the data if it is not there yet; otherwise do nothing."""
+    """With `data.drawn`, draw the data if it is not there yet; otherwise do nothing.
+
+    Raises ValueError if a path under `data` lies elsewhere: a stage would read other data than were drawn for it.
+    """
     if config.data.drawn:
+        root = os.path.abspath(config.drawn.root)
+        for name, value in dataclasses.asdict(config.data).items():
+            for path in value if isinstance(value, list) else [value]:
+                if name != "drawn" and path and not Path(os.path.abspath(path)).is_relative_to(root):
+                    raise ValueError(f"data.{name}: {path} is not in {config.drawn.root} (drawn.root), where data.drawn=true draws; "
+                                     "set both, or data.drawn=false to use your own data")
         missing = "" if is_complete(config.drawn.root, config.drawn) else Path(config.drawn.root) / "complete.json"
         training.provide(config, team, missing, make, "python synthetic.py", DEMO_SECONDS)
 

@@ -99,7 +99,7 @@ def main(config, team):
     val = ExprFrames(val_files, videos, size, f.every)
     for name, part in (("training", train), ("validation", val)):
         team.say(f"  {name}: {len(part.rows):,} labelled frames with a face image in {len(part.folders)} videos"
-                 + (f"; left out, no folder of frames: {', '.join(part.without_frames)}" if part.without_frames else ""))
+                 + (f"; left out, no frames: {', '.join(part.without_frames)}" if part.without_frames else ""))
 
     # model and optimiser
     torch.manual_seed(seed)

@@ -132,7 +132,7 @@ def main(config, team):
         for step, (images, noise, bad) in enumerate(training.loader(faces, batches, config, team), start=at["step"]):
             now = epoch * steps + step
             lr = training.set_learning_rate(optimizer, now, steps * p.epochs, p.warmup_epochs * steps, p.lr)
-            counts = all_sum(torch.tensor([len(images), bad], dtype=torch.float32, device=team.device))
+            counts = all_sum(torch.tensor([len(images), bad], dtype=torch.float32).to(team.device, non_blocking=True))
             optimizer.zero_grad(set_to_none=True)
             loss = 0.0
             for i, (x, u) in enumerate(zip(images.tensor_split(pieces), noise.tensor_split(pieces))):
@@ -178,6 +178,8 @@ def draw_reconstruction(model, faces, path, count: int = 8):
             shown.append(resize(face_set.read(number), faces.size))
         except ValueError:
             continue
+    if not shown:
+        return
     chosen = np.linspace(0, len(shown) - 1, min(count, len(shown))).astype(int)
     images = normalise(torch.from_numpy(np.stack([shown[i] for i in chosen]))).to(next(model.parameters()).device)
     noise = torch.from_numpy(training.generator(0).random((len(images), faces.tokens), dtype=np.float32)).to(images.device)

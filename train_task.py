@@ -25,7 +25,7 @@ import extract_features
 import pictures
 import training
 from config import from_command_line
-from data import SegmentData, label_files, open_videos, split
+from data import SegmentData, encoder_of, has_labels, label_files, open_videos, split
 from losses import TASK_LOSS
 from temporal import OUTPUTS, SegmentModel
 
@@ -52,14 +52,15 @@ def main(config, team, task):
     # configuration
     t, seed, epochs = config.task, config.run.seed, getattr(config.task, f"epochs_{task}")
     others = [f"task.epochs_{other}" for other in OUTPUTS if other != task]
-    run = training.RunFolder(config.folder(stage(config, task)), config,
-                             training.settings_of(config, "data.labels", "segments", "temporal", "task", "run.seed", without=others), team)
+    features = features_folder(config, team)
+    settings = training.settings_of(config, "data.labels", "segments", "temporal", "task", "run.seed", without=others)
+    settings["encoder checksum"] = encoder_of(features)                  # the features of another encoder are other inputs
+    run = training.RunFolder(config.folder(stage(config, task)), config, settings, team)
     if run.finished:
         team.say(f"{run.folder} is finished; nothing to train")
         return evaluate.main(config, team, task, "")
 
     # data
-    features = features_folder(config, team)
     train_files, val_files = split(config.data.labels, task, t.fold)
     videos, train_without, dim = open_videos(train_files, features, task)
     val_videos, val_without, _ = open_videos(val_files, features, task)
@@ -67,7 +68,7 @@ def main(config, team, task):
     for name, part, without in (("training", videos, train_without), ("validation", val_videos, val_without)):
         team.say(f"  {name}: {len(part)} videos, {sum(len(v.labels) for v in part):,} frames"
                  + (f"; left out, no features: {', '.join(without)}" if without else ""))
-    if t.fold:
+    if t.fold and has_labels(config.data.labels, "expr"):
         tuned = set(label_files(config.data.labels, "expr")["Train_Set"])
         if seen := [v.name for v in val_videos if v.name in tuned]:
             team.say(f"  warning: {len(seen)} of {len(val_videos)} validation videos of fold {t.fold} were used to fine-tune the encoder, "
@@ -128,13 +129,14 @@ def main(config, team, task):
         at = {"epoch": epoch + 1, "step": 0, "loss": 0.0, "norm": 0.0}
         if mean > best:
             best = mean
-            run.save("best.pt", {"kind": "task", "task": task, "model": model.state_dict(), "epoch": epoch + 1, "score": best})
+            run.save("best.pt", {"kind": "task", "task": task, "encoder checksum": settings["encoder checksum"],
+                                 "model": model.state_dict(), "epoch": epoch + 1, "score": best})
         watch.epoch()
     watch.end()
 
     # finish
     team.wait()
-    model = evaluate.load_model(run.folder / "best.pt", config, task, dim, team)
+    model = evaluate.load_model(run.folder / "best.pt", config, task, dim, settings["encoder checksum"], team)
     each = evaluate.report(model, val_videos, val_without, task, config, team, run.folder / "best.pt")
     if team.rank == 0:
         pictures.curves(run.folder / "log.csv", run.folder / "curves.png")

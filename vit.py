@@ -49,7 +49,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)   # (B, N, 3D) -> (B, N, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                              # three of (B, H, N, d)
         mask = None if valid is None else valid[:, None, None, :]         # (B, 1, 1, N): the same keys for each query
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout if self.training else 0.0)
+        dropout = dropout if self.training else 0.0
+        # A process may have an empty share of the last batch, and a fused kernel cannot be launched on nothing.
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout) if B else v
         return self.proj(x.transpose(1, 2).reshape(B, N, D))              # (B, H, N, d) -> (B, N, D)
 
 

@@ -18,6 +18,7 @@ import config
 import data
 import extract_features
 import faces
+import synthetic
 import training
 from images import inside, read_image
 
@@ -160,6 +161,10 @@ def no_frames(d):
     return data.ExprFrames({"a": put(d / "a.txt", f"{EXPR}\n0"), "b": put(d / "b.txt", f"{EXPR}\n-1")}, data.find_videos([d / "frames"]), 8)
 
 
+def elsewhere(d):
+    return synthetic.provide(config.load("configs/demo.yaml", [f"drawn.root={d}/new"]), ALONE)
+
+
 def other_architecture(d):
     return training.load_weights(torch.nn.Linear(3, 2), {"weight": torch.zeros(2, 4), "scale": torch.zeros(2)}, "best.pt")
 
@@ -230,9 +235,10 @@ TABLE = {
     "a root of frames that is not there": (lambda d: data.find_videos([d / "none"]), r"data\.frames: .*none is no folder"),
     "a root of frames without videos": (lambda d: data.find_videos([d]), r"data\.frames: no video folders in .*; expected <video>/00001\.jpg below it"),
     "no root of frames": (lambda d: data.find_videos([]), r"data\.frames: no video folders in an empty list"),
-    "no frame with label and image": (no_frames, "no frame has both an expression label and an image: 2 label files, 1 of them without a folder"),
+    "no frame with label and image": (no_frames, "no frame has both an expression label and an image: 2 label files, 2 of them without frames"),
     "no labelled video with features": (lambda d: data.open_videos({"a": put(d / "a.txt", f"{VA}\n0,0")}, d, "va"),
                                         "none of 1 labelled videos has features in .*; run extract_features.py"),
+    "a path outside the drawn data": (elsewhere, r"data\.frames: data/demo/Aff-Wild2/cropped_aligned is not in .*new \(drawn\.root\)"),
     "a fold number out of range": (settings("task: {fold: 5}"), r"task\.fold: got 5, expected 0 \(official split\) or 1 to 4"),
     "a fold number below 0": (settings("{}", "task.fold=-1"), r"task\.fold: got -1, expected 0"),
     "a fold number out of range, asked of split": (fold(5), "fold: got 5, expected 0"),
@@ -249,6 +255,7 @@ TABLE = {
     "a feature file cut short": (changed_features(lambda content: content[:-9]), PLAIN),
     "a zip of arrays called .npy": (npz, PLAIN),
     "features that are text": (features(np.array([["a"]])), PLAIN),
+    "features in another byte order": (features(np.zeros((2, 2), ">f2")), PLAIN),
     "features that are dates": (features(np.zeros((2, 2), "M8[s]")), PLAIN),
     "a feature header that is no Python": (changed_features(lambda content: content.replace(b"}", b"(")), PLAIN),
     "features of another width": (two_videos(5, 4), r"b\.npy: features are 5 x 4, expected at least 5 frames .* x 3; delete the folder"),

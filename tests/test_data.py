@@ -78,16 +78,18 @@ def test_two_expr_folders_are_refused_because_one_of_them_would_be_ignored(tmp_p
 
 # --- frames -----------------------------------------------------------------------------------------------------------
 
-def test_videos_of_several_roots_are_merged_and_the_first_root_wins(tmp_path):
+def test_videos_of_several_roots_are_merged_and_the_first_root_with_frames_wins(tmp_path):
     first, second = tmp_path / "cropped_aligned", tmp_path / "cropped_aligned_new_50_vids"
     for name in NAMES:
         (first / name).mkdir(parents=True)
-    for name in ("136", "new_right"):
+    for name in ("136", "new_right", NAMES[0]):
         (second / name).mkdir(parents=True)
+    for frame in (first / "136/00001.jpg", second / "136/00001.jpg", second / NAMES[0] / "00001.jpg"):
+        frame.touch()
     (first / "readme.txt").write_text("no video")
     videos = find_videos([first, str(second)])
     assert list(videos) == sorted([*NAMES, "new_right"])
-    assert videos["136"] == first / "136" and videos["new_right"] == second / "new_right"
+    assert videos["136"] == first / "136" and videos["new_right"] == second / "new_right" and videos[NAMES[0]] == second / NAMES[0]
 
 
 @pytest.mark.parametrize("inner", ["cropped_aligned/cropped_aligned", "new_50_vids/new_50_vids", "copy/cropped_aligned"])
@@ -99,7 +101,7 @@ def test_a_nested_folder_of_frames_is_entered(tmp_path, inner):
 
 
 def test_frames_are_counted_from_1_by_their_five_digit_names_and_nothing_else_is(tmp_path):
-    for name in ("00002.jpg", "00010.jpg", "00001.jpg", "123456.jpg", "3.jpg", "00003.png", "._00004.jpg", "00005.jpg.tmp", "mask.jpg"):
+    for name in ("00002.jpg", "00010.jpg", "00001.jpg", "123456.jpg", "3.jpg", "00003.png", "._00004.jpg", "00005.jpg.tmp", "mask.jpg", "9" * 30 + ".jpg"):
         (tmp_path / name).touch()
     assert frame_numbers(tmp_path).tolist() == [1, 2, 10, 123456]
     assert [frame_path("v", n).name for n in (1, 47434, 123456)] == ["00001.jpg", "47434.jpg", "123456.jpg"]

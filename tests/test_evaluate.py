@@ -320,12 +320,20 @@ def test_a_checkpoint_of_another_task_or_size_is_refused(tmp_path):
         setattr(config.temporal, name, value)
     model = SegmentModel(5, 12, **SMALL)
     training.write_file(tmp_path / "best.pt", lambda file: torch.save({"task": "au", "model": model.state_dict()}, file))
-    loaded = load_model(tmp_path / "best.pt", config, "au", 5, ALONE)
+    loaded = load_model(tmp_path / "best.pt", config, "au", 5, None, ALONE)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
     with pytest.raises(ValueError, match="best.pt: trained for --task au, not va"):
-        load_model(tmp_path / "best.pt", config, "va", 5, ALONE)
+        load_model(tmp_path / "best.pt", config, "va", 5, None, ALONE)
     with pytest.raises(ValueError, match=r"(?s)best.pt: a checkpoint of another architecture.*file \(8, 5, 3\), model \(8, 6, 3\)"):
-        load_model(tmp_path / "best.pt", config, "au", 6, ALONE)
+        load_model(tmp_path / "best.pt", config, "au", 6, None, ALONE)
+
+
+@pytest.mark.parametrize("task", WIDTH)
+def test_outputs_that_are_not_finite_are_not_scored(task):
+    outputs, labels = draw(task, 20, 0)
+    outputs[3, 1] = np.nan
+    with pytest.raises(ValueError, match="outputs are not finite"):
+        Tally(task).add(outputs, labels)
 
 
 @pytest.mark.parametrize("task", WIDTH)

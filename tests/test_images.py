@@ -1,6 +1,8 @@
 """Images of every kind become RGB or are refused by name; crops stay inside, repeat exactly; normalising loses nothing."""
 
+import errno
 import io
+import os
 import struct
 import zlib
 
@@ -56,6 +58,16 @@ def test_a_missing_empty_truncated_or_foreign_file_is_refused_by_name(tmp_path, 
             read_image(content)
     with pytest.raises(ValueError, match="face.png: not a readable image"):
         read_image(path)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE, errno.EACCES])
+def test_a_disk_that_fails_is_no_broken_image(monkeypatch, number):
+    """A broken image is left out and the training goes on; this one comes back with the disk."""
+    def fail(*arguments, **keywords):
+        raise OSError(number, os.strerror(number), "face.png")
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="face.png"):
+        read_image("face.png")
 
 
 def test_a_folder_is_refused_by_name(tmp_path):

@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+import faces
 import tiny
+import train_pretrain
 from config import load
 from data import find_videos, label_files
 from tiny import ROOT, STAGES, TINY, Job, apart, content, copied, done, log, run, same, weights
@@ -285,6 +287,12 @@ def test_broken_images_among_the_still_faces_are_counted_and_left_out(one, tmp_p
     assert apart(weights(folder / "runs/tiny/pretrain"), alone) < 1e-5 and metrics(folder / "runs/tiny/pretrain")["unreadable"] == 3
 
 
+def test_no_picture_is_drawn_of_faces_that_cannot_be_read(tmp_path):
+    face_set = faces.FaceSet("gone", tmp_path, [b"a.jpg", b"b.jpg"], None, [True, True], {})
+    train_pretrain.draw_reconstruction(None, train_pretrain.Faces([face_set], 8, 4, 0, 0.5), tmp_path / "picture.png")
+    assert not (tmp_path / "picture.png").exists()
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_batch_in_which_nothing_can_be_read_is_left_out(one, tmp_path, world):
     """With one image per step, some processes and some whole steps have none."""
@@ -313,7 +321,7 @@ def test_broken_frames_and_videos_without_any_are_reported_and_training_goes_on(
     for path in (frames / emptied).iterdir():
         path.unlink()
     said = done(folder, "train_finetune.py", *TINY, "--set", "finetune.every=1")
-    assert f"left out, no folder of frames: {absent}" in said
+    assert f"left out, no frames: {absent}" in said and f"left out, no frames: {emptied}" in said
     labelled = [int(p.stem) for p in (frames / faceless).iterdir()]
     assert all(int(row["unreadable"]) >= 3 for row in log(folder / "runs/tiny/finetune")) and len(labelled) > 3
     said = done(folder, "extract_features.py", *TINY, "--set", "finetune.every=1")
@@ -381,6 +389,21 @@ def test_a_frame_without_a_face_repeats_the_one_before_it_and_unlabelled_videos_
     assert metrics(folder / "runs/tiny/features")["videos"] == 8
 
 
+def test_a_video_whose_images_have_changed_since_is_extracted_again(one, tmp_path):
+    """As when it was still being unpacked. Then the extraction was killed."""
+    folder = copied(one, tmp_path)
+    features, frames = folder / "runs/tiny/features", folder / "data/Aff-Wild2/cropped_aligned"
+    (features / "metrics.json").unlink()
+    names = list(label_files(folder / "data/Aff-Wild2/annotations", "au")["Train_Set"])
+    sorted((frames / names[0]).iterdir())[5].unlink()
+    shutil.copy(sorted((frames / names[1]).iterdir())[0], frames / names[1] / "00200.jpg")
+    before = content(features)
+    done(folder, "extract_features.py", *TINY)
+    after = content(features)
+    assert {p for p in before if before[p] != after[p] and p.endswith(".npy") and "noface" not in p} == {f"{name}.npy" for name in names[:2]}
+    assert len(np.load(features / f"{names[1]}.npy")) == 200
+
+
 def test_unreadable_images_cost_no_readable_one_of_a_later_batch(one, tmp_path):
     folder = copied(one, tmp_path, ["features"])
     frames = folder / "data/Aff-Wild2/cropped_aligned"
@@ -434,6 +457,25 @@ def test_a_checkpoint_of_another_task_is_refused(one, tmp_path):
     assert checkpoint in done(folder, "evaluate.py", "--task", "au", *TINY, "--checkpoint", checkpoint)
     codes, said = run(folder, "evaluate.py", "--task", "au", *TINY, "--checkpoint", "runs/tiny/pretrain/last.pt")
     assert codes == [2] and "runs/tiny/pretrain/last.pt" in said and "Traceback" not in said
+
+
+def test_a_model_is_neither_scored_nor_trained_on_with_features_of_another_encoder(one, tmp_path):
+    folder = copied(one, tmp_path, ["features"])
+    done(folder, "extract_features.py", *TINY, "--set", "features.encoder=runs/tiny/pretrain/last.pt")
+    command = ["--set", "features.encoder=runs/tiny/pretrain/last.pt"]
+    codes, said = run(folder, "evaluate.py", "--task", "au", *TINY, *command)
+    assert codes == [2] and "error: runs/tiny/task_au/best.pt: trained on features of another encoder (checksum " in said
+    codes, said = run(folder, *AU, *command, world=2)
+    assert codes == [2, 2] and "runs/tiny/task_au was made with other settings" in said and "encoder checksum: was " in said
+
+
+def test_labels_of_one_task_are_enough(one, tmp_path):
+    folder = copied(one, tmp_path)
+    for other in ("VA_Estimation_Challenge", "EXPR_Classification_Challenge"):
+        shutil.rmtree(folder / "data/Aff-Wild2/annotations" / other)
+    assert "task_au_fold1/best.pt" in done(folder, *AU, "--set", "task.fold=1")
+    said = done(folder, "data.py", *TINY)
+    assert re.search(r"\nau +Train_Set +4 videos, .* of them with a face; 0 videos without frames\n", said) and "va" not in said
 
 
 # --- folds ------------------------------------------------------------------------------------------------------------
