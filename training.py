@@ -205,7 +205,7 @@ def loader(dataset, batches, config, team: Team):
     ready = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=config.run.workers, collate_fn=dataset.collate,
                                         pin_memory=team.device.type == "cuda")
     # A scheduler sends SIGTERM, and a terminal Ctrl-C, to the workers too, and the training still needs them for its last step.
-    # They inherit what is held back here for ever; this process gets it a moment later.
+    # What is blocked here stays blocked in them; this process gets it a moment later.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     try:
         return iter(ready)
