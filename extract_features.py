@@ -43,7 +43,10 @@ def video_lengths(config, videos) -> dict[str, int]:
 
 
 class Frames(Dataset):
-    """The face images of one video. Item: (row, uint8 image (size, size, 3)), or (row, None) if it cannot be read."""
+    """The face images of one video. Item: (row, uint8 image (size, size, 3)), or (row, None) if it cannot be read.
+
+    Row i belongs to frame i + 1.
+    """
 
     def __init__(self, folder, size: int):
         self.folder, self.size, self.numbers = folder, (size, size), frame_numbers(folder)
@@ -52,10 +55,20 @@ class Frames(Dataset):
         return len(self.numbers)
 
     def __getitem__(self, i):
+        number = int(self.numbers[i])
         try:
-            return self.numbers[i] - 1, resize(read_image(frame_path(self.folder, self.numbers[i])), self.size)
+            return number - 1, resize(read_image(frame_path(self.folder, number)), self.size)
         except ValueError:
-            return self.numbers[i] - 1, None
+            return number - 1, None
+
+    @staticmethod
+    def collate(items):
+        """-> images (B, size, size, 3) uint8, their rows, rows of the images that cannot be read; B may be 0."""
+        # As a tensor, images cross to this process in shared memory; as arrays, in a pipe, in which a worker whose parent was killed
+        # would be stuck for ever.
+        good = [image for _, image in items if image is not None]
+        return (torch.from_numpy(np.stack(good)) if good else torch.zeros(0), [row for row, image in items if image is not None],
+                [row for row, image in items if image is None])
 
 
 @torch.no_grad()
@@ -66,14 +79,12 @@ def extract(encoder, folder, length: int, path, config, team) -> np.ndarray:
     """
     noface, unreadable = np.ones(length, bool), []
     features = np.zeros((length, config.encoder.dim), np.float16)
-    loader = DataLoader(Frames(folder, config.encoder.image_size), config.features.batch, num_workers=config.run.workers, collate_fn=list)
-    for items in loader:
-        unreadable += [row for row, image in items if image is None]
-        rows = [row for row, image in items if image is not None]
+    frames = Frames(folder, config.encoder.image_size)
+    for images, rows, bad in DataLoader(frames, config.features.batch, num_workers=config.run.workers, collate_fn=frames.collate):
+        unreadable += bad
         if rows:
-            batch = normalise(torch.from_numpy(np.stack([image for _, image in items if image is not None])).to(team.device))
             with team.autocast():
-                features[rows] = encoder.features(batch, config.finetune.token).half().cpu().numpy()
+                features[rows] = encoder.features(normalise(images.to(team.device)), config.finetune.token).half().cpu().numpy()
             noface[rows] = False
     if unreadable:
         print(f"  left out, not a readable image: {frame_path(folder, unreadable[0] + 1)}"
@@ -85,15 +96,6 @@ def extract(encoder, folder, length: int, path, config, team) -> np.ndarray:
     training.write_array(noface_path(path), noface)
     training.write_array(path, features)
     return noface
-
-
-def extracted(folder, length: int, path) -> np.ndarray | None:
-    """The mask that `extract` wrote when it made `path`; None if there is none, or the video has other frames now."""
-    if path.exists():
-        noface = np.load(noface_path(path))
-        if len(noface) == length and np.array_equal(np.flatnonzero(~noface) + 1, frame_numbers(folder)):
-            return noface
-    return None
 
 
 def noface_path(path: Path) -> Path:
@@ -121,6 +123,9 @@ def main(config, team):
     encoder = encoder.to(team.device).eval()
     videos = find_videos(config.data.frames)
     lengths = video_lengths(config, videos)
+    found = {"videos": len(lengths), "frames": sum(lengths.values())}
+    if run.resume(found) is None:
+        run.save("last.pt", {"data": found})                 # all that one extraction knows of the one before, but for its files
 
     # loop: longest first, so that no process is left with a long video at the end
     order = sorted(lengths, key=lambda v: (-lengths[v], v))
@@ -132,9 +137,7 @@ def main(config, team):
     done = noface = empty = 0
     for video in mine:
         path = run.folder / f"{video}.npy"
-        mask = extracted(videos[video], lengths[video], path)
-        if mask is None:
-            mask = extract(encoder, videos[video], lengths[video], path, config, team)
+        mask = np.load(noface_path(path)) if path.exists() else extract(encoder, videos[video], lengths[video], path, config, team)
         noface, empty = noface + int(mask.sum()), empty + int(mask.all())
         done += lengths[video]
         if time.time() - printed > 5:

@@ -104,10 +104,10 @@ def main(config, team):
     # model and optimiser
     torch.manual_seed(seed)
     model = build(config)
-    if f.start == "none":
+    start = f.start or config.folder("pretrain") / "last.pt"
+    if start == "none":
         team.say("  the encoder starts from random weights, as asked")
     else:
-        start = f.start or config.folder("pretrain") / "last.pt"
         team.say(f"  the encoder starts from {start}; {load_encoder(model.encoder, start)}")
     share, parameters = math.ceil(f.batch / team.world), sum(x.numel() for x in model.parameters())
     tokens = math.prod(model.encoder.patch_embed.grid) + 1
@@ -120,7 +120,8 @@ def main(config, team):
 
     # resume
     at, best = {"epoch": 0, "step": 0, "loss": 0.0, "norm": 0.0, "unreadable": 0}, -1.0
-    found = {"training frames": len(train.rows), "validation frames": len(val.rows)}
+    found = {"training frames": len(train.rows), "validation frames": len(val.rows),
+             "start checksum": training.checksum(start) if start != "none" else None}
     if (saved := run.resume(found)) is not None:
         training.load_weights(model, saved["model"], run.folder)
         optimizer.load_state_dict(saved["optimizer"])
@@ -163,8 +164,8 @@ def main(config, team):
             at = {"epoch": epoch, "step": step + 1, "loss": at["loss"] + loss, "norm": at["norm"] + norm.detach(),
                   "unreadable": at["unreadable"] + counts[1]}
             watch.step(loss, norm, partial(batches.describe, step, lr, train.where), now + 1, f.batch)
-        watch.check()
-        f1 = validate(model, val, config, team)
+        with watch.rest():
+            f1 = validate(model, val, config, team)
         at = training.plain(at)
         row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": at["loss"] / steps,
                "gradient_norm": at["norm"] / steps, "val_f1": f1.mean(), "unreadable": int(at["unreadable"]), "seconds": round(time.time() - began, 2)}

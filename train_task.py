@@ -118,8 +118,8 @@ def main(config, team, task):
             optimizer.step()
             at = {"epoch": epoch, "step": step + 1, "loss": at["loss"] + loss.detach(), "norm": at["norm"] + norm.detach()}
             watch.step(loss, norm, partial(batches.describe, step, lr, train.where), now + 1, t.batch)
-        watch.check()
-        mean = float(evaluate.scores(task, evaluate.score(model, val_videos, task, config, team)).mean())
+        with watch.rest():
+            mean = float(evaluate.scores(task, evaluate.score(model, val_videos, task, config, team)).mean())
         at = training.plain(at)
         run.log({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": at["loss"] / steps,
                  "gradient_norm": at["norm"] / steps, "score": mean, "seconds": round(time.time() - began, 2)})

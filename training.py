@@ -12,6 +12,7 @@ No Trainer: each script keeps its loop in full view and calls these. Three rules
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -25,6 +26,7 @@ import signal
 import sys
 import time
 import uuid
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -79,7 +81,12 @@ class Team:
     def parallel(self, model):
         """The model under DDP, which averages gradients over processes; the model itself in a single process."""
         model = model.to(self.device)
-        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if self.world > 1 else model
+        if self.world == 1:
+            return model
+        # After its first step, DDP rearranges the gradients that it sends together, unless some may be unused. With three processes
+        # or more the place of a gradient decides the order of its sum, so a run that starts again would differ in the last bits.
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=self.device.type == "cpu")
 
 
 def start() -> Team:
@@ -131,6 +138,10 @@ def launch(stage, config, *arguments):
         print(f"error: {error}" + ("; free some space and start the same command again, the last checkpoint is intact" if full else ""),
               file=sys.stderr, flush=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if "by peer" not in str(error):                      # gloo: "Connection closed by peer"
+            raise
+        sys.exit("error: another process of this run has ended; what it said tells why")
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # else a DataLoader raises in whatever runs when its worker dies
         for worker in multiprocessing.active_children():     # after an error; they are deaf to the SIGTERM that Python would send
@@ -335,7 +346,7 @@ def read_checkpoint(path) -> dict:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a whole, plain checkpoint ({reason})") from None
     if damaged:
-        raise ValueError(f"{path}: damaged (wrong checksum in {damaged}); use another checkpoint")
+        raise ValueError(f"{path}: damaged (wrong checksum in {damaged}); put a whole copy in its place, or delete its folder to make it again")
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: expected a dictionary of tensors, found {type(checkpoint).__name__}")
     return checkpoint
@@ -391,7 +402,10 @@ class RunFolder:
             raise ValueError(f"{self.folder}: cannot be written ({error.strerror}); choose another place with --set run.out=...") from None
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # the system lets go of it however the process ends
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"{self.folder}: this disk has no locks ({error.strerror}), which keep a second run away; "
+                                 "choose another place with --set run.out=...") from None
             raise ValueError(f"{self.folder}: another run is writing here; wait for it, or choose another --set run.name=...") from None
         for leftover in self.folder.glob(".*.tmp*"):
             leftover.unlink()                                # half-written files of a killed run
@@ -451,7 +465,7 @@ class RunFolder:
                 if not self.team.sum([problem != ""])[0]:            # every process could read it
                     if checkpoint.get("data", {}) != data:
                         raise ValueError(f"{self.folder}: began with {checkpoint.get('data', {})}, found now {data}; "
-                                         "bring the data back, or choose another --set run.name=...")
+                                         "bring the data back, or choose another --set run.name=..., or delete the folder")
                     return checkpoint
                 self.team.say(f"warning: {problem or f'{path}: not every process can read it'}; trying the one before")
                 self.damaged = True                      # not worth keeping as previous.pt
@@ -490,16 +504,23 @@ class Watch:
         self.every = 60 * config.run.checkpoint_minutes
         self.began = self.saved = self.printed = time.time()
         self.done = self.count = self.signal = self.cost = 0
+        self.resting = False                             # between two steps, while no process waits for another
         self.before = None                               # (loss and gradient norm, when they arrive, description) of the step before
         self.pending = None                              # signal flags on their way between the processes
         for number in STOP:
             signal.signal(number, self._signalled)
 
     def _signalled(self, number, frame):
-        # A terminal sends Ctrl-C to every process and torchrun passes it on: within a second it is the same signal.
-        if self.signal and time.time() - self.signalled > 1:
-            os._exit(128 + number)
-        self.signal, self.signalled = self.signal or number, time.time()
+        # A scheduler signals every process and torchrun passes it on: within a second it is the same signal. That second is waited
+        # for here, because in a long step Python would hear of the copy much later.
+        if self.signal:
+            if time.time() - self.signalled > 1:
+                os._exit(128 + number)
+            return
+        self.signal, self.signalled = number, time.time()
+        time.sleep(1)
+        if self.resting:
+            self._leave()
 
     def step(self, loss, norm, describe, step, count):
         """After optimiser step `step`, counted from 1 over the run. `count` samples were in it; `describe()` tells which."""
@@ -512,7 +533,7 @@ class Watch:
         self.done, self.count = self.done + 1, self.count + count
         now = time.time()
         if stop := self._agreed():
-            self._stop(stop, step)
+            self._stop(stop, f"after step {step:,}")
         if now - self.saved > self.every:
             self.save()
         if now - self.printed > 5:
@@ -520,11 +541,17 @@ class Watch:
             self.team.say(f"  step {step:,} of {self.steps:,}  loss {loss.item():.4f}  "
                           f"{self.count / (now - self.began):,.0f} {self.unit}/s  {clock(left)} left")
 
-    def _stop(self, number: int, step: int):
+    def _stop(self, number: int, where: str):
         self.save()
-        self.team.say(f"stopped by {signal.Signals(number).name} after step {step:,}; saved, start the same command again to go on")
+        self.team.say(f"stopped by {signal.Signals(number).name} {where}; saved, start the same command again to go on")
         self.team.wait()
         sys.exit(128 + number)
+
+    def _leave(self):
+        """As `_stop`, without a word to the other processes, which are signalled too."""
+        self.save()
+        self.team.say(f"stopped by {signal.Signals(self.signal).name} between two epochs; saved, start the same command again to go on")
+        os._exit(128 + self.signal)
 
     def save(self):
         """Write last.pt, unless the loss has just become infinite. Rank 0 alone, so processes need not agree on when."""
@@ -538,6 +565,26 @@ class Watch:
         """After each epoch: save, unless that would make saving take more than 2 % of the time."""
         if time.time() - self.saved > 50 * self.cost:
             self.save()
+
+    @contextlib.contextmanager
+    def rest(self):
+        """Around the validation after an epoch, in which the model does not change: a signal is obeyed at once and not after the next
+        step, because a scheduler gives a process half a minute or so to end."""
+        self.check()
+        self._obey()
+        self.resting = True
+        if self.signal:                                  # came since
+            self._leave()
+        yield
+        self.resting = False
+
+    def _obey(self):
+        """Stop if some process has received a signal. Waits for all of them."""
+        received = torch.tensor([self.signal])
+        if self.team.world > 1:
+            dist.all_reduce(received, dist.ReduceOp.MAX)
+        if received.item():
+            self._stop(int(received.item()), "after an epoch")
 
     def _agreed(self) -> int:
         """The signal that some process has received, or 0: the same answer on all processes at the same step.
@@ -563,7 +610,7 @@ class Watch:
         if not values.isfinite().all():
             raise ValueError(f"the loss is {values[0]}, the gradient norm {values[1]} at {describe()}\n"
                              f"  the last checkpoint in {self.run.folder} is from before and is kept. Two things to try: a lower "
-                             "learning rate (or a longer warm-up), and a look at the files named above")
+                             "learning rate or a longer warm-up (as a run of another --set run.name=...), and a look at the files named above")
         self.before = None
 
     def end(self):
@@ -571,10 +618,6 @@ class Watch:
         self.save()
         if self.pending:
             self.pending[1].wait()
-        received = torch.tensor([self.signal])
-        if self.team.world > 1:
-            dist.all_reduce(received, dist.ReduceOp.MAX)
+        self._obey()
         for number in STOP:
             signal.signal(number, signal.SIG_DFL)
-        if received.item():
-            self._stop(int(received.item()), self.steps)

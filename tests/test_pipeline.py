@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 from functools import partial
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import extract_features
 import faces
 import tiny
 import train_pretrain
@@ -20,7 +22,7 @@ from tiny import ROOT, STAGES, TINY, Job, apart, content, copied, done, log, run
 
 TASKS = ("va", "expr", "au")
 TRAINED = ["pretrain", "finetune", *(f"task_{task}" for task in TASKS)]
-FILES = {"pretrain": {"last.pt", "log.csv", "reconstruction.png"}, "finetune": {"last.pt", "best.pt", "log.csv"}, "features": set(),
+FILES = {"pretrain": {"last.pt", "log.csv", "reconstruction.png"}, "finetune": {"last.pt", "best.pt", "log.csv"}, "features": {"last.pt"},
          "task_au": {"last.pt", "best.pt", "log.csv"}}
 AU = ["train_task.py", "--task", "au", *TINY]
 
@@ -389,19 +391,38 @@ def test_a_frame_without_a_face_repeats_the_one_before_it_and_unlabelled_videos_
     assert metrics(folder / "runs/tiny/features")["videos"] == 8
 
 
-def test_a_video_whose_images_have_changed_since_is_extracted_again(one, tmp_path):
-    """As when it was still being unpacked. Then the extraction was killed."""
-    folder = copied(one, tmp_path)
-    features, frames = folder / "runs/tiny/features", folder / "data/Aff-Wild2/cropped_aligned"
-    (features / "metrics.json").unlink()
-    names = list(label_files(folder / "data/Aff-Wild2/annotations", "au")["Train_Set"])
-    sorted((frames / names[0]).iterdir())[5].unlink()
-    shutil.copy(sorted((frames / names[1]).iterdir())[0], frames / names[1] / "00200.jpg")
-    before = content(features)
+def test_an_extraction_does_not_go_on_with_other_videos_than_it_began_with(one, tmp_path):
+    """Less, when a disk is not mounted; more, when the videos were still being unpacked. All or nothing, on each machine."""
+    folder = copied(one, tmp_path, ["features"])
+    frames, features = folder / "data/Aff-Wild2/cropped_aligned", folder / "runs/tiny/features"
+    assert run(folder, "extract_features.py", *TINY, hook=tiny.stop("vit.VisionTransformer.features", 8)).codes == [-9]
+    video = sorted(frames.iterdir())[0]
+    video.rename(folder / "away")
+    codes, said = run(folder, "extract_features.py", *TINY, world=2)
+    assert codes == [2, 2] and re.search(r"features: began with {'videos': 7, 'frames': (\d+)}, found now {'videos': 6, .*; bring the data back", said)
+    (folder / "away").rename(video)
     done(folder, "extract_features.py", *TINY)
-    after = content(features)
-    assert {p for p in before if before[p] != after[p] and p.endswith(".npy") and "noface" not in p} == {f"{name}.npy" for name in names[:2]}
-    assert len(np.load(features / f"{names[1]}.npy")) == 200
+    assert metrics(features) == metrics(one / "runs/tiny/features")
+    video.rename(folder / "away")
+    assert "features is finished; nothing to do" in done(folder, "extract_features.py", *TINY)
+
+
+def test_a_machine_that_lacks_a_video_is_refused(one, tmp_path):
+    folder = copied(one, tmp_path, ["features"])
+    codes, said = run(folder, "extract_features.py", *TINY, world=2, hook=lacks_one)
+    assert all(codes) and "this machine has other data than the first one: {'videos': 6, " in said
+
+
+def lacks_one():
+    if os.environ["RANK"] == "1":
+        tiny.instead("data.find_videos", lambda found: lambda roots: dict(list(found(roots).items())[1:]))
+
+
+def test_images_reach_the_extraction_as_one_tensor_which_crosses_in_shared_memory():
+    image = np.full((8, 8, 3), 7, np.uint8)
+    images, rows, unreadable = extract_features.Frames.collate([(0, image), (4, None), (5, image)])
+    assert torch.is_tensor(images) and images.shape == (2, 8, 8, 3) and (images == 7).all() and (rows, unreadable) == ([0, 5], [4])
+    assert extract_features.Frames.collate([(4, None)])[1:] == ([], [4])
 
 
 def test_unreadable_images_cost_no_readable_one_of_a_later_batch(one, tmp_path):
@@ -434,6 +455,15 @@ def test_fine_tuning_starts_from_our_pre_training_a_file_of_the_reference_mae_or
     assert "starts from reference.pth; missing keys: none; unexpected keys, left out: decoder_blocks, decoder_embed" in said["reference"]
     assert "starts from encoder.pth; missing keys: none; unexpected keys, left out: none" in said["encoder"]
     assert "starts from random weights, as asked" in said["nothing"]
+
+
+def test_fine_tuning_does_not_go_on_from_another_start(one, tmp_path):
+    folder = copied(one, tmp_path, ["finetune"])
+    assert run(folder, "train_finetune.py", *TINY, "--set", "run.checkpoint_minutes=1e-9", hook=tiny.stop("training.Watch.step", 2)).codes == [-9]
+    shutil.rmtree(folder / "runs/tiny/pretrain")
+    done(folder, "train_pretrain.py", *TINY, "--set", "pretrain.lr=1e-3")
+    codes, said = run(folder, "train_finetune.py", *TINY)
+    assert codes == [2] and "finetune: began with {" in said and "'start checksum': " in said
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_and_what_differs_listed(one, tmp_path):
