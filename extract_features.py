@@ -127,26 +127,27 @@ def main(config, team):
     if run.resume(found) is None:
         run.save("last.pt", {"data": found})                 # all that one extraction knows of the one before, but for its files
 
-    # loop: longest first, so that no process is left with a long video at the end
+    # loop: what is left is shared anew, longest first, so that no process waits long for another's last video
     order = sorted(lengths, key=lambda v: (-lengths[v], v))
-    mine = [v for i, v in enumerate(order) if i % team.world == team.rank]
-    team.say(f"extracting {config.encoder.dim} numbers per frame from {len(videos)} videos, {sum(lengths.values()):,} frames, "
-             f"on {team.device}")
+    left = team.agree([v for v in order if not (run.folder / f"{v}.npy").exists()])
+    mine, kept = left[team.rank::team.world], [v for v in order if v not in left][team.rank::team.world]
+    team.say(f"extracting {config.encoder.dim} numbers per frame from {len(left)} of {len(lengths)} videos, "
+             f"{sum(lengths[v] for v in left):,} frames, on {team.device}")
     team.say(f"  encoder from {checkpoint}; {keys}")
+    masks = [np.load(noface_path(run.folder / f"{v}.npy")) for v in kept]
     began = printed = time.time()
-    done = noface = empty = 0
+    done, total = 0, sum(lengths[v] for v in mine)
     for video in mine:
-        path = run.folder / f"{video}.npy"
-        mask = np.load(noface_path(path)) if path.exists() else extract(encoder, videos[video], lengths[video], path, config, team)
-        noface, empty = noface + int(mask.sum()), empty + int(mask.all())
+        masks.append(extract(encoder, videos[video], lengths[video], run.folder / f"{video}.npy", config, team))
         done += lengths[video]
         if time.time() - printed > 5:
-            printed, total = time.time(), sum(lengths[v] for v in mine)
-            left = (printed - began) / done * (total - done)
-            team.say(f"  {done:,} of {total:,} frames  {done / (printed - began):,.0f} frames/s  {training.clock(left)} left")
+            printed = time.time()
+            rate = done / (printed - began)
+            team.say(f"  {done:,} of {total:,} frames  {rate:,.0f} frames/s  {training.clock((total - done) / rate)} left")
 
     # finish
-    frames, without, empty = team.sum([done, noface, empty]).astype(int).tolist()
+    counts = [sum(map(len, masks)), sum(mask.sum() for mask in masks), sum(mask.all() for mask in masks)]
+    frames, without, empty = team.sum(counts).astype(int).tolist()
     run.finish({"videos": len(lengths) - empty, "frames": frames, "frames_without_face": without, "videos_without_any_face": empty})
     team.say(f"features are finished: {frames:,} frames, {without:,} of them without a face image, in {run.folder}")
 

@@ -14,7 +14,6 @@ No Trainer: each script keeps its loop in full view and calls these. Three rules
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import errno
 import fcntl
 import gc
@@ -97,10 +96,7 @@ def start() -> Team:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        # A day instead of half an hour: in a resumed extraction one process may wait for all of another's videos. That a process has
-        # died, gloo and torchrun notice at once.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=_fresh_store(), rank=rank, world_size=world,
-                                timeout=datetime.timedelta(days=1))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=_fresh_store(), rank=rank, world_size=world)
     return Team(rank, world, device)
 
 
