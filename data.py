@@ -91,7 +91,8 @@ def label_files(root, task: str) -> dict[str, dict[str, Path]]:
 def find_videos(roots) -> dict[str, Path]:
     """{video: folder of its frames} over several roots, sorted. A nested cropped_aligned/cropped_aligned is entered.
 
-    A video that is in two roots is taken from the first that has frames of it. Raises ValueError for a root that is missing, or when none is found.
+    A video that is in two roots is taken from the first that has frames of it.
+    Raises ValueError for a root that is missing, or when no video is found.
     """
     videos: dict[str, Path] = {}
     for root in map(Path, roots):
@@ -273,7 +274,10 @@ def open_videos(files: dict[str, Path], features, task: str) -> tuple[list[Video
 def encoder_of(features) -> int | None:
     """The checksum of the encoder that extracted the features in a folder; None if extract_features.py did not make it."""
     settings = Path(features) / "settings.json"
-    return json.loads(settings.read_text())["encoder checksum"] if settings.exists() else None
+    try:
+        return json.loads(settings.read_text()).get("encoder checksum") if settings.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{settings}: not what extract_features.py wrote ({error})") from None
 
 
 def read_shape(path) -> tuple[int, int]:
@@ -322,6 +326,7 @@ if __name__ == "__main__":
     settings = from_command_line(__doc__)[0].data
     try:
         images = {video: frame_numbers(folder) for video, folder in find_videos(settings.frames).items()}
+        images = {video: numbers for video, numbers in images.items() if len(numbers)}
         print(f"{len(images)} videos with frames, {sum(map(len, images.values())):,} face images")
         for task in [task for task in COLUMNS if has_labels(settings.labels, task)] or COLUMNS:
             for name, files in label_files(settings.labels, task).items():

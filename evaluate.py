@@ -43,11 +43,11 @@ class Tally:
     def add(self, outputs, labels):
         """outputs (T, K) of the model: values or logits; labels (T, 2), (T,) or (T, 12) with their invalid codes.
 
-        Raises ValueError for an output that is NaN or infinite: it would count as one class or another.
+        Raises ValueError for an output that is NaN or infinite, which would count as one class or another.
         """
         outputs, labels = np.asarray(outputs, dtype=np.float64), np.asarray(labels)
         if not np.isfinite(outputs).all():
-            raise ValueError("the model's outputs are not finite, so there is nothing to score; use another checkpoint")
+            raise ValueError("the model's outputs are not finite and cannot be scored")
         target, valid = targets(labels, self.task)
         if self.task == "va":
             for d in range(2):
@@ -198,8 +198,9 @@ def load_model(checkpoint, config, task: str, dim: int, encoder: int | None, tea
     saved = training.read_checkpoint(checkpoint)
     if saved.get("task", task) != task:
         raise ValueError(f"{checkpoint}: trained for --task {saved['task']}, not {task}")
-    if encoder and saved.get("encoder checksum", encoder) != encoder:
-        raise ValueError(f"{checkpoint}: trained on features of another encoder (checksum {saved['encoder checksum']}, not {encoder}), "
+    known = saved.get("encoder checksum")
+    if known and encoder and known != encoder:
+        raise ValueError(f"{checkpoint}: trained on features of another encoder (checksum {known}, not {encoder}), "
                          "which mean something else; give the features it was trained on, --set task.features=...")
     model = SegmentModel(dim, OUTPUTS[task], **dataclasses.asdict(config.temporal))
     training.load_weights(model, saved.get("model", saved), checkpoint)

@@ -43,10 +43,7 @@ def video_lengths(config, videos) -> dict[str, int]:
 
 
 class Frames(Dataset):
-    """The face images of one video. Item: (row, uint8 image (size, size, 3)), or (row, None) if it cannot be read.
-
-    Row i belongs to frame i + 1.
-    """
+    """The face images of one video. Item: (row, uint8 image (size, size, 3)), or (row, None) if it cannot be read."""
 
     def __init__(self, folder, size: int):
         self.folder, self.size, self.numbers = folder, (size, size), frame_numbers(folder)
@@ -125,7 +122,7 @@ def main(config, team):
     lengths = video_lengths(config, videos)
     found = {"videos": len(lengths), "frames": sum(lengths.values())}
     if run.resume(found) is None:
-        run.save("last.pt", {"data": found})                 # all that one extraction knows of the one before, but for its files
+        run.save("last.pt", {"data": found})                 # for the next start to compare
 
     # loop: what is left is shared anew, longest first, so that no process waits long for another's last video
     order = sorted(lengths, key=lambda v: (-lengths[v], v))

@@ -22,7 +22,8 @@ MEAN = (0.485, 0.456, 0.406)   # ImageNet, RGB, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 64_000_000        # 8,000 x 8,000: above it a file is a mistake or a decompression bomb
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")    # by content, whatever the name says; Pillow knows 40 more
-NO_IMAGE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)    # not the system's fault
+# Pillow's own complaints, and the system's when there is no such file.
+NO_IMAGE = (None, errno.EINVAL, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked here, with a message that names the file
 
@@ -31,8 +32,8 @@ def read_image(source) -> Image.Image:
     """Decode one image as RGB.
 
     `source` is a path, or the bytes of a file. The size is read from the header and checked before any pixel is decoded.
-    Raises ValueError naming the file if it is missing, empty, truncated, no image, or larger than MAX_PIXELS; the system's OSError
-    if the disk or the network fails: a run that left such images out would train on what happens to be reachable.
+    Raises ValueError naming the file if it is missing, empty, truncated, no image, or larger than MAX_PIXELS; OSError if the
+    disk fails or is gone: a run that left such images out would train on what happens to be reachable.
     """
     name = "image in memory" if isinstance(source, bytes) else os.fsdecode(source)
     try:
@@ -43,8 +44,9 @@ def read_image(source) -> Image.Image:
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")
     except (OSError, SyntaxError, EOFError, ValueError, TypeError) as error:     # what Pillow raises for files that are none
-        if getattr(error, "errno", None) not in NO_IMAGE:
-            raise
+        gone = isinstance(error, FileNotFoundError) and not os.path.isdir(os.path.dirname(name) or ".")       # with its folder
+        if gone or getattr(error, "errno", None) not in NO_IMAGE:
+            raise OSError(error.errno, error.strerror, name) from None
         raise ValueError(f"{name}: not a readable image ({error})") from None
     raise ValueError(f"{name}: {width} x {height} pixels, at most {MAX_PIXELS:,} are read; shrink the image first")
 

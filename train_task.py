@@ -52,15 +52,14 @@ def main(config, team, task):
     # configuration
     t, seed, epochs = config.task, config.run.seed, getattr(config.task, f"epochs_{task}")
     others = [f"task.epochs_{other}" for other in OUTPUTS if other != task]
-    features = features_folder(config, team)
-    settings = training.settings_of(config, "data.labels", "segments", "temporal", "task", "run.seed", without=others)
-    settings["encoder checksum"] = encoder_of(features)                  # the features of another encoder are other inputs
-    run = training.RunFolder(config.folder(stage(config, task)), config, settings, team)
+    run = training.RunFolder(config.folder(stage(config, task)), config,
+                             training.settings_of(config, "data.labels", "segments", "temporal", "task", "run.seed", without=others), team)
     if run.finished:
         team.say(f"{run.folder} is finished; nothing to train")
         return evaluate.main(config, team, task, "")
 
     # data
+    features = features_folder(config, team)
     train_files, val_files = split(config.data.labels, task, t.fold)
     videos, train_without, dim = open_videos(train_files, features, task)
     val_videos, val_without, _ = open_videos(val_files, features, task)
@@ -85,7 +84,8 @@ def main(config, team, task):
 
     # resume
     at, best = {"epoch": 0, "step": 0, "loss": 0.0, "norm": 0.0}, -2.0
-    found = {"segments": len(train), "validation frames": sum(len(v.labels) for v in val_videos)}
+    encoder = encoder_of(features)
+    found = {"segments": len(train), "validation frames": sum(len(v.labels) for v in val_videos), "encoder checksum": encoder}
     if (saved := run.resume(found)) is not None:
         training.load_weights(model, saved["model"], run.folder)
         optimizer.load_state_dict(saved["optimizer"])
@@ -129,14 +129,14 @@ def main(config, team, task):
         at = {"epoch": epoch + 1, "step": 0, "loss": 0.0, "norm": 0.0}
         if mean > best:
             best = mean
-            run.save("best.pt", {"kind": "task", "task": task, "encoder checksum": settings["encoder checksum"],
-                                 "model": model.state_dict(), "epoch": epoch + 1, "score": best})
+            run.save("best.pt", {"kind": "task", "task": task, "encoder checksum": encoder, "model": model.state_dict(),
+                                 "epoch": epoch + 1, "score": best})
         watch.epoch()
     watch.end()
 
     # finish
     team.wait()
-    model = evaluate.load_model(run.folder / "best.pt", config, task, dim, settings["encoder checksum"], team)
+    model = evaluate.load_model(run.folder / "best.pt", config, task, dim, encoder, team)
     each = evaluate.report(model, val_videos, val_without, task, config, team, run.folder / "best.pt")
     if team.rank == 0:
         pictures.curves(run.folder / "log.csv", run.folder / "curves.png")

@@ -25,7 +25,6 @@ import signal
 import sys
 import time
 import uuid
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -82,10 +81,20 @@ class Team:
         model = model.to(self.device)
         if self.world == 1:
             return model
-        # After its first step, DDP rearranges the gradients that it sends together, unless some may be unused. With three processes
-        # or more the place of a gradient decides the order of its sum, so a run that starts again would differ in the last bits.
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
-        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=self.device.type == "cpu")
+        ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if self.world > 2 and self.device.type == "cpu":
+            ddp.register_comm_hook(self.world, _one_by_one)
+        return ddp
+
+
+def _one_by_one(world: int, bucket):
+    """For DDP: average each gradient of a bucket by itself.
+
+    gloo adds up three or more processes in an order that depends on the place in what is sent together, and DDP rearranges that
+    after its first step: a run that starts again would differ from an undisturbed one in the last bits.
+    """
+    sums = [dist.all_reduce(gradient.div_(world), async_op=True).get_future() for gradient in bucket.gradients()]
+    return torch.futures.collect_all(sums).then(lambda done: bucket.buffer())
 
 
 def start() -> Team:
@@ -137,7 +146,7 @@ def launch(stage, config, *arguments):
     except RuntimeError as error:
         if "by peer" not in str(error):                      # gloo: "Connection closed by peer"
             raise
-        sys.exit("error: another process of this run has ended; what it said tells why")
+        sys.exit("error: another process of this run has ended; see its message or exit code")
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # else a DataLoader raises in whatever runs when its worker dies
         for worker in multiprocessing.active_children():     # after an error; they are deaf to the SIGTERM that Python would send
@@ -212,7 +221,7 @@ def loader(dataset, batches, config, team: Team):
     ready = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=config.run.workers, collate_fn=dataset.collate,
                                         pin_memory=team.device.type == "cuda")
     # A scheduler sends SIGTERM, and a terminal Ctrl-C, to the workers too, and the training still needs them for its last step.
-    # What is blocked here stays blocked in them; this process gets it a moment later.
+    # What is blocked here stays blocked in them; this process gets it after `finally`.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     try:
         return iter(ready)
@@ -342,7 +351,7 @@ def read_checkpoint(path) -> dict:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a whole, plain checkpoint ({reason})") from None
     if damaged:
-        raise ValueError(f"{path}: damaged (wrong checksum in {damaged}); put a whole copy in its place, or delete its folder to make it again")
+        raise ValueError(f"{path}: damaged (wrong checksum in {damaged}); use another copy")
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: expected a dictionary of tensors, found {type(checkpoint).__name__}")
     return checkpoint
@@ -400,7 +409,7 @@ class RunFolder:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # the system lets go of it however the process ends
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(f"{self.folder}: this disk has no locks ({error.strerror}), which keep a second run away; "
+                raise ValueError(f"{self.folder}: cannot be locked ({error.strerror}), so a second run could write here too; "
                                  "choose another place with --set run.out=...") from None
             raise ValueError(f"{self.folder}: another run is writing here; wait for it, or choose another --set run.name=...") from None
         for leftover in self.folder.glob(".*.tmp*"):
@@ -445,7 +454,7 @@ class RunFolder:
     def resume(self, data: dict) -> dict | None:
         """The last whole checkpoint; None before the first. A damaged one is named and the one before it used.
 
-        `data`: how much there is to train on, by kind; a checkpoint holds the same under the key `data`.
+        `data`: what there is to train on, in numbers; a checkpoint holds the same under the key `data`.
         Raises ValueError if all checkpoints are damaged (someone should know before weeks of work begin again), and if `data`
         has changed since or is not what rank 0 found, as when a disk is not mounted: the run would go on with what is left.
         """
@@ -461,7 +470,7 @@ class RunFolder:
                 if not self.team.sum([problem != ""])[0]:            # every process could read it
                     if checkpoint.get("data", {}) != data:
                         raise ValueError(f"{self.folder}: began with {checkpoint.get('data', {})}, found now {data}; "
-                                         "bring the data back, or choose another --set run.name=..., or delete the folder")
+                                         "bring back what it began with, or choose another --set run.name=..., or delete the folder")
                     return checkpoint
                 self.team.say(f"warning: {problem or f'{path}: not every process can read it'}; trying the one before")
                 self.damaged = True                      # not worth keeping as previous.pt
@@ -515,7 +524,7 @@ class Watch:
             return
         self.signal, self.signalled = number, time.time()
         time.sleep(1)
-        if self.resting:
+        if self.resting and self.team.rank == 0:
             self._leave()
 
     def step(self, loss, norm, describe, step, count):
@@ -544,7 +553,7 @@ class Watch:
         sys.exit(128 + number)
 
     def _leave(self):
-        """As `_stop`, without a word to the other processes, which are signalled too."""
+        """As `_stop`, on the process that saves, without waiting for the others: they notice that it has gone."""
         self.save()
         self.team.say(f"stopped by {signal.Signals(self.signal).name} between two epochs; saved, start the same command again to go on")
         os._exit(128 + self.signal)
@@ -567,20 +576,16 @@ class Watch:
         """Around the validation after an epoch, in which the model does not change: a signal is obeyed at once and not after the next
         step, because a scheduler gives a process half a minute or so to end."""
         self.check()
-        self._obey()
         self.resting = True
-        if self.signal:                                  # came since
+        if self.signal and self.team.rank == 0:          # it came since the last step
             self._leave()
-        yield
+        try:
+            yield
+        except RuntimeError:
+            if self.signal:                              # the one that saves has left
+                os._exit(128 + self.signal)
+            raise
         self.resting = False
-
-    def _obey(self):
-        """Stop if some process has received a signal. Waits for all of them."""
-        received = torch.tensor([self.signal])
-        if self.team.world > 1:
-            dist.all_reduce(received, dist.ReduceOp.MAX)
-        if received.item():
-            self._stop(int(received.item()), "after an epoch")
 
     def _agreed(self) -> int:
         """The signal that some process has received, or 0: the same answer on all processes at the same step.
@@ -614,6 +619,10 @@ class Watch:
         self.save()
         if self.pending:
             self.pending[1].wait()
-        self._obey()
+        received = torch.tensor([self.signal])
+        if self.team.world > 1:
+            dist.all_reduce(received, dist.ReduceOp.MAX)
         for number in STOP:
             signal.signal(number, signal.SIG_DFL)
+        if received.item():
+            self._stop(int(received.item()), "after the last step")

@@ -50,7 +50,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                              # three of (B, H, N, d)
         mask = None if valid is None else valid[:, None, None, :]         # (B, 1, 1, N): the same keys for each query
         dropout = dropout if self.training else 0.0
-        # A process may have an empty share of the last batch, and a fused kernel cannot be launched on nothing.
+        # A process may have an empty share of the last batch, which flash attention refuses.
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout) if B else v
         return self.proj(x.transpose(1, 2).reshape(B, N, D))              # (B, H, N, d) -> (B, N, D)
 

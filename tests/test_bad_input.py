@@ -266,7 +266,7 @@ TABLE = {
     "an empty checkpoint": (checkpoint_bytes(lambda content: b""), WHOLE),
     "a checkpoint cut short": (checkpoint_bytes(lambda content: content[:-100]), WHOLE),
     "half a checkpoint": (checkpoint_bytes(lambda content: content[:len(content) // 2]), WHOLE),
-    "a flipped bit in a checkpoint": (checkpoint_bytes(flip), r"best\.pt: damaged \(wrong checksum in .*data/0\); put a whole copy in its place"),
+    "a flipped bit in a checkpoint": (checkpoint_bytes(flip), r"best\.pt: damaged \(wrong checksum in .*data/0\); use another copy"),
     "a text file as a checkpoint": (checkpoint_bytes(lambda content: b"hello"), WHOLE),
     "a table as a checkpoint": (checkpoint_bytes(lambda content: b"epoch,loss\n1,0.5\n"), WHOLE),
     "a pickle as a checkpoint": (checkpoint(Evil(), lambda state, file: pickle.dump(state, file, 2)), WHOLE),

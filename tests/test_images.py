@@ -64,10 +64,17 @@ def test_a_missing_empty_truncated_or_foreign_file_is_refused_by_name(tmp_path, 
 def test_a_disk_that_fails_is_no_broken_image(monkeypatch, number):
     """A broken image is left out and the training goes on; this one comes back with the disk."""
     def fail(*arguments, **keywords):
-        raise OSError(number, os.strerror(number), "face.png")
+        raise OSError(number, os.strerror(number))         # in the middle of a file, the system does not name it
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(OSError, match="face.png"):
         read_image("face.png")
+
+
+def test_a_disk_that_is_gone_is_no_missing_image(tmp_path):
+    with pytest.raises(ValueError, match="face.png: not a readable image"):
+        read_image(tmp_path / "face.png")
+    with pytest.raises(FileNotFoundError, match="video/face.png"):
+        read_image(tmp_path / "video/face.png")
 
 
 def test_a_folder_is_refused_by_name(tmp_path):

@@ -399,7 +399,7 @@ def test_an_extraction_does_not_go_on_with_other_videos_than_it_began_with(one, 
     video = sorted(frames.iterdir())[0]
     video.rename(folder / "away")
     codes, said = run(folder, "extract_features.py", *TINY, world=2)
-    assert codes == [2, 2] and re.search(r"features: began with {'videos': 7, 'frames': (\d+)}, found now {'videos': 6, .*; bring the data back", said)
+    assert codes == [2, 2] and re.search(r"features: began with {'videos': 7, 'frames': (\d+)}, found now {'videos': 6, .*; bring back what it began with", said)
     (folder / "away").rename(video)
     done(folder, "extract_features.py", *TINY)
     assert metrics(features) == metrics(one / "runs/tiny/features")
@@ -495,8 +495,11 @@ def test_a_model_is_neither_scored_nor_trained_on_with_features_of_another_encod
     command = ["--set", "features.encoder=runs/tiny/pretrain/last.pt"]
     codes, said = run(folder, "evaluate.py", "--task", "au", *TINY, *command)
     assert codes == [2] and "error: runs/tiny/task_au/best.pt: trained on features of another encoder (checksum " in said
+    codes, said = run(folder, *AU, *command)
+    assert codes == [2] and "is finished; nothing to train" in said and "trained on features of another encoder" in said
+    (folder / "runs/tiny/task_au/metrics.json").unlink()
     codes, said = run(folder, *AU, *command, world=2)
-    assert codes == [2, 2] and "runs/tiny/task_au was made with other settings" in said and "encoder checksum: was " in said
+    assert codes == [2, 2] and "runs/tiny/task_au: began with {" in said and "'encoder checksum': " in said
 
 
 def test_labels_of_one_task_are_enough(one, tmp_path):

@@ -354,7 +354,7 @@ def test_a_disk_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     monkeypatch.setattr("fcntl.lockf", refuse)
-    with pytest.raises(ValueError, match="run: this disk has no locks .No locks available.*choose another place with --set run.out="):
+    with pytest.raises(ValueError, match="run: cannot be locked .No locks available.*choose another place with --set run.out="):
         run_folder(tmp_path)
 
 
