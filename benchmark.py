@@ -51,6 +51,7 @@ def run(script, *arguments, processes: int = 2) -> tuple[float, float]:
 
 
 def score(name: str, task: str) -> float:
+    """What a finished run has written into its metrics.json."""
     return json.loads(Path(f"runs/{name}/task_{task}/metrics.json").read_text())["score"]
 
 

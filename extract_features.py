@@ -7,8 +7,8 @@ Writes to runs/<config>/features, for each video: <video>.npy, float16 (frames, 
 where there was no readable face image. Such a frame repeats the feature of the frame before it (at the start: after it), in
 training, validation and test alike; the authors' code repeats in training and uses zeros at test. Row i belongs to frame i + 1.
 
-A video is written under a temporary name and renamed when whole, so a stopped run goes on where it was; videos are shared among
-the processes. In memory are the features of one video, 1.5 kB a frame with ViT-B, and the batches of images that the workers
+A video is written under a temporary name and renamed when whole, so a stopped run goes on where it was, with the videos that it
+began with (last.pt tells how many); they are shared among the processes. In memory are the features of one video, 1.5 kB a frame with ViT-B, and the batches of images that the workers
 (`run.workers`) have read ahead, two each.
 """
 
@@ -122,7 +122,7 @@ def main(config, team):
     lengths = video_lengths(config, videos)
     found = {"videos": len(lengths), "frames": sum(lengths.values())}
     if run.resume(found) is None:
-        run.save("last.pt", {"data": found})                 # for the next start to compare
+        run.save("last.pt", {"data": found})                 # compared by the next start
 
     # loop: what is left is shared anew, longest first, so that no process waits long for another's last video
     order = sorted(lengths, key=lambda v: (-lengths[v], v))

@@ -407,10 +407,10 @@ def provide(config, team):
     """
     if config.data.drawn:
         root = os.path.abspath(config.drawn.root)
-        for name, value in dataclasses.asdict(config.data).items():
+        for name, value in training.settings_of(config, "data", without=["data.drawn"]).items():
             for path in value if isinstance(value, list) else [value]:
-                if name != "drawn" and path and not Path(os.path.abspath(path)).is_relative_to(root):
-                    raise ValueError(f"data.{name}: {path} is not in {config.drawn.root} (drawn.root), where data.drawn=true draws; "
+                if path and not Path(os.path.abspath(path)).is_relative_to(root):
+                    raise ValueError(f"{name}: {path} is not in {config.drawn.root} (drawn.root), where data.drawn=true draws; "
                                      "set both, or data.drawn=false to use your own data")
         missing = "" if is_complete(config.drawn.root, config.drawn) else Path(config.drawn.root) / "complete.json"
         training.provide(config, team, missing, make, "python synthetic.py", DEMO_SECONDS)

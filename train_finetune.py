@@ -88,9 +88,9 @@ def main(config, team):
 
     # data
     synthetic.provide(config, team)
+    start = f.start or config.folder("pretrain") / "last.pt"
     if not f.start:
-        file = config.folder("pretrain") / "last.pt"
-        training.provide(config, team, "" if (file.parent / "metrics.json").exists() else file, train_pretrain.main,
+        training.provide(config, team, "" if (start.parent / "metrics.json").exists() else start, train_pretrain.main,
                          "python train_pretrain.py", train_pretrain.DEMO_SECONDS)
     videos, (train_files, val_files) = find_videos(config.data.frames), split(config.data.labels, "expr", 0)
     size = config.encoder.image_size
@@ -104,7 +104,6 @@ def main(config, team):
     # model and optimiser
     torch.manual_seed(seed)
     model = build(config)
-    start = f.start or config.folder("pretrain") / "last.pt"
     if start == "none":
         team.say("  the encoder starts from random weights, as asked")
     else:

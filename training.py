@@ -132,7 +132,7 @@ def _fresh_store():
 
 
 def launch(stage, config, *arguments):
-    """Run `stage(config, team, *arguments)`; turn a refusal into one line and exit code 2, and a signal into 128 + its number."""
+    """Run `stage(config, team, *arguments)`. Exit code 2 and one line for a refusal, 1 and one line when another process has died."""
     team = start()
     try:
         stage(config, team, *arguments)
@@ -547,16 +547,19 @@ class Watch:
                           f"{self.count / (now - self.began):,.0f} {self.unit}/s  {clock(left)} left")
 
     def _stop(self, number: int, where: str):
-        self.save()
-        self.team.say(f"stopped by {signal.Signals(number).name} {where}; saved, start the same command again to go on")
+        """On all processes together: save and end with the exit code of a process that signal `number` has ended."""
+        self._save_and_say(number, where)
         self.team.wait()
         sys.exit(128 + number)
 
     def _leave(self):
-        """As `_stop`, on the process that saves, without waiting for the others: they notice that it has gone."""
-        self.save()
-        self.team.say(f"stopped by {signal.Signals(self.signal).name} between two epochs; saved, start the same command again to go on")
+        """The same on the process that saves alone: the others notice that it has gone."""
+        self._save_and_say(self.signal, "between two epochs")
         os._exit(128 + self.signal)
+
+    def _save_and_say(self, number: int, where: str):
+        self.save()
+        self.team.say(f"stopped by {signal.Signals(number).name} {where}; saved, start the same command again to go on")
 
     def save(self):
         """Write last.pt, unless the loss has just become infinite. Rank 0 alone, so processes need not agree on when."""

@@ -50,9 +50,9 @@ def bomb(width, height):
 def listed(name):
     """A name from a list, in a data root that has a link out of it."""
     def call(d):
-        put(d / "secret.jpg"), put(d / "root/a.jpg")
-        (d / "root/link.jpg").symlink_to(d / "secret.jpg")
-        return inside(d / "root", name.format(d))
+        put(d / "secret.jpg"), put(d / "set/a.jpg")
+        (d / "set/link.jpg").symlink_to(d / "secret.jpg")
+        return inside(d / "set", name.format(d))
     return call
 
 
@@ -190,8 +190,8 @@ TABLE = {
     "an image one pixel wide and far too long": (image(bomb(1, 64_000_001)), "face.png: 1 x 64000001 pixels, at most 64,000,000 are read"),
     # names in lists
     "a listed name that climbs out": (listed("../secret.jpg"), r"'\.\./secret\.jpg' " + LEAVES),
-    "a listed name that climbs out and back": (listed("../root/a.jpg"), LEAVES),
-    "an absolute name in a list": (listed("{}/root/a.jpg"), LEAVES),
+    "a listed name that climbs out and back": (listed("../set/a.jpg"), LEAVES),
+    "an absolute name in a list": (listed("{}/set/a.jpg"), LEAVES),
     "a listed link that leads out": (listed("link.jpg"), r"'link\.jpg' " + LEAVES),
     "a CSV with a name that climbs out": (affectnet("../../etc/passwd,0,0,1,1,,0,0,0"), r"training\.csv line 2: .* " + LEAVES),
     "a CSV with an absolute name": (affectnet("/etc/passwd,0,0,1,1,,0,0,0"), r"training\.csv line 2: .* " + LEAVES),
@@ -258,6 +258,8 @@ TABLE = {
     "features in another byte order": (features(np.zeros((2, 2), ">f2")), PLAIN),
     "features that are dates": (features(np.zeros((2, 2), "M8[s]")), PLAIN),
     "a feature header that is no Python": (changed_features(lambda content: content.replace(b"}", b"(")), PLAIN),
+    "a settings.json beside features that is cut short": (lambda d: data.encoder_of(put(d / "settings.json", '{"enc').parent),
+                                                          r"settings\.json: not what extract_features\.py wrote"),
     "features of another width": (two_videos(5, 4), r"b\.npy: features are 5 x 4, expected at least 5 frames .* x 3; delete the folder"),
     "fewer features than labels": (two_videos(4, 3), r"b\.npy: features are 4 x 3, expected at least 5 frames \(as .*b\.txt has\) x 3"),
     # checkpoints

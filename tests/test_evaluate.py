@@ -1,5 +1,7 @@
 """Metrics against plain formulas and counts by hand, exact over any split of the frames; whole videos from overlapping segments."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -326,6 +328,18 @@ def test_a_checkpoint_of_another_task_or_size_is_refused(tmp_path):
         load_model(tmp_path / "best.pt", config, "va", 5, None, ALONE)
     with pytest.raises(ValueError, match=r"(?s)best.pt: a checkpoint of another architecture.*file \(8, 5, 3\), model \(8, 6, 3\)"):
         load_model(tmp_path / "best.pt", config, "au", 6, None, ALONE)
+
+
+@pytest.mark.parametrize("trained_on, given, fits", [(7, 7, True), (7, 8, False), (7, None, True), (None, 8, True)])
+def test_a_model_takes_features_of_the_encoder_it_was_trained_on_or_of_an_unknown_one(tmp_path, trained_on, given, fits):
+    """Unknown: features that were copied elsewhere, or that another program made."""
+    config = Config()
+    for name, value in SMALL.items():
+        setattr(config.temporal, name, value)
+    state = {"task": "au", "encoder checksum": trained_on, "model": SegmentModel(5, 12, **SMALL).state_dict()}
+    training.write_file(tmp_path / "best.pt", lambda file: torch.save(state, file))
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="another encoder .checksum 7, not 8.*--set task.features="):
+        load_model(tmp_path / "best.pt", config, "au", 5, given, ALONE)
 
 
 @pytest.mark.parametrize("task", WIDTH)
