@@ -8,8 +8,8 @@ where there was no readable face image. Such a frame repeats the feature of the 
 training, validation and test alike; the authors' code repeats in training and uses zeros at test. Row i belongs to frame i + 1.
 
 A video is written under a temporary name and renamed when whole, so a stopped run goes on where it was, with the videos that it
-began with (last.pt tells how many); they are shared among the processes. In memory are the features of one video, 1.5 kB a frame with ViT-B, and the batches of images that the workers
-(`run.workers`) have read ahead, two each.
+began with (last.pt tells how many); they are shared among the processes. In memory are the features of one video, 1.5 kB a frame
+with ViT-B, and the batches of images that the workers (`run.workers`) have read ahead, two each.
 """
 
 import dataclasses
