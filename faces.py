@@ -1,8 +1,8 @@
-"""Data sets of still faces, read where they lie: AffectNet (2017 and 2021), RAF-DB, FER2013 with FER+, any folder of images.
+"""Data sets of still faces (paper §4.1.1): AffectNet (2017 and 2021), RAF-DB, FER2013, FER+, any folder.
 
-Pre-training reads pixels only; the labels, in ABAW's order whatever the set's own codes are, wait for the classifiers.
-Reading order: label codes, FaceSet, the checks on lists, one loader per data set, load_faces. None of these sets may be
-redistributed, so nothing is copied: a FaceSet holds file names (or, for FER2013, positions in its CSV) and opens one at a time.
+Pre-training reads pixels only; the labels, in ABAW's order whatever the set's own codes are, wait for a
+classifier. None of these sets may be redistributed, so nothing is copied: a FaceSet holds file names (for
+FER2013, positions in its CSV) and opens one face at a time.
 
     python faces.py                # the counts to check a copy of FER2013 against
     python faces.py FOLDER ...     # how many faces, of which sizes and labels, and what was left out
@@ -18,33 +18,34 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import EXPRESSIONS
-from images import inside, read_image
+from images import find_images, inside, read_image
+from labels import EXPRESSIONS
 
-# Each set's own code -> ABAW class; -1 = a face without an expression label, None = no face, so the row is left out.
+# Each set's own code -> ABAW class; -1 = a face without an expression label, None = no face: left out.
 # AffectNet from 0: Neutral Happy Sad Surprise Fear Disgust Anger Contempt None Uncertain No-Face
 AFFECTNET = (0, 4, 5, 6, 3, 2, 1, 7, -1, -1, None)
 RAF_DB = (6, 3, 2, 4, 5, 1, 0)       # from 1: Surprise Fear Disgust Happiness Sadness Anger Neutral
 FER2013 = (1, 2, 3, 4, 5, 6, 0)      # from 0: Angry Disgust Fear Happy Sad Surprise Neutral
-FERPLUS = {"neutral": 0, "happiness": 4, "surprise": 6, "sadness": 5, "anger": 1, "disgust": 2, "fear": 3, "contempt": 7,
-           "unknown": -1, "NF": -1}  # in the order of the columns, which hold the votes of ten taggers
-FOLDER_NAMES = {name.lower(): label for label, name in enumerate(EXPRESSIONS)} | {
-    "angry": 1, "angrer": 1, "disgusted": 2, "fearful": 3, "happy": 4, "sad": 5, "surprised": 6, "contempt": 7}
-HELD_OUT = {"val", "valid", "validation", "val_set", "test", "test_set", "publictest", "privatetest"}   # folders not trained on
+# FER+ in the order of its columns, which hold the votes of ten people.
+FERPLUS = {"neutral": 0, "happiness": 4, "surprise": 6, "sadness": 5, "anger": 1, "disgust": 2, "fear": 3,
+           "contempt": 7, "unknown": -1, "NF": -1}
+FOLDER_NAMES = {name.lower(): label for label, name in enumerate(EXPRESSIONS)}
+FOLDER_NAMES |= {"angry": 1, "angrer": 1, "disgusted": 2, "fearful": 3, "happy": 4, "sad": 5, "surprised": 6,
+                 "contempt": 7}
+HELD_OUT = {"val", "valid", "validation", "val_set", "test", "test_set", "publictest", "privatetest"}
 
-AFFECTNET_COLUMNS = ["subDirectory_filePath", "face_x", "face_y", "face_width", "face_height", "facial_landmarks",
-                     "expression", "valence", "arousal"]
+AFFECTNET_COLUMNS = ["subDirectory_filePath", "face_x", "face_y", "face_width", "face_height",
+                     "facial_landmarks", "expression", "valence", "arousal"]
 FER2013_COLUMNS = ["emotion", "pixels", "Usage"]
 FERPLUS_COLUMNS = ["Usage", "Image name", *FERPLUS]
-FER2013_COUNTS = {"Training": 28_709, "PublicTest": 3_589, "PrivateTest": 3_589}   # rows of a complete copy, by Usage
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FER2013_COUNTS = {"Training": 28_709, "PublicTest": 3_589, "PrivateTest": 3_589}     # rows by Usage
 
 
 class FaceSet:
     """n faces of one data set, each in a file of its own below `root`.
 
-    `paths` are relative to the root and held as one numpy array of bytes: worker processes share its memory after a fork,
-    whereas reading a list of Python strings changes their reference counts and so copies the pages in every worker.
+    `paths` are relative to the root, in one array of bytes, whose memory worker processes share after a fork.
+    Reading one of a list of strings would change its reference count, which copies the memory page.
     """
 
     def __init__(self, name, root, paths, labels, training, skipped):
@@ -62,7 +63,7 @@ class FaceSet:
         return os.path.join(self.root, os.fsdecode(self.paths[i]))
 
     def read(self, i) -> Image.Image:
-        """Face i as RGB. Raises ValueError naming the file (and its line) if it cannot be read."""
+        """Face i as RGB. ValueError naming the file (and line) if it is none; OSError if the disk fails."""
         return read_image(self.where(i))
 
 
@@ -81,53 +82,56 @@ def csv_file(given, name: str) -> Path:
 
 def code(text, lowest: int, highest: int, where: str) -> int:
     """A label code as a number. Raises ValueError if it is none, or out of range."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = None
-    if value is None or not lowest <= value <= highest:
+    if text.strip() not in map(str, range(lowest, highest + 1)):
         raise ValueError(f"{where}: got {text[:40]!r}, expected a whole number from {lowest} to {highest}")
-    return value
+    return int(text)
 
 
 def rows(path: Path, columns: list[str]):
-    """(line number, offset in bytes, fields) of each row of a CSV. A wrong header, a short or a long row is a ValueError."""
-    offset, header = 0, None
+    """Yield (line number, offset in bytes, fields) for each row of a CSV; blank lines are passed over.
+
+    Raises ValueError for another header, and for a short or a long row.
+    """
     with open(path, "rb") as file:
         reader = csv.reader(line.decode("utf-8-sig", "surrogateescape") for line in file)
         try:
+            header = [field.strip() for field in next(reader, [])]
+            if header != columns:
+                raise ValueError(f"{path} line 1: got the header {','.join(header)[:200]!r}, "
+                                 f"expected {','.join(columns)!r}")
+            offset = file.tell()
             for fields in reader:
-                if header is None:
-                    header = [field.strip() for field in fields]
-                    if header != columns:
-                        raise ValueError(f"{path} line 1: got the header {','.join(fields)[:200]!r}, "
-                                         f"expected {','.join(columns)!r}")
-                elif len(fields) == len(columns):
+                if len(fields) == len(columns):
                     yield reader.line_num, offset, fields
-                elif len(fields) > 1 or "".join(fields).strip():   # all but a blank line
-                    raise ValueError(f"{path} line {reader.line_num}: got {len(fields)} fields, expected {len(columns)}")
+                elif len(fields) > 1 or "".join(fields).strip():         # all but a blank line
+                    raise ValueError(f"{path} line {reader.line_num}: got {len(fields)} fields, "
+                                     f"expected {len(columns)}")
                 offset = file.tell()
         except csv.Error as error:
             raise ValueError(f"{path} line {reader.line_num}: {error}") from None
-    if header is None:
-        raise ValueError(f"{path} line 1: got an empty file, expected {','.join(columns)!r}")
+
+
+def files_in(root: Path, folder: str) -> dict[str, bool]:
+    """{name: whether it is a link} of the files in root/folder. Raises ValueError if that leaves the root."""
+    directory = inside(root, folder)
+    if not directory.is_dir():
+        return {}
+    return {entry.name: entry.is_symlink() for entry in os.scandir(directory) if entry.is_file()}
 
 
 def from_list(name: str, root: Path, entries) -> FaceSet:
-    """The set whose list names its files: `entries` yields (where in the list, file below root, label, training).
+    """The set whose list names its files. `entries`: (where in the list, file below root, label, training).
 
-    A file that is absent is left out and counted. ValueError if an entry leaves the root. With 420,000 entries a look at
-    each file takes long on a network disk: each folder is checked and scanned once, and only links are resolved one by one.
+    A file that is absent is left out and counted. Raises ValueError if an entry leaves the root. Looking at
+    each of 420,000 files takes long on a network disk: each folder is listed once, and only links resolved.
     """
     folders, skipped, paths, labels, trains = {}, Counter(), [], [], []
     for where, file, label, training in entries:
         folder, base = os.path.split(file)
         try:
             if folder not in folders:
-                directory = inside(root, folder)
-                found = os.scandir(directory) if directory.is_dir() else ()
-                folders[folder] = {entry.name: entry.is_symlink() for entry in found if entry.is_file()}
-            if folders[folder].get(base):                        # a link, which may lead anywhere
+                folders[folder] = files_in(root, folder)
+            if folders[folder].get(base):                            # a link, which may lead anywhere
                 inside(root, file)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
@@ -142,44 +146,23 @@ def from_list(name: str, root: Path, entries) -> FaceSet:
     return FaceSet(name, root, paths, labels, trains, skipped)
 
 
-def find_images(root: Path, skipped: Counter, below: str = "") -> list[bytes]:
-    """Image files anywhere below root/below, as paths relative to root, sorted, so that the order is the same everywhere."""
-    found, folders, real_root = [], [below], os.path.realpath(root)
-    while folders:
-        folder = folders.pop()
-        for entry in os.scandir(root / folder):
-            path = os.path.join(folder, entry.name)
-            if entry.name.startswith("."):                       # ._face.jpg, .ipynb_checkpoints: no faces, or copies
-                skipped["hidden"] += 1
-            elif entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(real_root):
-                skipped["link out of the folder"] += 1
-            elif entry.is_dir(follow_symlinks=False):
-                folders.append(path)
-            elif not entry.name.lower().endswith(EXTENSIONS):
-                skipped["not an image file"] += 1
-            elif entry.is_symlink() and not os.path.isfile(entry.path):
-                skipped["link to no file"] += 1
-            else:
-                found.append(os.fsencode(path))
-    return sorted(found)
-
-
 def affectnet_2017(root) -> FaceSet:
-    """AffectNet as first released: training.csv and validation.csv name files below Manually_Annotated_Images/."""
+    """AffectNet, first release: two lists name files below Manually_Annotated_Images/."""
     hint = "give the folder that holds training.csv, validation.csv and Manually_Annotated_Images/"
-    lists = {need(Path(root) / "training.csv", hint): True, need(Path(root) / "validation.csv", hint): False}
+    lists = [need(Path(root) / name, hint) for name in ("training.csv", "validation.csv")]
 
     def entries():
-        for path, training in lists.items():
+        for path in lists:
             for line, _, fields in rows(path, AFFECTNET_COLUMNS):
                 where = f"{path} line {line}"
-                yield where, fields[0], AFFECTNET[code(fields[6], 0, 10, where)], training
+                label = AFFECTNET[code(fields[6], 0, 10, where)]
+                yield where, fields[0], label, path.name == "training.csv"
 
     return from_list("AffectNet 2017", need(Path(root) / "Manually_Annotated_Images", hint), entries())
 
 
 class AffectNet2021(FaceSet):
-    """The labels lie in one small file per image, 290,000 of them: they are opened only when `labels` is first asked for."""
+    """Its labels lie in 290,000 small files, which are opened when `labels` is first asked for."""
 
     @cached_property
     def labels(self):
@@ -188,24 +171,25 @@ class AffectNet2021(FaceSet):
             image = Path(self.where(i))
             try:
                 with open(image.parents[1] / "annotations" / f"{image.stem}_exp.npy", "rb") as file:
-                    value = np.lib.format.read_array(file, allow_pickle=False).item()   # "3", 3 or 3.0
+                    value = np.lib.format.read_array(file, allow_pickle=False).item()       # "3", 3 or 3.0
                 labels[i] = AFFECTNET[range(8).index(float(value))]
-            except (OSError, ValueError, TypeError, MemoryError):    # missing, cut short, pickled, not one number from 0 to 7
+            except (OSError, ValueError, TypeError, MemoryError):    # missing, cut short, pickled, not 0 to 7
                 self.skipped["annotation missing or broken (image kept)"] += 1
         return labels
 
 
 def affectnet_2021(root) -> FaceSet:
-    """AffectNet as released again: {train_set,val_set}/images/<id>.jpg and .../annotations/<id>_exp.npy."""
+    """AffectNet, second release: {train_set,val_set}/images/<id>.jpg and .../annotations/<id>_exp.npy."""
     root, skipped, paths = Path(root), Counter(), []
     for split in ("train_set", "val_set"):
         need(root / split / "images", "give the folder that holds train_set/images/ and val_set/images/")
         paths += find_images(root, skipped, f"{split}/images")
-    return AffectNet2021("AffectNet 2021", root, paths, None, [path.startswith(b"train_set/") for path in paths], skipped)
+    training = [path.startswith(b"train_set/") for path in paths]
+    return AffectNet2021("AffectNet 2021", root, paths, None, training, skipped)
 
 
 def raf_db(root) -> FaceSet:
-    """RAF-DB's basic set, aligned faces: a line `train_00001.jpg 5` of the list is Image/aligned/train_00001_aligned.jpg."""
+    """RAF-DB's basic set, aligned faces. `train_1.jpg 5` in its list is Image/aligned/train_1_aligned.jpg."""
     root = Path(root) / "basic" if (Path(root) / "basic").is_dir() else Path(root)
     hint = "give the folder that holds basic/, or basic/ itself with EmoLabel/ and Image/aligned/ in it"
     path = need(root / "EmoLabel" / "list_patition_label.txt", hint)   # (sic)
@@ -217,10 +201,11 @@ def raf_db(root) -> FaceSet:
                 if not fields:
                     continue
                 if len(fields) != 2 or not fields[0].startswith(("train_", "test_")):
-                    raise ValueError(f"{where}: got {line.strip()[:80]!r}, expected a line like 'train_00001.jpg 5'; "
-                                     "the name begins with train_ or test_")
+                    raise ValueError(f"{where}: got {line.strip()[:80]!r}, expected a line like "
+                                     "'train_00001.jpg 5'; the name begins with train_ or test_")
                 stem, extension = os.path.splitext(fields[0])
-                yield where, f"{stem}_aligned{extension}", RAF_DB[code(fields[1], 1, 7, where) - 1], stem.startswith("train_")
+                label = RAF_DB[code(fields[1], 1, 7, where) - 1]
+                yield where, f"{stem}_aligned{extension}", label, stem.startswith("train_")
 
     return from_list("RAF-DB", need(root / "Image" / "aligned", hint), entries())
 
@@ -236,14 +221,16 @@ class Fer2013(FaceSet):
         return f"{self.root} line {self.rows[i, 1]}"
 
     def read(self, i) -> Image.Image:
+        with open(self.root, "rb") as file:                  # anew: forks and pickles share no position
+            file.seek(self.rows[i, 0])
+            line = file.readline()
         try:
-            with open(self.root, "rb") as file:              # no file stays open, so forks and pickles share no position
-                file.seek(self.rows[i, 0])
-                pixels = file.readline().split(b",")[1].strip(b'"').split()
+            pixels = line.split(b",")[1].strip(b'"').split()
             grey = bytes(map(int, pixels))                   # raises ValueError outside 0-255
             return Image.frombytes("L", (48, 48), grey).convert("RGB")
-        except (OSError, ValueError, IndexError) as error:
-            raise ValueError(f"{self.where(i)}: expected 2,304 whole numbers from 0 to 255 as pixels ({error})") from None
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{self.where(i)}: expected 2,304 whole numbers from 0 to 255 as pixels "
+                             f"({error})") from None
 
 
 def fer2013(csv_path, ferplus_path=None) -> FaceSet:
@@ -254,90 +241,110 @@ def fer2013(csv_path, ferplus_path=None) -> FaceSet:
     path = csv_file(csv_path, "fer2013.csv")
     found, labels, usages = [], [], []
     for line, offset, (emotion, pixels, usage) in rows(path, FER2013_COLUMNS):
-        where = f"{path} line {line}"
-        labels.append(FER2013[code(emotion, 0, 6, where)])
-        usages.append(usage.strip())
-        found.append((offset, line))
-        if usages[-1] not in FER2013_COUNTS:
-            raise ValueError(f"{where}: got the Usage {usage[:40]!r}, expected one of {', '.join(FER2013_COUNTS)}")
-        if (count := pixels.strip().count(" ") + 1) != 48 * 48:
+        where, usage = f"{path} line {line}", usage.strip()
+        count = pixels.strip().count(" ") + 1
+        if usage not in FER2013_COUNTS:
+            raise ValueError(f"{where}: got the Usage {usage[:40]!r}, "
+                             f"expected one of {', '.join(FER2013_COUNTS)}")
+        if count != 48 * 48:
             raise ValueError(f"{where}: got {count} pixels, expected 2,304 with one space between two")
+        found.append((offset, line))
+        labels.append(FER2013[code(emotion, 0, 6, where)])
+        usages.append(usage)
     name, skipped, face = "FER2013", {}, np.ones(len(found), dtype=bool)
     if ferplus_path:
         labels, face = ferplus(ferplus_path, path, usages)
         name, skipped = "FER2013 with FER+ labels", {"not a face": int((~face).sum())}
-    found = np.array(found, dtype=np.int64).reshape(-1, 2)
-    return Fer2013(name, path, found[face], np.array(labels)[face], (np.array(usages) == "Training")[face], skipped)
+    found = np.array(found, dtype=np.int64).reshape(-1, 2)           # (rows, 2), also if there are none
+    training = np.array(usages) == "Training"
+    return Fer2013(name, path, found[face], np.array(labels)[face], training[face], skipped)
 
 
 def ferplus(given, fer_path: Path, usages: list[str]) -> tuple[list[int], np.ndarray]:
-    """n labels for FER2013's rows in its order, and (n,) whether the row is a face. A label is the class with most votes
-    of ten; -1 where two have equally many, or where unknown or NF (not a face) has the most."""
+    """FER+'s labels for FER2013's rows, in their order, and (n,) whether the row is a face.
+
+    The class with most of the ten votes is the label; -1 where two have equally many, or where "unknown" or
+    "NF" (not a face) has the most.
+    """
     path, labels, face = csv_file(given, "fer2013new.csv"), [], []
-    for line, _, fields in rows(path, FERPLUS_COLUMNS):
-        votes = [code(field, 0, 10, f"{path} line {line}") for field in fields[2:]]
-        if len(labels) < len(usages) and fields[0].strip() != usages[len(labels)]:
-            raise ValueError(f"{path} line {line}: got the Usage {fields[0][:40]!r}, but the same row of {fer_path} has "
-                             f"{usages[len(labels)]!r}; both files must be complete and in their first order")
-        most, next_most = sorted(votes, reverse=True)[:2]
-        labels.append(list(FERPLUS.values())[votes.index(most)] if most > next_most else -1)
-        face.append(bool(fields[1].strip()))                 # a row that is no face has no image name
+    for line, _, (usage, image, *columns) in rows(path, FERPLUS_COLUMNS):
+        where, n = f"{path} line {line}", len(labels)
+        if n < len(usages) and usage.strip() != usages[n]:
+            raise ValueError(f"{where}: got the Usage {usage[:40]!r}, but the same row of {fer_path} has "
+                             f"{usages[n]!r}; both files must be complete and in their first order")
+        votes = [code(column, 0, 10, where) for column in columns]
+        most = max(votes)
+        label = list(FERPLUS.values())[votes.index(most)]
+        labels.append(label if votes.count(most) == 1 else -1)
+        face.append(image.strip() != "")                     # a row that is no face has no image name
     if len(labels) != len(usages):
-        raise ValueError(f"{path} has {len(labels)} rows, {fer_path} has {len(usages)}; both must list the same images")
+        raise ValueError(f"{path} has {len(labels)} rows, {fer_path} has {len(usages)}; "
+                         "both must list the same images")
     return labels, np.array(face, dtype=bool)
 
 
 def image_folder(root) -> FaceSet:
-    """Any folder of images, flat or nested. A label is the name of the nearest folder that names an expression, else -1;
-    what lies in a folder called val or test (or the like) is not training. Names, never positions: class folders sort
-    alphabetically, which is no data set's order of codes."""
+    """Any folder of images, flat or nested.
+
+    The label is that of the nearest folder named after an expression, else -1. A folder's position says
+    nothing: alphabetical order is no data set's order of codes. What lies in a folder called val or test (or
+    the like) is not training.
+    """
     root, skipped = need(Path(root), "give a folder of images"), Counter()
     if not root.is_dir():
         raise ValueError(f"{root} is a file; give the folder that holds the images")
-    paths = find_images(root, skipped)
-    folders = [os.fsdecode(os.path.dirname(path)).lower().split("/") for path in paths]
-    labels = [next((FOLDER_NAMES[name] for name in reversed(names) if name in FOLDER_NAMES), -1) for names in folders]
-    return FaceSet(str(root), root, paths, labels, [HELD_OUT.isdisjoint(names) for names in folders], skipped)
+    paths, labels, training = find_images(root, skipped), [], []
+    for path in paths:
+        folders = os.fsdecode(os.path.dirname(path)).lower().split("/")
+        named = [folder for folder in folders if folder in FOLDER_NAMES]
+        labels.append(FOLDER_NAMES[named[-1]] if named else -1)
+        training.append(HELD_OUT.isdisjoint(folders))
+    return FaceSet(str(root), root, paths, labels, training, skipped)
 
 
 def load_faces(data) -> list[FaceSet]:
     """Every set that the `data` section of the configuration gives a path for ("" = not used).
 
-    Raises one ValueError with all problems, each beginning with its setting; also if no set is given, or one has no image.
+    Raises one ValueError with all problems, each beginning with its setting; also if no set is given, or
+    one has no image.
     """
-    fer_name = "data.fer2013 with data.ferplus" if data.ferplus else "data.fer2013"
+    fer_setting = "data.fer2013 with data.ferplus" if data.ferplus else "data.fer2013"
     asked = [("data.affectnet_2017", data.affectnet_2017, affectnet_2017),
              ("data.affectnet_2021", data.affectnet_2021, affectnet_2021),
              ("data.raf_db", data.raf_db, raf_db),
-             (fer_name, data.fer2013, lambda path: fer2013(path, data.ferplus))]
+             (fer_setting, data.fer2013, lambda path: fer2013(path, data.ferplus))]
     asked += [(f"data.folders[{i}]", folder, image_folder) for i, folder in enumerate(data.folders)]
     sets, problems = [], []
     if data.ferplus and not data.fer2013:
-        problems.append("data.ferplus: FER+ holds labels for FER2013's images and no images of its own; set data.fer2013 too")
+        problems.append("data.ferplus: FER+ holds labels for FER2013's images and no images of its own; "
+                        "set data.fer2013 too")
     for setting, path, load in asked:
         try:
             if path:
                 sets.append(load(path))
                 if not len(sets[-1]):
                     raise ValueError(f"no image found in {path}; left out: {dict(sets[-1].skipped)}")
-        except (ValueError, OSError) as error:                   # OSError: a folder that may not be opened
+        except (ValueError, OSError) as error:               # OSError: a folder that may not be opened
             problems.append(f"{setting}: {error}")
     if not sets and not problems:
-        problems.append("no data set is given; set data.affectnet_2017, affectnet_2021, raf_db, fer2013 or folders")
+        problems.append("no data set is given; set data.affectnet_2017, _2021, raf_db, fer2013 or folders")
     if problems:
         raise ValueError("\n".join(problems))
     return sets
 
 
 if __name__ == "__main__":
-    print("A complete fer2013.csv has", ", ".join(f"{count:,} {usage}" for usage, count in FER2013_COUNTS.items()), "rows.")
+    text = f"A complete fer2013.csv has so many rows: {FER2013_COUNTS}\n"
     for folder in sys.argv[1:]:
         try:
             faces = image_folder(folder)
-            some = range(0, len(faces), 1 + len(faces) // 100)   # at most 100 are opened, from all over the folder
+            some = range(0, len(faces), 1 + len(faces) // 100)       # at most 100 are opened
             sizes = Counter("{} x {}".format(*faces.read(i).size) for i in some)
-            labels = Counter((*EXPRESSIONS, "no label")[label] for label in faces.labels)   # -1 is the last
-            print(f"{folder}: {len(faces):,} images, {faces.training.sum():,} of them for training")
-            print(f"  left out: {dict(faces.skipped)}\n  sizes of {len(some)}: {dict(sizes)}\n  labels: {dict(labels)}")
+            labels = Counter(EXPRESSIONS[label] if label >= 0 else "no label" for label in faces.labels)
+            text += f"{folder}: {len(faces):,} images, {faces.training.sum():,} of them for training\n"
+            text += f"  left out: {dict(faces.skipped)}\n  sizes of {len(some)}: {dict(sizes)}\n"
+            text += f"  labels: {dict(labels)}\n"
         except (ValueError, OSError) as refusal:
-            print(f"refused: {refusal}")
+            text += f"refused: {refusal}\n"
+    print(text, end="")                                              # in one piece, for `| head`
+    sys.exit(2 if "refused:" in text else 0)

@@ -1,9 +1,12 @@
-"""One face image: decoded safely, cropped, and turned into the numbers the encoder wants.
+"""Face images: decoded safely, cropped, put into batches, and turned into the numbers the ViT takes.
 
-Every stage reads pixels through this file, so that pre-training, fine-tuning and feature extraction see the same
-colours (RGB), the same resize filter (bicubic) and the same normalisation (ImageNet's mean and deviation, as in MAE).
-Images stay uint8 until they are on the device: a batch crosses to the GPU at a quarter of the size of float32.
+Every stage reads pixels through this file, so that pre-training, fine-tuning and feature extraction see
+the same colours (RGB), the same resize filter (bicubic) and the same normalisation (ImageNet's mean and
+deviation, as in MAE). Images stay uint8 until they are on the device: a batch crosses to the GPU at a
+quarter of the size of float32. Reading order: one image, a batch of them, normalising, which
+files may be read.
 
+    python images.py               # the numbers that black and white become
     python images.py FILE ...      # size and mean colour of each file, or why it is refused
 """
 
@@ -12,6 +15,7 @@ import functools
 import io
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +25,12 @@ from PIL import Image
 MEAN = (0.485, 0.456, 0.406)   # ImageNet, RGB, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 64_000_000        # 8,000 x 8,000: above it a file is a mistake or a decompression bomb
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")    # by content, whatever the name says; Pillow knows 40 more
-# Pillow's own complaints, and the system's when there is no such file.
+# By content, whatever the name says; Pillow knows 40 more.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+# The error numbers of Pillow's own complaints, and of the system's when there is no such file.
 NO_IMAGE = (None, errno.EINVAL, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")    # of the files that a search for images finds
 
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked here, with a message that names the file
 
@@ -31,63 +38,113 @@ Image.MAX_IMAGE_PIXELS = None  # the limit above is checked here, with a message
 def read_image(source) -> Image.Image:
     """Decode one image as RGB.
 
-    `source` is a path, or the bytes of a file. The size is read from the header and checked before any pixel is decoded.
-    Raises ValueError naming the file if it is missing, empty, truncated, no image, or larger than MAX_PIXELS; OSError if the
-    disk fails or is gone: a run that left such images out would train on what happens to be reachable.
+    `source` is a path, or the bytes of a file. The size is read from the header and checked before any pixel
+    is decoded. Raises ValueError naming the file if it is missing, empty, truncated, no image, or larger than
+    MAX_PIXELS; OSError if the disk fails or is gone: a run that left such images out would train on what
+    happens to be reachable.
     """
-    name = "image in memory" if isinstance(source, bytes) else os.fsdecode(source)
+    in_memory = isinstance(source, bytes)
+    name = "image in memory" if in_memory else os.fsdecode(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(source) if in_memory else source, formats=FORMATS) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
                 if image.mode.startswith("I;16"):       # 16-bit grey: Pillow would clip it at 255
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")
-    except (OSError, SyntaxError, EOFError, ValueError, TypeError) as error:     # what Pillow raises for files that are none
-        gone = isinstance(error, FileNotFoundError) and not os.path.isdir(os.path.dirname(name) or ".")       # with its folder
-        if gone or getattr(error, "errno", None) not in NO_IMAGE:
+    except (OSError, SyntaxError, EOFError, ValueError, TypeError) as error:   # Pillow's, for no image
+        folder = os.path.dirname(name) or "."
+        folder_gone = isinstance(error, FileNotFoundError) and not os.path.isdir(folder)
+        if folder_gone or getattr(error, "errno", None) not in NO_IMAGE:
             raise OSError(error.errno, error.strerror, name) from None
         raise ValueError(f"{name}: not a readable image ({error})") from None
-    raise ValueError(f"{name}: {width} x {height} pixels, at most {MAX_PIXELS:,} are read; shrink the image first")
+    raise ValueError(f"{name}: {width} x {height} pixels, at most {MAX_PIXELS:,} are read; "
+                     "shrink the image first")
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """The whole image at `size` = (height, width), as uint8 (height, width, 3)."""
-    return np.asarray(image if image.size == size[::-1] else image.resize(size[::-1], Image.BICUBIC))
+    height, width = size
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.BICUBIC)
+    return np.asarray(image)
 
 
-def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Generator, smallest: float) -> np.ndarray:
+def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Generator,
+                smallest: float) -> np.ndarray:
     """Random resized crop and horizontal flip (§3.1; MAE's augmentation), as uint8 (height, width, 3).
 
-    The crop covers a share of the image's area drawn from [smallest, 1] at an aspect ratio drawn from [3/4, 4/3], or a narrower
-    range if `smallest` is above 3/4, clipped to the image. All randomness is in `rng`, so the same (seed, epoch, index) gives
-    the same crop in any process.
+    The crop covers a share of the image's area drawn from [smallest, 1], at an aspect ratio drawn from
+    [3/4, 4/3], or from [smallest, 1 / smallest] where that is narrower, and is clipped to the image. With
+    smallest = 1 a square image is taken whole. All randomness is in `rng`: one (seed, epoch, index) gives
+    one crop, in any process.
     """
     width, height = image.size
     area = width * height * rng.uniform(smallest, 1.0)
-    narrowest = np.log(max(3 / 4, smallest))
-    aspect = np.exp(rng.uniform(narrowest, -narrowest))
+    widest = abs(np.log(max(3 / 4, smallest)))                          # of the logarithm of the aspect ratio
+    aspect = np.exp(rng.uniform(-widest, widest))
     w = int(np.clip(round(np.sqrt(area * aspect)), 1, width))
     h = int(np.clip(round(np.sqrt(area / aspect)), 1, height))
     left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-    pixels = np.asarray(image.resize(size[::-1], Image.BICUBIC, box=(left, top, left + w, top + h)))
+    box = (left, top, left + w, top + h)
+    pixels = np.asarray(image.resize((size[1], size[0]), Image.BICUBIC, box=box))
     return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels
+
+
+class FaceImages(torch.utils.data.Dataset):
+    """Face images, each with one array beside it (MAE noise, a label, a row).
+
+    One rule for what cannot be read: it is left out of its batch and named. A subclass gives `__len__`,
+    `where`, `item`, and `beside`: an empty tensor of the shape and type of what stands beside B = 0 images,
+    like torch.zeros(0, 196) or torch.zeros(0, dtype=torch.long).
+    """
+
+    def __init__(self, size: int, beside: torch.Tensor):
+        self.size, self.beside = (size, size), beside
+
+    def where(self, i) -> str:
+        """The file of sample i, and its place in it, for messages."""
+        raise NotImplementedError
+
+    def item(self, i):
+        """uint8 image (size, size, 3), and the array or number beside it. ValueError if it cannot be read."""
+        raise NotImplementedError
+
+    def __getitem__(self, i):
+        """The item, or, where it cannot be read, the message that says so."""
+        try:
+            return self.item(i)
+        except ValueError as problem:
+            return str(problem)
+
+    def collate(self, items):
+        """-> images (B, size, size, 3) uint8, beside (B, ...), problems: list[str]. B may be 0."""
+        problems = [item for item in items if isinstance(item, str)]
+        readable = [item for item in items if not isinstance(item, str)]
+        if not readable:
+            return torch.zeros((0, *self.size, 3), dtype=torch.uint8), self.beside, problems
+        # As tensors, they cross to the training process in shared memory. As arrays they would go through a
+        # pipe, and a worker whose parent was killed would be stuck in it for ever.
+        images = np.stack([image for image, _ in readable])             # -> (B, size, size, 3)
+        beside = np.stack([value for _, value in readable])             # -> (B, ...)
+        return torch.from_numpy(images), torch.from_numpy(beside).to(self.beside.dtype), problems
 
 
 @functools.cache
 def _mean_and_std(device):
-    """(1, 3, 1, 1) each. Kept, because a new one each time would make the CPU wait for the GPU in each step."""
-    return torch.tensor(MEAN, device=device).view(1, 3, 1, 1), torch.tensor(STD, device=device).view(1, 3, 1, 1)
+    """(1, 3, 1, 1) each. Kept: making them anew in each step would make the CPU wait for the GPU."""
+    mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
+    return mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)                  # (3,) -> (1, 3, 1, 1)
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) with ImageNet's mean and deviation, on the device the images are on."""
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) with ImageNet's mean and deviation, on the same device."""
     mean, std = _mean_and_std(images.device)
     return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std   # (B, H, W, 3) -> (B, 3, H, W)
 
 
 def unnormalise(images: torch.Tensor) -> np.ndarray:
-    """The way back, for pictures: float (B, 3, H, W) -> uint8 (B, H, W, 3), clipped to what a pixel can hold."""
+    """The way back, for pictures: float (B, 3, H, W) -> uint8 (B, H, W, 3), clipped to a pixel's range."""
     mean, std = _mean_and_std(images.device)
     pixels = ((images.float() * std + mean) * 255).round().clamp(0, 255)
     return pixels.permute(0, 2, 3, 1).byte().cpu().numpy()           # (B, 3, H, W) -> (B, H, W, 3)
@@ -99,16 +156,49 @@ def inside(root, name: str) -> Path:
     For every file name that comes from a CSV or a list. Raises ValueError naming the entry.
     """
     path = Path(root) / name
-    if (os.path.isabs(name) or ".." in Path(name).parts or "\0" in name
-            or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))):
+    climbs = os.path.isabs(name) or ".." in Path(name).parts or "\0" in name
+    if climbs or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise ValueError(f"{name!r} leaves its data root {root}; entries must lie inside it")
     return path
 
 
+def find_images(root: Path, skipped: Counter, below: str = "") -> list[bytes]:
+    """All image files below root/below, as paths relative to root, sorted: one order on every machine.
+
+    What is left out is counted in `skipped`, by its reason.
+    """
+    found, folders, real_root = [], [below], os.path.realpath(root)
+    while folders:
+        folder = folders.pop()
+        for entry in os.scandir(root / folder):
+            path = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):                           # ._face.jpg, .ipynb_checkpoints
+                skipped["hidden"] += 1
+            elif entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(real_root):
+                skipped["link out of the folder"] += 1
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif not entry.name.lower().endswith(EXTENSIONS):
+                skipped["not an image file"] += 1
+            elif entry.is_symlink() and not os.path.isfile(entry.path):
+                skipped["link to no file"] += 1
+            else:
+                found.append(os.fsencode(path))
+    return sorted(found)
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        for name, level in (("black", 0), ("white", 255)):
+            pixel = torch.full((1, 1, 1, 3), level, dtype=torch.uint8)
+            print(f"{name} becomes", normalise(pixel).flatten().numpy().round(3), "(red, green, blue)")
+    refused = False
     for file in sys.argv[1:]:
         try:
             image = read_image(file)
-            print(f"{file}: {image.size[0]} x {image.size[1]}, mean colour {np.asarray(image).mean((0, 1)).round(1)}")
-        except ValueError as refusal:
-            print(f"refused: {refusal}")
+            colour = np.asarray(image).mean((0, 1)).round(1)            # (H, W, 3) -> (3,)
+            print(f"{file}: {image.size[0]} x {image.size[1]}, mean colour {colour}")
+        except (ValueError, OSError) as refusal:
+            print(f"refused: {refusal}", file=sys.stderr)
+            refused = True
+    sys.exit(2 if refused else 0)

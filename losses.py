@@ -1,117 +1,124 @@
 """The three task losses (paper §3.4), exact over any number of processes.
 
-CCC is not a mean over frames, and valid frames lie unevenly over processes, so averaging each process's own loss is a different
-loss. Here every loss is a function of sums, and the sums are taken over all processes first. The value is the one a single
-process would get on the whole batch, and after DDP has averaged the gradients, so is every gradient.
+CCC is not a mean over frames, and valid frames lie unevenly over processes. So the mean of the losses that
+the processes would find alone is a different loss. Here every loss is a function of sums, and the sums are
+taken over all processes first (`all_sum`). The loss is the one of a single process with the whole batch, and
+so is every gradient, once the processes have added theirs up (`distributed.Team.parallel`).
 
-All take a validity mask of the target's shape; what stands in invalid entries, NaN included, changes nothing. With no valid
-entry the loss is exactly 0 and so is its gradient.
+All take a validity mask of the target's shape; what stands in invalid entries, NaN included, changes nothing.
+With no valid entry the loss is exactly 0 and so is its gradient.
 
     python losses.py       # each loss at chance, and on a perfect prediction
 """
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
-
-class _AllSum(torch.autograd.Function):
-    """Sum over processes. Backward: every process has the same loss L(S) of the sum S = S_1 + … + S_W, and its own share of
-    the gradient is L'(S) · ∂S_r/∂θ. DDP then averages the shares, that is, adds them and divides by W: so multiply by W."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * dist.get_world_size()
-
-
-def all_sum(x):
-    """The sum of x over all processes; x itself in a single process. Any shape, the same on each process."""
-    return _AllSum.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+from distributed import all_sum
 
 
 def _checked(pred, target, valid, expected):
-    if tuple(pred.shape[:-1] if expected == "class" else pred.shape) != tuple(target.shape) or target.shape != valid.shape:
+    """The prediction, at least in float32: sums over 10,000 frames do not fit half precision.
+
+    Raises ValueError unless target and mask have the shape `expected`.
+    """
+    if not target.shape == valid.shape == expected:
         raise ValueError(f"shapes do not fit: prediction {tuple(pred.shape)}, target {tuple(target.shape)}, "
-                         f"mask {tuple(valid.shape)}; target and mask must be "
-                         + ("the prediction's without its last dimension" if expected == "class" else "the prediction's"))
-    if pred.dtype in (torch.float16, torch.bfloat16):
-        pred = pred.float()                        # sums over 10,000 frames do not fit half precision
-    return pred
+                         f"mask {tuple(valid.shape)}; target and mask must be {tuple(expected)}")
+    return pred.float() if pred.dtype in (torch.float16, torch.bfloat16) else pred
 
 
 def ccc_loss(pred, target, valid):
-    """Valence-arousal loss (eq. 1, 2): the sum over the last dimension of 1 - CCC, taken over all valid frames of the batch.
+    """Valence-arousal loss: 1 - CCC over all valid frames of the batch, added over the last dimension.
 
-        CCC(x, y) = 2 cov(x, y) / (σ_x² + σ_y² + (μ_x - μ_y)²)
+        CCC(x, y) = 2 cov(x, y) / (σ_x² + σ_y² + (μ_x - μ_y)²)      (1)
+        L_VA = 1 - CCC                                              (2)
 
-    Population statistics (divided by N): the paper's eq. 1 leaves the covariance undivided, which would make CCC grow with N.
-    Shape: all three (..., 2) → scalar in [0, 4]. A dimension with no valid frame counts 0. Not a mean over frames, so it
-    cannot be accumulated over pieces of a batch: the whole batch goes in one call (per process).
+    The paper writes cov(x, y) = Σ (x - μ_x)(y - μ_y) in eq. 1. Taken literally this is wrong by a factor N:
+    σ² is divided by the number N of frames, this is not. Here all three are divided by N (population
+    statistics), as in the metric.
+    The paper does not say how valence and arousal become one loss; they are added, as in the authors' code.
+
+    Shape: all three (..., 2) -> scalar in [0, 4]. A dimension with no valid frame counts 0. Not a mean over
+    frames, so it cannot be accumulated over pieces: a process passes its whole share of the batch at once.
+    Raises ValueError if the shapes differ.
     """
-    pred = _checked(pred, target, valid, "value")
-    frames = tuple(range(pred.ndim - 1))
-    x, y = pred.masked_fill(~valid, 0), target.to(pred.dtype).masked_fill(~valid, 0)
+    pred = _checked(pred, target, valid, pred.shape)
+    frames = tuple(range(pred.ndim - 1))                                       # all dimensions but the last
     w = valid.to(pred.dtype)
-    n, sum_x, sum_y = all_sum(torch.stack([w.sum(frames), x.sum(frames), y.sum(frames)]))
-    n_safe = n.clamp(min=1)
-    mu_x, mu_y = sum_x / n_safe, sum_y / n_safe
-    # The means are held constant inside the centred moments. Their derivative there is exactly 0, because deviations from the
-    # mean add up to 0 over all processes, though not within one.
-    dx, dy = (x - mu_x.detach()) * w, (y - mu_y.detach()) * w
-    var_x, var_y, cov = all_sum(torch.stack([(dx * dx).sum(frames), (dy * dy).sum(frames), (dx * dy).sum(frames)])) / n_safe
-    ccc = 2 * cov / (var_x + var_y + (mu_x - mu_y) ** 2).clamp(min=1e-6)     # 0 / tiny = 0 when both are the same constant
-    return ((1 - ccc) * (n > 0)).sum()
+    x, y = pred.masked_fill(~valid, 0), target.to(pred.dtype).masked_fill(~valid, 0)
+    sums = torch.stack([w.sum(frames), x.sum(frames), y.sum(frames)])          # three of (..., 2) -> (3, 2)
+    n, sum_x, sum_y = all_sum(sums)                                            # (3, 2) -> three of (2,)
+    N = n.clamp(min=1)
+    mu_x, mu_y = sum_x / N, sum_y / N
+    # d/dμ Σ (x - μ)² = -2 Σ (x - μ) = 0 at the mean, the sum taken over all processes; in the same way
+    # d/dμ_x Σ (x - μ_x)(y - μ_y) = -Σ (y - μ_y) = 0. So no gradient flows through the means here: detach
+    # them. (Within one process the sums are not 0, so each process would otherwise add a wrong share.)
+    dx, dy = (x - mu_x.detach()) * w, (y - mu_y.detach()) * w                  # two of (..., 2)
+    moments = [(dx * dx).sum(frames), (dy * dy).sum(frames), (dx * dy).sum(frames)]   # three of (2,)
+    var_x, var_y, cov = all_sum(torch.stack(moments)) / N                      # (3, 2) -> three of (2,)
+    # eq. 1. Where both are the same constant, 0 / tiny = 0.
+    ccc = 2 * cov / (var_x + var_y + (mu_x - mu_y) ** 2).clamp(min=1e-6)
+    return ((1 - ccc) * (n > 0)).sum()                                         # eq. 2, (2,) -> scalar
+
+
+def _mean(loss, valid, count):
+    """1/N Σ_i of eq. 3 and 4 over the valid entries of all processes. With `count`, this piece's share: Σ_i
+    over the piece, N = count."""
+    total = (loss * valid).sum()                                               # (...) -> scalar
+    if count is not None:
+        return total / count
+    sums = torch.stack([total, valid.sum().to(total.dtype)])                   # two scalars -> (2,)
+    total, N = all_sum(sums)                                                   # (2,) -> two scalars
+    return total / N.clamp(min=1)
 
 
 def expr_loss(logits, target, valid, count=None):
-    """Cross-entropy over the valid frames of the batch (eq. 3). Shape: (..., K) logits, (...) classes, (...) mask → scalar.
+    """Cross-entropy over the valid frames of the batch, all classes weighted alike.
 
-    `count`: the valid frames of the whole batch over all processes, where the batch is accumulated in pieces. The result is then
-    this piece's share: the shares of all pieces on all processes add up to the loss. Nothing is sent, so multiply by the number
-    of processes before `backward`, since DDP averages.
+        L_Expr = -1/N Σ_i Σ_{c=1}^M y_ic log(p_ic)      (3)
+
+    y_ic is 1 if class c is the label of frame i, else 0; p_i = softmax(logits_i); N valid frames, M classes.
+
+    Shape: (..., M) logits, (...) classes, (...) mask -> scalar.
+    `count` is for a batch that is accumulated in pieces: N of the whole batch over all processes, at least 1.
+    The result is then this piece's share, and nothing is sent. The shares of all pieces on all processes add
+    up to the loss, and their gradients to its gradient.
+    Raises ValueError if the shapes do not fit.
     """
-    logits = _checked(logits, target, valid, "class")
-    logits = logits.masked_fill(~valid[..., None], 0)
-    loss = F.cross_entropy(logits.flatten(0, -2), target.masked_fill(~valid, 0).flatten().long(), reduction="none")
+    logits = _checked(logits, target, valid, logits.shape[:-1])
+    logits = logits.masked_fill(~valid[..., None], 0).flatten(0, -2)           # (..., M) -> (frames, M)
+    target = target.masked_fill(~valid, 0).flatten().long()                    # (...) -> (frames,)
+    # -Σ_c y_ic log(p_ic): y_ic leaves -log(p_ic) of the labelled class c.
+    loss = F.cross_entropy(logits, target, reduction="none")                   # (frames, M) -> (frames,)
     return _mean(loss, valid.flatten(), count)
 
 
 def au_loss(logits, target, valid, count=None):
-    """Binary cross-entropy over the valid entries of the batch (eq. 4). Shape: all three (..., 12) → scalar.
+    """Binary cross-entropy over the valid entries of the batch, all action units weighted alike.
 
-    Masked per entry, not per frame: a frame with eleven labelled AUs trains eleven outputs. `count` as in `expr_loss`.
+        L_AU = -1/N Σ_i [y_i · log(σ(x_i)) + (1 - y_i) · log(1 - σ(x_i))]      (4)
+
+    x_i is the logit and y_i the label of entry i (one action unit in one frame); σ the sigmoid; N valid
+    entries.
+
+    Shape: all three (..., 12) -> scalar. Masked per entry, not per frame: a frame with eleven labelled AUs
+    trains eleven outputs. `count` as in `expr_loss`. Raises ValueError if the shapes differ.
     """
-    logits = _checked(logits, target, valid, "value").masked_fill(~valid, 0)
-    loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype).masked_fill(~valid, 0), reduction="none")
+    x = _checked(logits, target, valid, logits.shape).masked_fill(~valid, 0)
+    y = target.to(x.dtype).masked_fill(~valid, 0)
+    # -[y_i log(σ(x_i)) + (1 - y_i) log(1 - σ(x_i))], computed from x_i so that no log(0) occurs
+    loss = F.binary_cross_entropy_with_logits(x, y, reduction="none")          # (..., 12)
     return _mean(loss, valid, count)
-
-
-def _mean(loss, valid, count):
-    total = (loss * valid).sum()
-    if count is not None:
-        return total / count
-    total, count = all_sum(torch.stack([total, valid.sum().to(total.dtype)]))
-    return total / count.clamp(min=1)
-
-
-TASK_LOSS = {"va": ccc_loss, "expr": expr_loss, "au": au_loss}
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    va, expr, au = torch.rand(4, 300, 2) * 2 - 1, torch.randint(8, (4, 300)), (torch.rand(4, 300, 12) < 0.2).float()
-    ok = torch.ones(4, 300, dtype=torch.bool)
-    pairs = {"va": ccc_loss(torch.zeros(4, 300, 2), va, ok[..., None].expand(-1, -1, 2)),
-             "expr": expr_loss(torch.zeros(4, 300, 8), expr, ok),
-             "au": au_loss(torch.zeros(4, 300, 12), au, ok[..., None].expand(-1, -1, 12))}
-    best = {"va": ccc_loss(va, va, ok[..., None].expand(-1, -1, 2)),
-            "expr": expr_loss(F.one_hot(expr, 8) * 100.0, expr, ok),
-            "au": au_loss(au * 200 - 100, au, ok[..., None].expand(-1, -1, 12))}
-    for task in pairs:
-        print(f"{task:5s} loss of a model that always outputs 0: {pairs[task]:.3f}, of a perfect one: {best[task]:.3f}")
+    va, expr = torch.rand(4, 300, 2) * 2 - 1, torch.randint(8, (4, 300))
+    au = (torch.rand(4, 300, 12) < 0.2).float()
+    rows = [("va", ccc_loss, va, va), ("expr", expr_loss, expr, F.one_hot(expr, 8) * 100.0),
+            ("au", au_loss, au, au * 200 - 100)]
+    for name, loss, target, perfect in rows:
+        valid = torch.ones(target.shape, dtype=torch.bool)
+        chance, best = loss(torch.zeros_like(perfect), target, valid), loss(perfect, target, valid)
+        print(f"{name:5s}loss of a model that always outputs 0: {chance:.3f}, of a perfect one: {best:.3f}")

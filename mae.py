@@ -1,8 +1,9 @@
-"""Masked autoencoder: hide three quarters of a face, reconstruct it, and the encoder has learned faces (paper §3.1).
+"""Masked autoencoder: three quarters of a face are hidden and reconstructed, and so the encoder learns faces
+(paper §3.1).
 
-Methods stand in the order the data flows: patchify -> random_masking -> forward_encoder -> forward_decoder -> forward_loss.
-Semantics and parameter names are the reference MAE's, so that its public checkpoints load and give the same numbers.
-Read `vit.py` first; `train_pretrain.py` trains this.
+Methods stand in the order the data flows: patchify -> random_masking -> forward_encoder -> forward_decoder
+-> forward_loss. Semantics and parameter names are the reference MAE's, so that its public checkpoints load
+and give the same numbers. Read `vit.py` first; `train_pretrain.py` trains this.
 
     python mae.py          # the shapes of one forward pass of the paper's model
 """
@@ -14,29 +15,33 @@ from vit import Block, VisionTransformer, init_weights, sincos_positions
 
 
 class MaskedAutoencoder(VisionTransformer):
-    """A ViT encoder on the visible patches and a small ViT decoder on all of them. Defaults: the paper's ViT-B/16 at 224 and
-    the original MAE's decoder (the paper does not give one), 111,907,840 parameters.
+    """A ViT encoder on the visible patches and a small ViT decoder on all of them. Defaults: the paper's
+    ViT-B/16 with 75 % of the patches masked (§3.1), and the original MAE's decoder, because the paper says
+    only "a ViT decoder". Together 111,907,840 parameters.
 
     forward(images, noise=None) -> (loss, pred, mask)
-        images (B, C, height, width), normalised; noise (B, N) in [0, 1): the N(1 - mask_ratio) patches with the smallest noise
-        stay visible, so that the same noise repeats the same mask;
+        images (B, C, height, width), normalised;
+        noise (B, N) in [0, 1), by default drawn anew for each image: the N(1 - mask_ratio) patches with the
+        smallest noise (rounded down) stay visible, so the same noise gives the same mask;
         loss: scalar, the mean squared error of the masked patches (the paper's "pixel-level L2");
         pred (B, N, P·P·C): the reconstruction as patches, of visible patches too (they carry no loss);
         mask (B, N): 1 = hidden, 0 = visible.
-    norm_pix_loss: compare with each patch's pixels normalised by that patch's own mean and deviation. Sharper features in the
-    MAE paper; this paper compares raw pixels. With it, `pred` is not a picture until the mean and deviation are put back.
+    norm_pix_loss: compare with each patch's pixels normalised by that patch's own mean and deviation. The
+    original MAE learns better features with it; this paper compares raw pixels. With it, `pred` is not a
+    picture until the mean and deviation are put back.
+    Raises ValueError for a mask_ratio that leaves no patch visible or none hidden, and for other shapes.
     """
 
-    def __init__(self, image_size=224, patch: int = 16, channels: int = 3, dim: int = 768, depth: int = 12, heads: int = 12,
-                 decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16,
+    def __init__(self, image_size=224, patch: int = 16, channels: int = 3, dim: int = 768, depth: int = 12,
+                 heads: int = 12, decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16,
                  mask_ratio: float = 0.75, norm_pix_loss: bool = False):
         super().__init__(image_size, patch, channels, dim, depth, heads)
         grid = self.patch_embed.grid
         self.patch, self.channels, self.norm_pix_loss = patch, channels, norm_pix_loss
-        self.visible = int(grid[0] * grid[1] * (1 - mask_ratio))               # patches that the encoder sees
+        self.visible = int(grid[0] * grid[1] * (1 - mask_ratio))               # patches the encoder sees
         if not 1 <= self.visible < grid[0] * grid[1]:
-            raise ValueError(f"mask_ratio={mask_ratio} leaves {self.visible} of {grid[0] * grid[1]} patches visible; "
-                             "at least one must be visible and one masked")
+            raise ValueError(f"mask_ratio={mask_ratio} leaves {self.visible} of {grid[0] * grid[1]} patches "
+                             "visible; at least one must be visible and one masked")
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_dim, grid), requires_grad=False)
@@ -49,59 +54,81 @@ class MaskedAutoencoder(VisionTransformer):
 
     def patchify(self, images):
         """(B, C, height, width) -> (B, N, P·P·C): each patch flattened as (row, column, channel)."""
-        B, P, (h, w) = len(images), self.patch, self.patch_embed.grid
-        x = images.reshape(B, self.channels, h, P, w, P)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, P * P * self.channels)   # (B, h, w, P, P, C)
+        B, P, C = len(images), self.patch, self.channels
+        h, w = self.patch_embed.grid
+        x = images.reshape(B, C, h, P, w, P)               # (B, C, height, width) -> (B, C, h, P, w, P)
+        x = x.permute(0, 2, 4, 3, 5, 1)                    # -> (B, h, w, P, P, C)
+        return x.reshape(B, h * w, P * P * C)              # -> (B, N, P·P·C)
 
     def unpatchify(self, patches):
         """(B, N, P·P·C) -> (B, C, height, width), the exact inverse of `patchify`."""
-        B, P, (h, w) = len(patches), self.patch, self.patch_embed.grid
-        x = patches.reshape(B, h, w, P, P, self.channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, self.channels, h * P, w * P)    # (B, C, h, P, w, P)
+        B, P, C = len(patches), self.patch, self.channels
+        h, w = self.patch_embed.grid
+        x = patches.reshape(B, h, w, P, P, C)              # (B, N, P·P·C) -> (B, h, w, P, P, C)
+        x = x.permute(0, 5, 1, 3, 2, 4)                    # -> (B, C, h, P, w, P)
+        return x.reshape(B, C, h * P, w * P)               # -> (B, C, height, width)
 
     def random_masking(self, x, noise):
-        """Keep the `visible` tokens with the smallest noise. x (B, N, D) -> kept (B, visible, D), mask (B, N), restore (B, N).
+        """Keep the `visible` tokens with the smallest noise.
 
-        `order` lists the tokens by noise; sorting `order` itself gives its inverse, so `restore[n]` is the place of token n in
-        [kept tokens, masked tokens]. That is the double argsort, and the decoder puts everything back with one gather.
+        Shape: x (B, N, D), noise (B, N) -> kept (B, visible, D), mask (B, N), restore (B, N).
+        `order` lists the tokens by noise. Sorting `order` itself gives its inverse, so `restore[n]` is the
+        place of token n in [kept tokens, masked tokens]. That is the double argsort, and the decoder puts
+        everything back with one gather.
         """
         order = noise.argsort(dim=1)
         restore = order.argsort(dim=1)
-        kept = x.gather(1, order[:, :self.visible, None].expand(-1, -1, x.shape[-1]))
+        index = order[:, :self.visible, None].expand(-1, -1, x.shape[-1])      # (B, N) -> (B, visible, D)
+        kept = x.gather(1, index)                                              # (B, N, D) -> (B, visible, D)
         mask = (restore >= self.visible).float()
         return kept, mask, restore
 
     def forward_encoder(self, images, noise):
-        """Encode the visible patches only: at 75 % masked, a quarter of the tokens. -> tokens (B, 1 + visible, D), mask, restore."""
+        """Encode the visible patches only: at 75 % masked, a quarter of the tokens.
+
+        -> tokens (B, 1 + visible, D), mask (B, N), restore (B, N).
+        """
         kept, mask, restore = self.random_masking(self.embed(images), noise)
         return self.encode(kept), mask, restore
 
     def forward_decoder(self, x, restore):
-        """Fill the gaps with the mask token, put all in image order, predict pixels. (B, 1 + visible, D) -> (B, N, P·P·C)."""
-        x = self.decoder_embed(x)
+        """Fill the gaps with the mask token, put all in image order, predict pixels.
+
+        Shape: (B, 1 + visible, D) -> (B, N, P·P·C).
+        """
+        x = self.decoder_embed(x)                                              # D -> decoder's D
         B, _, D = x.shape
-        gaps = self.mask_token.expand(B, restore.shape[1] - self.visible, -1)
-        patches = torch.cat([x[:, 1:], gaps.to(x.dtype)], dim=1)                       # (B, N, D), kept first
-        patches = patches.gather(1, restore[:, :, None].expand(-1, -1, D))            # back in image order
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        gaps = self.mask_token.expand(B, restore.shape[1] - self.visible, -1)  # -> (B, N - visible, D)
+        patches = torch.cat([x[:, 1:], gaps.to(x.dtype)], dim=1)               # -> (B, N, D), kept first
+        patches = patches.gather(1, restore[:, :, None].expand(-1, -1, D))     # back in image order
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed     # cls in front: (B, 1 + N, D)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]                          # the cls token predicts nothing
+        x = self.decoder_pred(self.decoder_norm(x))                            # -> (B, 1 + N, P·P·C)
+        return x[:, 1:]                                                        # cls predicts nothing
 
     def forward_loss(self, images, pred, mask):
-        """Mean squared error over the masked patches of the batch. Every image hides equally many, so it is a plain mean."""
-        target = self.patchify(images)
+        """Mean squared error over the masked patches of the batch. Every image hides equally many, so it is a
+        plain mean.
+
+        The paper lets the decoder reconstruct "the complete image" and compares it with the target image
+        (§3.1). As in the original MAE, all patches are predicted here, but only the masked ones count: the
+        encoder has seen the visible ones, so copying them would teach it little.
+        """
+        target = self.patchify(images)                                         # (B, N, P·P·C)
         if self.norm_pix_loss:
-            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        loss = (pred.to(target.dtype) - target).square().mean(dim=-1)                  # (B, N), one number per patch
-        return (loss * mask).sum() / mask.sum().clamp(min=1)
+            mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)   # two of (B, N, 1)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        loss = (pred.to(target.dtype) - target).square().mean(dim=-1)          # (B, N, P·P·C) -> (B, N)
+        return (loss * mask).sum() / mask.sum().clamp(min=1)                   # (B, N) -> scalar
 
     def forward(self, images, noise=None):
         expected = (len(images), self.pos_embed.shape[1] - 1)
         if noise is None:
             noise = torch.rand(expected, device=images.device)
         if tuple(noise.shape) != expected:
-            raise ValueError(f"expected noise {expected}, one number per image and patch, got {tuple(noise.shape)}")
+            raise ValueError(f"expected noise {expected}, one number per image and patch, "
+                             f"got {tuple(noise.shape)}")
         tokens, mask, restore = self.forward_encoder(images, noise)
         pred = self.forward_decoder(tokens, restore)
         return self.forward_loss(images, pred, mask), pred, mask
@@ -113,5 +140,7 @@ if __name__ == "__main__":
     images = torch.randn(2, 3, 224, 224)
     tokens, mask, restore = model.forward_encoder(images, torch.rand(2, 196))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, position embeddings included")
-    print(f"images {tuple(images.shape)} -> patches {tuple(model.patchify(images).shape)}, {int(mask[0].sum())} of 196 hidden")
-    print(f"encoder sees {tuple(tokens.shape)} (cls + visible), decoder gives {tuple(model.forward_decoder(tokens, restore).shape)}")
+    print(f"images {tuple(images.shape)} -> patches {tuple(model.patchify(images).shape)}, "
+          f"{int(mask[0].sum())} of 196 hidden")
+    print(f"encoder sees {tuple(tokens.shape)} (cls + visible), "
+          f"decoder gives {tuple(model.forward_decoder(tokens, restore).shape)}")

@@ -1,7 +1,8 @@
-"""Temporal convolutional network: each frame's feature learns from the frames before it (paper §3.2, g_i = TCN(f_i)).
+"""Temporal convolutional network: each frame's feature takes in the frames before it
+(paper §3.2, g_i = TCN(f_i)).
 
-A level is two dilated convolutions and a shortcut; the next level dilates twice as far, so the reach doubles while the number
-of weights per level stays. Read after `vit.py`; `temporal.py` puts this under the Transformer encoder.
+A level is two dilated convolutions and a shortcut. The next level dilates twice as far, so the reach doubles
+with the same kernel. Read after `vit.py`; `temporal.py` puts this under the Transformer encoder.
 
     python tcn.py          # which input frames each level's last frame depends on
 """
@@ -18,32 +19,45 @@ def hide(x, valid):
 
 
 class DilatedConv(nn.Module):
-    """Weight-normalised 1-D convolution over time that keeps the length. Shape: (B, T, D_in) -> (B, T, D_out), any T ≥ 1.
+    """Weight-normalised 1-D convolution over time that keeps the length. The causal one is
 
-    Causal: frame t sees frames t, t-d, ..., t-(k-1)d, because zeros are added on the left only. Otherwise the same window is
-    centred on t, and k must be odd.
+        F(t) = Σ_{i=0}^{k-1} f(i) · x_{t - d·i}
+
+    plus a bias. k is the kernel size, d the dilation, each f(i) a matrix; x is 0 before the first frame. The
+    paper gives no formula; this is the one of the TCN literature. Not causal: the same window centred on
+    frame t, so k must be odd.
+    Shape: (B, T, D_in) -> (B, T, D_out), any T ≥ 1.
+    Raises ValueError for a kernel or dilation below 1, and for an even kernel that is not causal.
     """
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, dilation: int, causal: bool):
         super().__init__()
         if kernel < 1 or dilation < 1 or (not causal and kernel % 2 == 0):
-            raise ValueError(f"kernel={kernel}, dilation={dilation}, causal={causal}: both must be at least 1, "
-                             f"and a centred kernel odd; try kernel={max(1, kernel + (kernel + 1) % 2)}")
-        reach = (kernel - 1) * dilation
+            odd = max(1, kernel + (kernel + 1) % 2)
+            raise ValueError(f"kernel={kernel}, dilation={dilation}, causal={causal}: both must be at least "
+                             f"1, and a centred kernel odd; try kernel={odd}")
+        reach = (kernel - 1) * dilation                     # the largest d·i
         self.pad = (reach, 0) if causal else (reach // 2, reach // 2)
         conv = nn.Conv1d(dim_in, dim_out, kernel, dilation=dilation)
-        # Draw the weights before weight_norm splits them into length and direction: drawn after, they would be overwritten by
-        # the first forward pass, which is how the original TCN's N(0, 0.01) has no effect.
+        # N(0, 0.01), drawn before weight_norm splits the weights into length and direction. Drawn after, they
+        # would be overwritten by the first forward pass.
         nn.init.normal_(conv.weight, std=0.01)
         self.conv = weight_norm(conv)
 
     def forward(self, x):
-        x = F.pad(x.transpose(1, 2), self.pad)     # (B, T, D) -> (B, D, T), the layout Conv1d wants, and longer by the reach
-        return self.conv(x).transpose(1, 2)        # (B, D, T) -> (B, T, D)
+        x = x.transpose(1, 2)                      # (B, T, D) -> (B, D, T), the layout Conv1d wants
+        x = F.pad(x, self.pad)                     # (B, D, T) -> (B, D, T + reach)
+        # F(t) = Σ_i f(i) · x_{t - d·i}. PyTorch's weights start with the oldest frame: f(i) = W[:, :, k-1-i].
+        x = self.conv(x)                           # (B, D, T + reach) -> (B, D_out, T)
+        return x.transpose(1, 2)                   # (B, D_out, T) -> (B, T, D_out)
 
 
 class Level(nn.Module):
-    """Convolution -> PReLU -> dropout, twice, plus a shortcut -> PReLU. Shape: (B, T, D_in) -> (B, T, D_out)."""
+    """Convolution -> PReLU -> dropout, twice, plus a shortcut -> PReLU. Shape: (B, T, D_in) -> (B, T, D_out).
+
+    The shortcut is the input itself, or a 1 x 1 convolution (a linear layer for each frame) if the widths
+    differ.
+    """
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, dilation: int, causal: bool, dropout: float):
         super().__init__()
@@ -56,17 +70,18 @@ class Level(nn.Module):
             nn.init.normal_(self.shortcut.weight, std=0.01)
 
     def forward(self, x, valid=None):
-        y = self.dropout(self.act1(self.conv1(hide(x, valid))))
+        y = self.dropout(self.act1(self.conv1(hide(x, valid))))       # (B, T, D_in) -> (B, T, D_out)
         y = self.dropout(self.act2(self.conv2(hide(y, valid))))
         return hide(self.act3(y + self.shortcut(x)), valid)
 
 
 class TemporalConvNet(nn.Module):
-    """Levels of growing dilation (paper §3.2; sizes from the authors' code, which use one kernel size where the paper says
-    "different kernel sizes": here each level has its own).
+    """g_i = TCN(f_i): levels of growing dilation (paper §3.2). Defaults: causal, with the sizes of the
+    authors' code, 7.69 M parameters. That code has one kernel size where the paper says "different kernel
+    sizes and dilation rates"; here each level has its own.
 
-    Shape: x (B, T, dim), valid (B, T) True for real frames, or None -> (B, T, channels[-1]). Padded frames change no real
-    frame and come out as zeros. `receptive_field` is in frames.
+    Shape: x (B, T, dim), valid (B, T) True for real frames, or None -> (B, T, channels[-1]). Padded frames
+    change no real frame and come out as zeros. `receptive_field` is in frames.
     Raises ValueError if the three lists differ in length or x is not (B, T, dim).
     """
 
@@ -74,13 +89,15 @@ class TemporalConvNet(nn.Module):
                  causal: bool = True, dropout: float = 0.3):
         super().__init__()
         if not len(channels) == len(kernels) == len(dilations) > 0:
-            raise ValueError(f"one entry per level is needed in each list, got channels={list(channels)}, "
-                             f"kernels={list(kernels)}, dilations={list(dilations)}")
+            raise ValueError("one entry per level is needed in each list, "
+                             f"got channels={list(channels)}, kernels={list(kernels)}, "
+                             f"dilations={list(dilations)}")
         self.dim = dim
         dims = [dim, *channels]
         self.levels = nn.ModuleList(Level(dims[i], dims[i + 1], kernels[i], dilations[i], causal, dropout)
                                     for i in range(len(channels)))
-        # Each level holds two convolutions, and each lets a frame see (k - 1) d frames further: 57 for the paper's sizes.
+        # Each level holds two convolutions, and each lets a frame see (k - 1) d frames further: 57 frames in
+        # all with the default sizes.
         self.receptive_field = 1 + sum(2 * (k - 1) * d for k, d in zip(kernels, dilations))
 
     def forward(self, x, valid=None):
@@ -88,7 +105,7 @@ class TemporalConvNet(nn.Module):
             raise ValueError(f"expected (B, T, {self.dim}), got {tuple(x.shape)}")
         x = hide(x, valid)
         for level in self.levels:
-            x = level(x, valid)
+            x = level(x, valid)                    # by default (B, T, 768), then (B, T, 256), (B, T, 128)
         return x
 
 
@@ -100,6 +117,8 @@ if __name__ == "__main__":
             y = x
             for level in net.levels[:depth]:
                 y = level(y)
-            seen = torch.autograd.grad(y[0, 60].sum(), x)[0][0].abs().sum(-1).nonzero().flatten()
-            print(f"causal={causal!s:5}  after level {depth}, frame 60 depends on frames {seen[0]} to {seen[-1]}")
+            gradient, = torch.autograd.grad(y[0, 60].sum(), x)       # (1, T, D)
+            seen = gradient[0].abs().sum(-1).nonzero().flatten()     # (1, T, D) -> (T,) -> frames where not 0
+            print(f"causal={causal!s:5}  after level {depth}, "
+                  f"frame 60 depends on frames {seen[0]} to {seen[-1]}")
         print(f"receptive field: {net.receptive_field} frames")

@@ -1,11 +1,14 @@
-"""The Vision Transformer that sees one face: patches -> tokens -> attention blocks -> one feature vector (paper §3.1).
+"""The Vision Transformer that sees one face: patches -> tokens -> attention blocks -> one feature vector
+(paper §3.1).
 
-Smallest part first: attention, MLP, block, patches, positions, model. Parameter names are those of the reference MAE and of
-timm, so that their public ViT checkpoints load by name. Read this file, then `mae.py`, which pre-trains it.
+Smallest part first: attention, MLP, block, patches, positions, model. Parameter names are those of the
+reference MAE and of timm, so that their public ViT checkpoints load by name. Read this file, then `mae.py`,
+which pre-trains it.
 
     python vit.py          # the parameter table of ViT-B/16 and the attention of one random image
 
-Shape letters, here and everywhere: B images or clips, T frames, N patch tokens, D width, H heads, P patch side, C channels.
+Shape letters, here and everywhere: B images or clips, T frames, N patch tokens, D width, H heads,
+P patch side, C channels.
 """
 
 import math
@@ -23,17 +26,20 @@ def pair(size) -> tuple[int, int]:
 def attention(q, k, v):
     """Scaled dot-product attention, written out:  softmax(q kᵀ / √d) v   (Vaswani et al., eq. 1).
 
-    Shape: q, k, v and the result are (B, H, N, d). This is the reader's version; the modules call PyTorch's fused kernel,
-    which never stores the N x N weights. `tests/test_vit.py` shows that both agree.
+    Shape: q, k, v and the result are (B, H, N, d). This is the reader's version; the modules call PyTorch's
+    fused kernel, which never stores the N x N weights. `tests/test_vit.py` shows that both agree.
     """
-    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)   # (B, H, N, N), rows sum to 1
-    return weights @ v
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])         # (B, H, N, d) -> (B, H, N, N)
+    weights = scores.softmax(dim=-1)                                  # rows sum to 1
+    return weights @ v                                                # (B, H, N, N) -> (B, H, N, d)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: every token asks (q) every token (k) and takes a mixture of their values (v).
+    """Multi-head self-attention. Each token's query q is compared with the key k of every token; the result
+    is a mixture of their values v.
 
     Shape: (B, N, D) -> (B, N, D). `valid` (B, N), True where a token is real: padding is never attended to.
+    Raises ValueError if heads do not divide D.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -41,14 +47,19 @@ class Attention(nn.Module):
         if dim % heads:
             raise ValueError(f"dim={dim} is not divisible by heads={heads}; try heads={math.gcd(dim, heads)}")
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)                                # with a bias
         self.proj = nn.Linear(dim, dim)
+
+    def split(self, x):
+        """Queries, keys and values of each head. Shape: (B, N, D) -> three of (B, H, N, d), d = D / H."""
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)   # (B, N, 3D) -> (B, N, 3, H, d)
+        return qkv.permute(2, 0, 3, 1, 4)                                 # -> (3, B, H, N, d)
 
     def forward(self, x, valid=None, dropout: float = 0.0):
         B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)   # (B, N, 3D) -> (B, N, 3, H, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                              # three of (B, H, N, d)
-        mask = None if valid is None else valid[:, None, None, :]         # (B, 1, 1, N): the same keys for each query
+        q, k, v = self.split(x)
+        mask = None if valid is None else valid[:, None, None, :]         # (B, N) -> (B, 1, 1, N)
         dropout = dropout if self.training else 0.0
         # A process may have an empty share of the last batch, which flash attention refuses.
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout) if B else v
@@ -56,7 +67,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers applied to each token alone. Shape: (B, N, D) -> (B, N, D)."""
+    """Two layers with GELU between (the exact one), for each token alone. Shape: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -64,18 +75,23 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x)))           # (B, N, D) -> (B, N, hidden) -> (B, N, D)
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)). Shape: (B, N, D) -> (B, N, D)."""
+    """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Shape: (B, N, D) -> (B, N, D).
+    No drop path (no block is skipped at random) and no layer decay (all blocks have the same learning rate):
+    see `config.Finetune`.
+    """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, 4 * dim)
+        self.mlp = MLP(dim, 4 * dim)                                      # the ViT's MLP ratio of 4
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -93,32 +109,38 @@ class PatchEmbed(nn.Module):
         super().__init__()
         if image_size[0] % patch or image_size[1] % patch:
             fit = tuple(max(patch, round(side / patch) * patch) for side in image_size)
-            raise ValueError(f"image_size={image_size} is not a multiple of patch={patch}; try image_size={fit}")
+            raise ValueError(f"image_size={image_size} is not a multiple of patch={patch}; "
+                             f"try image_size={fit}")
         self.expected = (channels, *image_size)
         self.grid = (image_size[0] // patch, image_size[1] // patch)
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch, stride=patch)
 
     def forward(self, images):
         if tuple(images.shape[1:]) != self.expected:
-            raise ValueError(f"expected images (B, {', '.join(map(str, self.expected))}), got {tuple(images.shape)}")
+            expected = ", ".join(map(str, self.expected))
+            raise ValueError(f"expected images (B, {expected}), got {tuple(images.shape)}")
         return self.proj(images).flatten(2).transpose(1, 2)   # (B, D, h, w) -> (B, D, N) -> (B, N, D)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
     """Fixed 2-D sine-cosine position embeddings with a zero row for the cls token. Shape: (1, 1 + N, D).
 
-    The first half of the channels encodes the column and the second half the row (the reference MAE's order), each as
-    [sin(p ω), cos(p ω)] with ω_i = 10000^(-i / (D/4)), i = 0 … D/4 - 1.
+    The first half of the channels encodes the column and the second half the row (the reference MAE's order),
+    each as [sin(p ω), cos(p ω)] with ω_i = 10000^(-i / (D/4)), i = 0 … D/4 - 1.
+    Raises ValueError if D is not divisible by 4.
     """
     if dim % 4:
-        raise ValueError(f"dim={dim} is not divisible by 4 (sine and cosine of row and column); try {dim + 4 - dim % 4}")
+        raise ValueError(f"dim={dim} is not divisible by 4 (sine and cosine of row and column); "
+                         f"try {dim + 4 - dim % 4}")
+    # rows and columns: the place of each patch, both (h, w)
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    halves = []
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))    # (D/4,)
+    quarters = []
     for position in (columns, rows):
-        angle = position.flatten()[:, None] * omega                 # (N, D/4)
-        halves += [angle.sin(), angle.cos()]
-    return torch.cat([torch.zeros(1, dim), torch.cat(halves, dim=1)]).float()[None]
+        angle = position.flatten()[:, None] * omega                   # (h, w) -> (N, 1) -> (N, D/4)
+        quarters += [angle.sin(), angle.cos()]
+    patches = torch.cat(quarters, dim=1)                              # four of (N, D/4) -> (N, D)
+    return torch.cat([torch.zeros(1, dim), patches]).float()[None]    # (N, D) -> (1 + N, D) -> (1, 1 + N, D)
 
 
 def init_weights(module):
@@ -129,14 +151,17 @@ def init_weights(module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT encoder, by default ViT-B/16 at 224 (paper §3.1).
+    """The ViT, by default the paper's: ViT-Base with patches of 16 x 16 (§3.1). The paper does not give the
+    image size; 224 is assumed, the original MAE's.
 
-    forward: images (B, C, height, width) -> tokens (B, 1 + N, D), the cls token first, after the last LayerNorm.
-    features: images -> (B, D), one vector per face: the mean of the patch tokens, or the cls token.
+    forward: images (B, C, height, width) -> tokens (B, 1 + N, D), the cls token first.
+    features: images -> (B, D), one vector per face, 768 numbers by default: the mean of the patch tokens, or
+    the cls token (the paper does not say which).
     Raises ValueError for sizes that do not divide and for images of another shape.
     """
 
-    def __init__(self, image_size=224, patch: int = 16, channels: int = 3, dim: int = 768, depth: int = 12, heads: int = 12):
+    def __init__(self, image_size=224, patch: int = 16, channels: int = 3, dim: int = 768, depth: int = 12,
+                 heads: int = 12):
         super().__init__()
         self.patch_embed = PatchEmbed(pair(image_size), patch, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -146,7 +171,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(dim, -1))   # as the matrix it is, not as a convolution
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(dim, -1))   # as the one matrix that it is
         nn.init.zeros_(self.patch_embed.proj.bias)
 
     def embed(self, images):
@@ -154,9 +179,12 @@ class VisionTransformer(nn.Module):
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
     def encode(self, x):
-        """Put the cls token in front and run the blocks. Any number of patch tokens: MAE passes only the visible ones."""
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls, x], dim=1)                                        # (B, N, D) -> (B, 1 + N, D)
+        """Put the cls token in front and run the blocks. Shape: (B, N, D) -> (B, 1 + N, D).
+
+        N may be any number of patch tokens: the MAE passes only the visible ones.
+        """
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)  # (1, 1, D) -> (B, 1, D)
+        x = torch.cat([cls, x], dim=1)                                         # (B, N, D) -> (B, 1 + N, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -166,7 +194,7 @@ class VisionTransformer(nn.Module):
 
     def features(self, images, token: str = "mean"):
         x = self(images)
-        return x[:, 0] if token == "cls" else x[:, 1:].mean(dim=1)            # (B, 1 + N, D) -> (B, D)
+        return x[:, 0] if token == "cls" else x[:, 1:].mean(dim=1)             # (B, 1 + N, D) -> (B, D)
 
 
 if __name__ == "__main__":
@@ -174,6 +202,19 @@ if __name__ == "__main__":
     model = VisionTransformer()
     for name, part in model.named_children():
         print(f"{name:12s}{sum(p.numel() for p in part.parameters()):12,d} parameters")
-    print(f"{'in all':12s}{sum(p.numel() for p in model.parameters()):12,d} parameters, cls token and positions included")
-    tokens = model(torch.randn(1, 3, 224, 224))
-    print(f"one 224 x 224 image becomes {tuple(tokens.shape)}: 1 cls token and 14 x 14 patch tokens of 768 numbers")
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{'in all':12s}{total:12,d} parameters, cls token and positions included")
+    image = torch.randn(1, 3, 224, 224)
+    tokens = model(image)
+    print(f"one 224 x 224 image becomes {tuple(tokens.shape)}: "
+          "1 cls token and 14 x 14 patch tokens of 768 numbers")
+
+    x = torch.cat([model.cls_token + model.pos_embed[:, :1], model.embed(image)], dim=1)   # as in `encode`
+    block = model.blocks[0]
+    q, k, v = block.attn.split(block.norm1(x))               # three of (1, H, 1 + N, d)
+    weights = attention(q, k, torch.eye(197))                # (1, H, 1 + N, 1 + N): weights @ I = weights
+    grid = weights[0, 0, 0, 1:].reshape(14, 14)              # head 0, cls to each patch: (N,) -> (14, 14)
+    print("\nattention of its cls token to the 14 x 14 patches in head 0 of block 0, before any training")
+    print("(1.0 = what each token would get if all 197 got the same)")
+    for row in 197 * grid:
+        print("".join(f"{weight:5.1f}" for weight in row))

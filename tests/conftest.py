@@ -1,9 +1,68 @@
-"""Run as `pytest` from the project's root: the modules are imported from there."""
+"""Run as `pytest` from the project's root, which is put on sys.path here; and the finished runs that tests share.
+
+A run is made once, by the first test that asks for it. Tests compare with it or change a copy of it.
+"""
 
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("tiny")     # its asserts show what they compared, as those in a test file do
+
+import tiny                                                    # noqa: E402, after the line above
+from tiny import ROOT, TINY, TRAIN_AU, done, ready             # noqa: E402
+
+
+# ---- Without dropout, whose masks differ with the number of processes
+
+@pytest.fixture(scope="session")
+def made_by_command(tmp_path_factory):
+    """{processes: (folder, what was said)}: everything made from nothing by one command, as README gives it."""
+    folders = {world: tiny.write(tmp_path_factory.mktemp(f"by{world}")) for world in (1, 2)}
+    script = [ROOT / TRAIN_AU[0], *TRAIN_AU[1:]]
+    jobs = {1: tiny.command(folders[1], *script),
+            2: tiny.command(folders[2], *tiny.torchrun("--nproc_per_node=2"), *script)}
+    ended = {world: tiny.end(job) for world, job in jobs.items()}
+    for code, said in ended.values():
+        assert code == 0, said
+    return {world: (folders[world], said) for world, (_, said) in ended.items()}
+
+
+@pytest.fixture(scope="session")
+def finished(made_by_command):
+    """All stages and all tasks, in one process. -> the folder"""
+    folder, _ = made_by_command[1]
+    for task in ("va", "expr"):
+        done(folder, "train_task.py", "--task", task, *TINY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_by_two(made_by_command):
+    """The same in two processes. -> the folder"""
+    folder, _ = made_by_command[2]
+    for task in ("va", "expr"):
+        done(folder, "train_task.py", "--task", task, *TINY, world=2)
+    return folder
+
+
+# ---- With dropout, whose masks must come back after a restart
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """All stages in one process, without an interruption. -> the folder"""
+    folder = tiny.write(tmp_path_factory.mktemp("undisturbed"), **tiny.DROPOUT)
+    done(folder, *TRAIN_AU)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed_by_two(undisturbed, tmp_path_factory):
+    """The task in two processes, without an interruption. -> the folder of that stage"""
+    folder, stage = ready(undisturbed, tmp_path_factory.mktemp("undisturbed_by_two"), "task_au")
+    done(folder, *TRAIN_AU, world=2)
+    return stage

@@ -1,8 +1,10 @@
-"""Images of every kind become RGB or are refused by name; crops stay inside, repeat exactly; normalising loses nothing."""
+"""Images of every kind become RGB or are refused by name; crops stay inside and repeat exactly; normalising
+loses nothing. Batches have a file of their own."""
 
 import errno
 import io
 import os
+import runpy
 import struct
 import zlib
 
@@ -11,7 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+import images as module
 from images import MAX_PIXELS, MEAN, STD, inside, normalise, random_crop, read_image, resize, unnormalise
+
+RESIZE = Image.Image.resize
 
 
 def encode(image, kind="PNG", **options) -> bytes:
@@ -34,10 +39,11 @@ def empty_png(width, height) -> bytes:
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)      # 8 bits, RGB
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# ---- Reading
 
 def test_a_path_and_the_bytes_of_a_file_give_the_same_pixels(tmp_path):
     image = noise()
@@ -47,9 +53,10 @@ def test_a_path_and_the_bytes_of_a_file_give_the_same_pixels(tmp_path):
         assert read.mode == "RGB" and np.array_equal(np.asarray(read), np.asarray(image))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not an image at all\n", encode(noise())[:-400], encode(noise(), "JPEG")[:-400],
-                                     encode(noise())[:20], encode(noise(), "WEBP")[:-400]],
-                         ids=["missing", "empty", "text", "cut PNG", "cut JPEG", "cut header", "cut WEBP"])
+@pytest.mark.parametrize("content", [
+    None, b"", b"not an image at all\n", encode(noise())[:-400], encode(noise(), "JPEG")[:-400],
+    encode(noise())[:20], encode(noise(), "WEBP")[:-400]],
+    ids=["missing", "empty", "text", "cut PNG", "cut JPEG", "cut header", "cut WEBP"])
 def test_a_missing_empty_truncated_or_foreign_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "face.png"
     if content is not None:
@@ -64,7 +71,7 @@ def test_a_missing_empty_truncated_or_foreign_file_is_refused_by_name(tmp_path, 
 def test_a_disk_that_fails_is_no_broken_image(monkeypatch, number):
     """A broken image is left out and the training goes on; this one comes back with the disk."""
     def fail(*arguments, **keywords):
-        raise OSError(number, os.strerror(number))         # in the middle of a file, the system does not name it
+        raise OSError(number, os.strerror(number))      # in the middle of a file, the system does not name it
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(OSError, match="face.png"):
         read_image("face.png")
@@ -90,9 +97,17 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, width, height
         read_image(path)
 
 
+def test_an_image_of_just_the_limit_is_read(monkeypatch):
+    monkeypatch.setattr(module, "MAX_PIXELS", 40 * 50)
+    assert read_image(encode(noise(40, 50))).size == (50, 40)
+    with pytest.raises(ValueError, match="51 x 40 pixels, at most 2,000 are read"):
+        read_image(encode(noise(40, 51)))
+
+
 def test_grey_images_become_three_equal_channels():
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    for image in (Image.fromarray(grey), Image.merge("LA", [Image.fromarray(grey), Image.new("L", (16, 16), 9)])):
+    with_alpha = Image.merge("LA", [Image.fromarray(grey), Image.new("L", (16, 16), 9)])
+    for image in (Image.fromarray(grey), with_alpha):
         read = read_image(encode(image))
         assert read.mode == "RGB" and np.array_equal(np.asarray(read), np.stack([grey] * 3, axis=-1))
     bits = read_image(encode(Image.fromarray(grey > 99)))
@@ -128,7 +143,7 @@ def test_sixteen_bit_images_keep_their_shades():
     assert np.array_equal(np.asarray(read_image(encode(deep)))[..., 0].ravel(), np.arange(256))
 
 
-# --- resizing and cropping --------------------------------------------------------------------------------------------
+# ---- Resizing and cropping
 
 def test_resize_gives_height_by_width_and_leaves_the_right_size_alone():
     assert resize(noise(40, 50), (16, 24)).shape == (16, 24, 3)
@@ -148,9 +163,22 @@ def test_the_same_generator_gives_the_same_crop_and_another_gives_another():
     assert np.array_equal(crops[0], crops[1]) and not np.array_equal(crops[0], crops[2])
 
 
+@pytest.fixture
+def boxes(monkeypatch):
+    """The boxes (left, top, right, bottom) that random_crop has cut out of images."""
+    boxes = []
+
+    def watched(image, size, how, box):
+        boxes.append(box)
+        return RESIZE(image, size, how, box=box)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    return boxes
+
+
 def test_crops_stay_inside_reach_every_border_and_keep_to_their_share_and_shape(monkeypatch):
-    boxes, resize_ = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda image, *args, box: boxes.append(box) or resize_(image, *args, box=box))
+    boxes, tiny = [], Image.new("RGB", (4, 4))
+    monkeypatch.setattr(Image.Image, "resize", lambda image, *_, box: boxes.append(box) or tiny)
     rng, image = np.random.default_rng(0), noise(300, 300)
     for _ in range(2000):
         random_crop(image, (4, 4), rng, 0.2)
@@ -160,12 +188,37 @@ def test_crops_stay_inside_reach_every_border_and_keep_to_their_share_and_shape(
     assert left.min() == top.min() == 0 and right.max() == bottom.max() == 300
     assert 0.195 < share.min() < 0.22 and 0.95 < share.max() <= 1
     assert 0.74 < aspect.min() < 0.77 and 1.3 < aspect.max() < 1.35
-    assert abs(share.mean() - 0.59) < 0.02      # below (0.2 + 1) / 2 by what clipping to the image takes away
+    assert abs(share.mean() - 0.59) < 0.02      # below (0.2 + 1) / 2, because crops are clipped to the image
+
+
+def test_a_crop_of_at_least_everything_is_the_whole_image(boxes):
+    image = noise(40, 40)
+    for seed in range(20):
+        crop = random_crop(image, (40, 40), np.random.default_rng(seed), 1.0)
+        assert np.array_equal(crop, image) or np.array_equal(crop[:, ::-1], image)
+    assert set(boxes) == {(0, 0, 40, 40)}
+
+
+def test_a_crop_of_at_least_everything_is_a_square_of_that_area_clipped_to_the_image(boxes):
+    for seed in range(20):
+        assert random_crop(noise(40, 50), (8, 8), np.random.default_rng(seed), 1.0).shape == (8, 8, 3)
+    for left, top, right, bottom in boxes:
+        assert (right - left, bottom - top) == (45, 40)          # sqrt(40 * 50) = 44.7
+        assert 0 <= left and right <= 50 and top == 0
+
+
+def test_a_crop_of_nearly_everything_has_nearly_the_shape_of_a_square(boxes):
+    for seed in range(200):
+        random_crop(noise(100, 100), (8, 8), np.random.default_rng(seed), 0.81)
+    shapes = [(right - left) / (bottom - top) for left, top, right, bottom in boxes]
+    assert 0.8 < min(shapes) < 0.86 and 1.16 < max(shapes) < 1.25          # 0.81 to 1 / 0.81, clipped
 
 
 def test_half_of_the_crops_are_mirrored():
-    crops = [random_crop(ramp(), (4, 4), np.random.default_rng(seed), 0.5).astype(int) for seed in range(400)]
-    assert 160 < sum(crop[0, 0, 0] > crop[0, -1, 0] for crop in crops) < 240       # 200 expected, deviation 10
+    crops = [random_crop(ramp(), (4, 4), np.random.default_rng(seed), 0.5).astype(int)
+             for seed in range(400)]
+    mirrored = sum(crop[0, 0, 0] > crop[0, -1, 0] for crop in crops)
+    assert 160 < mirrored < 240                 # 200 expected, deviation 10
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 300), (300, 1), (2, 3)])
@@ -175,22 +228,18 @@ def test_tiny_and_thin_images_are_resized_and_cropped(height, width):
     assert resize(noise(height, width), (8, 6)).shape == (8, 6, 3)
 
 
-def test_a_crop_is_the_bicubic_resize_of_its_box(monkeypatch):
-    boxes, resize_ = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda image, *args, box: boxes.append(box) or resize_(image, *args, box=box))
+def test_a_crop_is_the_bicubic_resize_of_its_box(boxes):
     for seed in range(8):
         crop = random_crop(noise(), (12, 9), np.random.default_rng(seed), 0.2)
-        plain = np.asarray(resize_(noise(), (9, 12), Image.BICUBIC, box=boxes[-1]))
+        plain = np.asarray(RESIZE(noise(), (9, 12), Image.BICUBIC, box=boxes[-1]))
         assert np.array_equal(crop, plain) or np.array_equal(crop, plain[:, ::-1])
 
 
-def test_the_last_column_and_row_can_be_cropped_alone(monkeypatch):
-    boxes, resize_ = set(), Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda image, *args, box: boxes.add(box) or resize_(image, *args, box=box))
+def test_the_last_column_and_row_can_be_cropped_alone(boxes):
     for seed in range(60):
         random_crop(noise(1, 2), (2, 2), np.random.default_rng(seed), 0.2)
         random_crop(noise(2, 1), (2, 2), np.random.default_rng(seed), 0.2)
-    assert {(0, 0, 1, 1), (1, 0, 2, 1), (0, 1, 1, 2)} <= boxes      # left, top, right, bottom
+    assert {(0, 0, 1, 1), (1, 0, 2, 1), (0, 1, 1, 2)} <= set(boxes)      # left, top, right, bottom
 
 
 def test_one_pixel_fills_the_crop_with_its_colour():
@@ -198,14 +247,22 @@ def test_one_pixel_fills_the_crop_with_its_colour():
     assert (crop == (1, 2, 3)).all() and crop.shape == (5, 7, 3)
 
 
-# --- normalising ------------------------------------------------------------------------------------------------------
+# ---- Normalising
 
 def test_normalise_is_the_written_out_formula_for_each_channel():
     images = torch.randint(0, 256, (2, 3, 5, 3), dtype=torch.uint8)                 # (B, H, W, 3)
     out = normalise(images)
     assert out.shape == (2, 3, 3, 5) and out.dtype == torch.float32
     for c in range(3):
-        assert torch.allclose(out[:, c], (images[..., c].double() / 255 - MEAN[c]).div(STD[c]).float(), atol=1e-6)
+        expected = (images[..., c].double() / 255 - MEAN[c]) / STD[c]
+        assert torch.allclose(out[:, c], expected.float(), atol=1e-6)
+
+
+def test_black_and_white_become_the_numbers_that_imagenets_mean_and_deviation_give():
+    """Worked out by hand: (0 - 0.485) / 0.229, ..., (1 - 0.406) / 0.225, as in the MAE's checkpoints."""
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 1, 3)
+    expected = torch.tensor([[-2.11790, -2.03571, -1.80444], [2.24891, 2.42857, 2.64000]])
+    assert torch.allclose(normalise(images).flatten(1), expected, atol=1e-5)
 
 
 def test_unnormalise_takes_every_value_of_a_pixel_back_exactly():
@@ -220,10 +277,10 @@ def test_unnormalise_clips_what_no_pixel_can_hold():
     assert unnormalise(torch.full((1, 3, 1, 1), -99.0)).tolist() == [[[[0] * 3]]]
 
 
-# --- names that come from a list --------------------------------------------------------------------------------------
+# ---- Names that come from a list
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "..", "../a.jpg", "a/../../b.jpg", "a/../b.jpg", "folder_out/x.jpg",
-                                  "file_out.jpg", "sibling/x.jpg"])
+@pytest.mark.parametrize("name", ["/etc/passwd", "..", "../a.jpg", "a/../../b.jpg", "a/../b.jpg",
+                                  "folder_out/x.jpg", "file_out.jpg", "sibling/x.jpg"])
 def test_a_name_that_leaves_its_root_is_refused(tmp_path, name):
     root = tmp_path / "data"
     root.mkdir()
@@ -232,7 +289,8 @@ def test_a_name_that_leaves_its_root_is_refused(tmp_path, name):
     (root / "folder_out").symlink_to(tmp_path)
     (root / "file_out.jpg").symlink_to(tmp_path / "x.jpg")
     (root / "sibling").symlink_to(tmp_path / "data2")
-    with pytest.raises(ValueError, match="leaves its data root .*data; entries must lie inside it") as refusal:
+    expected = "leaves its data root .*data; entries must lie inside it"
+    with pytest.raises(ValueError, match=expected) as refusal:
         inside(root, name)
     assert repr(name) in str(refusal.value)
 
@@ -251,3 +309,27 @@ def test_names_and_links_within_the_root_are_let_through_also_if_the_root_is_a_l
     for base in (root, tmp_path / "alias", str(root)):
         for name in ("1/a..b.jpg", "link.jpg", "not/there.jpg"):
             assert inside(base, name) == type(root)(base) / name
+
+
+# ---- The script
+
+def test_the_script_describes_what_it_reads_and_refuses_the_rest_with_code_2(monkeypatch, capsys, tmp_path):
+    Image.new("RGB", (5, 4), (1, 2, 3)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["images.py", "nowhere.jpg", "a.png", "no/folder.jpg"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(module.__file__, run_name="__main__")
+    shown = capsys.readouterr()
+    assert end.value.code == 2 and shown.out == "a.png: 5 x 4, mean colour [1. 2. 3.]\n"
+    assert [line.split(":")[0] for line in shown.err.splitlines()] == ["refused", "refused"]
+    assert "nowhere.jpg" in shown.err and "no/folder.jpg" in shown.err
+
+
+def test_the_script_alone_shows_the_range_of_the_numbers(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["images.py"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(module.__file__, run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "black becomes [-2.118 -2.036 -1.804] (red, green, blue)",
+        "white becomes [2.249 2.429 2.64 ] (red, green, blue)"]

@@ -19,8 +19,13 @@ KILLS = 20
 @pytest.mark.soak
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_killed_twenty_times_at_random_moments_ends_with_the_same_bits(tmp_path, world):
-    settings = {"pretrain": {"epochs": 200}, "finetune": {"epochs": 120, "dropout": 0.2}, "temporal": {"dropout": 0.2},
-                "task": {"epochs_au": 120}, "run": {"checkpoint_minutes": 0.002}}
+    settings = {
+        "pretrain": {"epochs": 200},
+        "finetune": {"epochs": 120, "dropout": 0.2},
+        "temporal": {"dropout": 0.2},
+        "task": {"epochs": 120},
+        "run": {"checkpoint_minutes": 0.002},
+    }
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     for folder in (calm, killed):
         folder.mkdir()
@@ -42,7 +47,17 @@ def test_a_run_killed_twenty_times_at_random_moments_ends_with_the_same_bits(tmp
         ended = job.end()
         assert not any(ended.codes), ended.said
         break
-    print(f"\n{world} process(es): undisturbed {whole:.0f} s; {kills} kills, {starts} starts, {time.time() - began - whole:.0f} s")
+    print(
+        f"\n{world} process(es): undisturbed {whole:.0f} s; {kills} kills, {starts} starts, {time.time() - began - whole:.0f} s"
+    )
     assert kills >= KILLS, f"only {kills} kills before the run was done"
-    for stage, file in (("pretrain", "last.pt"), ("finetune", "best.pt"), ("task_au", "last.pt"), ("task_au", "best.pt")):
-        assert same(weights(calm / "runs/tiny" / stage, file), weights(killed / "runs/tiny" / stage, file)), (stage, file)
+    for stage, file in (
+        ("pretrain", "last.pt"),
+        ("finetune", "best.pt"),
+        ("task_au", "last.pt"),
+        ("task_au", "best.pt"),
+    ):
+        assert same(weights(calm / "runs/tiny" / stage, file), weights(killed / "runs/tiny" / stage, file)), (
+            stage,
+            file,
+        )

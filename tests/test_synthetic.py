@@ -1,8 +1,11 @@
-"""Drawn data is the same each time, lies in the real layouts with the real faults, and shows what its labels say."""
+"""Synthetic data is the same each time, has the real layouts and faults, and shows what its labels say."""
 
 import csv
 import hashlib
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,30 +13,39 @@ from PIL import Image
 
 import faces
 import synthetic
-from synthetic import AUS, EXPRESSIONS, LABEL_LAG, SIDE, STILL, TASKS, TRAIN, VAL, Drawn, State
-from drawing import eyes
-from synthetic import act, annotate, draw, draw_face, draw_video, index, is_complete, person, spoil, still, videos
+import synthetic_acting
+import synthetic_stills
+from config import Config, Data, Synthetic
+from distributed import Team
+from labels import AUS, EXPRESSIONS, TASKS
+from synthetic import check_paths, draw, draw_video, index, is_complete, make, videos
+from synthetic_acting import LABEL_LAG, STILL, TRAIN, VAL, act, annotate, spoil
+from synthetic_face import SIDE, State, draw_face, eyes, person
+from synthetic_stills import still
 
-SMALL = Drawn(train_videos=9, val_videos=3, frames=90, faces=120)
-TINY = Drawn(train_videos=2, val_videos=1, frames=12, faces=30)
+ROOT = Path(__file__).parent.parent
+SMALL = Synthetic(train_videos=9, val_videos=3, frames=45, faces=60)
+TINY = Synthetic(train_videos=2, val_videos=1, frames=6, faces=20)
+ALONE = Team(rank=0, world=1, device=None)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("drawn")
+    folder = tmp_path_factory.mktemp("synthetic")
     draw(folder, SMALL)
     index(folder, SMALL)
     return folder
 
 
 def contents(folder: Path) -> dict:
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()}
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def labels(root, video, task):
+def label_file(root, video, task):
     split = {TRAIN: "Train_Set", VAL: "Validation_Set"}[video.split]
-    text = (root / "Aff-Wild2/annotations" / TASKS[task][0] / split / f"{video.name}.txt").read_text()
-    header, *rows = text.splitlines()
+    folder = root / "Aff-Wild2/annotations" / TASKS[task].folders[0] / split
+    header, *rows = (folder / f"{video.name}.txt").read_text().splitlines()
     return header, np.array([row.split(",") for row in rows], float)
 
 
@@ -68,26 +80,59 @@ def test_the_shares_of_two_processes_are_disjoint(tmp_path):
 
 def test_another_seed_draws_other_people():
     assert still(TINY, 3).person == still(TINY, 3).person
-    assert still(TINY, 3).person != still(Drawn(faces=30, seed=1), 3).person
+    assert still(TINY, 3).person != still(Synthetic(faces=20, seed=1), 3).person
 
 
-def test_a_drawing_is_complete_only_after_the_index_and_only_for_its_sizes(tmp_path):
+def test_data_are_complete_only_after_the_index_and_only_for_their_sizes(tmp_path):
     assert not is_complete(tmp_path, TINY)
     draw(tmp_path, TINY)
     assert not is_complete(tmp_path, TINY)
     index(tmp_path, TINY)
     assert is_complete(tmp_path, TINY) and not is_complete(tmp_path, SMALL)
-    draw(tmp_path, TINY)                                    # drawn again: incomplete until indexed again
+    draw(tmp_path, TINY)                                    # again: incomplete until indexed again
     assert not is_complete(tmp_path, TINY)
 
 
-def test_a_folder_with_a_drawing_of_other_sizes_or_with_real_data_is_refused(root, tmp_path):
+def test_make_draws_all_of_it_into_the_folder_of_the_settings(tmp_path):
+    sizes = Synthetic(root=str(tmp_path / "made"), train_videos=1, val_videos=1, frames=3, faces=8)
+    make(SimpleNamespace(synthetic=sizes), ALONE)
+    draw(tmp_path / "drawn", sizes)
+    index(tmp_path / "drawn", sizes)
+    assert is_complete(sizes.root, sizes) and contents(tmp_path / "made") == contents(tmp_path / "drawn")
+
+
+def test_a_folder_with_data_of_other_sizes_or_with_real_data_is_refused(root, tmp_path):
     with pytest.raises(ValueError, match="'train_videos': 9.*'train_videos': 2.*new folder"):
         draw(root, TINY)
+    assert is_complete(root, SMALL)
     (tmp_path / "RAF-DB").mkdir()
-    with pytest.raises(ValueError, match="was not drawn"):
+    with pytest.raises(ValueError, match="holds data that is not synthetic"):
         draw(tmp_path, TINY)
     assert list(tmp_path.iterdir()) == [tmp_path / "RAF-DB"]
+
+
+# ---- The paths of the settings.
+
+def settings(**data) -> Config:
+    """A configuration with synthetic data in some/folder."""
+    return Config(data=Data(synthetic=True, **data), synthetic=Synthetic(root="some/folder"))
+
+
+@pytest.mark.parametrize("path", ["other", "some/folder2/RAF-DB", "some/folder/../real", "/real"])
+def test_a_path_outside_the_folder_of_the_synthetic_data_is_refused(path):
+    with pytest.raises(ValueError, match=rf"^data\.raf_db: {path} is not in some/folder \(synthetic\.root\)"):
+        check_paths(settings(raf_db=path))
+    with pytest.raises(ValueError, match=rf"^data\.frames: {path} is not in some/folder \(synthetic\.root\)"):
+        check_paths(settings(frames=["some/folder/a", path]))
+
+
+def test_paths_in_the_folder_and_unused_ones_are_accepted_and_with_real_data_all_are(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    inside = str(tmp_path / "some/folder/RAF-DB")
+    check_paths(settings(frames=["some/folder/a", "some/folder/b"], raf_db=inside, fer2013=""))
+    real = settings(raf_db="/real", frames=["/real"])
+    real.data.synthetic = False
+    check_paths(real)
 
 
 # ---- The layouts.
@@ -101,38 +146,42 @@ def test_frames_are_112_pixel_colour_jpegs_with_five_digits(root):
 
 
 def test_label_files_have_the_real_headers_and_a_line_per_frame(root):
-    headers = {"VA": "valence,arousal", "EXPR": "Neutral,Anger,Disgust,Fear,Happiness,Sadness,Surprise,Other",
-               "AU": "AU1,AU2,AU4,AU6,AU7,AU10,AU12,AU15,AU23,AU24,AU25,AU26"}
+    headers = {"va": "valence,arousal",
+               "expr": "Neutral,Anger,Disgust,Fear,Happiness,Sadness,Surprise,Other",
+               "au": "AU1,AU2,AU4,AU6,AU7,AU10,AU12,AU15,AU23,AU24,AU25,AU26"}
     for video in videos(SMALL):
         for task in video.tasks:
-            header, values = labels(root, video, task)
+            header, values = label_file(root, video, task)
             assert header == headers[task] and len(values) == video.frames
-            valid = values[values[:, 0] != {"VA": -5, "EXPR": -1, "AU": -1}[task]]
-            lowest, highest = {"VA": (-1, 1), "EXPR": (0, 7), "AU": (0, 1)}[task]
+            valid = values[values[:, 0] != {"va": -5, "expr": -1, "au": -1}[task]]
+            lowest, highest = {"va": (-1, 1), "expr": (0, 7), "au": (0, 1)}[task]
             assert len(valid) and valid.min() >= lowest and valid.max() <= highest
-            assert task == "VA" or (valid == valid.round()).all()
+            assert task == "va" or (valid == valid.round()).all()
 
 
 def test_the_faults_of_real_videos_all_occur(root):
     plan = videos(SMALL)
-    invalid = {task: [(labels(root, v, task)[1] == code).all(1).any() for v in plan if task in v.tasks]
-               for task, code in (("VA", -5), ("EXPR", -1), ("AU", -1))}
-    assert all(any(found) and not all(found) for found in invalid.values())
-    assert any(set(range(1, v.frames + 1)) - set(frame_numbers(root, v)) for v in plan), "no face is missing"
-    assert any(set(range(1, v.frames + 1)) <= set(frame_numbers(root, v)) for v in plan), "every video misses faces"
-    assert any(frame_numbers(root, v)[-1] > v.frames for v in plan), "no image past the last label"
+    for task, code in (("va", -5), ("expr", -1), ("au", -1)):
+        values = [label_file(root, v, task)[1] for v in plan if task in v.tasks]       # each (T, width)
+        invalid = [(of_video == code).all(1).any() for of_video in values]
+        assert any(invalid) and not all(invalid)
+    numbers = {v: frame_numbers(root, v) for v in plan}
+    complete = [set(range(1, v.frames + 1)) <= set(numbers[v]) for v in plan]
+    assert any(complete) and not all(complete), "every video misses faces, or none does"
+    assert any(numbers[v][-1] > v.frames for v in plan), "no image past the last label"
     ends = [b"\r\n" in file.read_bytes() for file in (root / "Aff-Wild2/annotations").rglob("*.txt")]
     assert any(ends) and not all(ends)
 
 
 def test_the_plan_has_short_videos_whole_strides_pairs_and_missing_tasks():
-    plan = videos(Drawn())
+    plan = videos(Synthetic())
     for split in (TRAIN, VAL):
         of_split = [v for v in plan if v.split == split]
         assert [v.frames for v in of_split[:3]] == [180, 73, 270]
-        assert {v.tasks for v in of_split} == {("VA", "EXPR", "AU"), ("VA",), ("AU",), ("EXPR", "AU")}
+        assert {v.tasks for v in of_split} == {("va", "expr", "au"), ("va",), ("au",), ("expr", "au")}
         left, right = of_split[5], of_split[6]
-        assert left.name.removesuffix("_left") == right.name.removesuffix("_right") and left.frames == right.frames
+        assert left.name.removesuffix("_left") == right.name.removesuffix("_right")
+        assert left.name != right.name and left.frames == right.frames
     assert len({v.name for v in plan}) == len(plan) == 96
     assert {"1-30-1280x720", "124", "video5_3", "7-60-1920x1080-2"} <= {v.name for v in plan}
 
@@ -140,20 +189,22 @@ def test_the_plan_has_short_videos_whole_strides_pairs_and_missing_tasks():
 def test_the_loaders_of_static_faces_read_every_set(root):
     sets = [faces.affectnet_2017(root / "AffectNet-2017"), faces.affectnet_2021(root / "AffectNet-2021"),
             faces.raf_db(root / "RAF-DB"), faces.fer2013(root / "FER2013", root / "FERPlus")]
-    drawn = [still(SMALL, n) for n in range(SMALL.faces)]
-    for got, name in zip(sets, synthetic.SETS):
-        assert len(got) == sum(face.set == name and face.faced for face in drawn)
+    planned = [still(SMALL, n) for n in range(SMALL.faces)]
+    for got, name in zip(sets, synthetic_stills.SETS):
+        assert len(got) == sum(face.set == name and face.faced for face in planned)
         assert got.read(0).mode == "RGB"
-    truth = [face.expression for face in drawn if face.set == "RAF-DB"]
-    assert sorted(sets[2].labels) == sorted(truth)
+    assert sorted(sets[2].labels) == sorted(face.expression for face in planned if face.set == "RAF-DB")
 
 
 def test_the_lists_of_static_faces_have_the_real_columns_and_the_rows_nobody_can_use(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "draw_face", lambda p, state, rng: Image.new("RGB", (SIDE, SIDE)))
-    index(tmp_path, Drawn(faces=1500))
+    monkeypatch.setattr(synthetic_stills, "draw_face", lambda p, state, rng: Image.new("RGB", (SIDE, SIDE)))
+    index(tmp_path, Synthetic(faces=1500))
     rows = [*csv.DictReader(open(tmp_path / "AffectNet-2017/training.csv"))]
-    assert list(rows[0]) == faces.AFFECTNET_COLUMNS and {row["expression"] for row in rows} >= {"7", "8", "9", "10"}
-    fer, plus = ([*csv.DictReader(open(tmp_path / f))] for f in ("FER2013/fer2013.csv", "FERPlus/fer2013new.csv"))
+    assert list(rows[0]) == faces.AFFECTNET_COLUMNS
+    assert {row["expression"] for row in rows} >= {"7", "8", "9", "10"}
+    assert all((row["valence"] == "-2") == (int(row["expression"]) >= 8) for row in rows)
+    fer = [*csv.DictReader(open(tmp_path / "FER2013/fer2013.csv"))]
+    plus = [*csv.DictReader(open(tmp_path / "FERPlus/fer2013new.csv"))]
     assert list(fer[0]) == ["emotion", "pixels", "Usage"] and len(fer[0]["pixels"].split()) == 48 * 48
     assert list(plus[0]) == ["Usage", "Image name", *faces.FERPLUS]
     assert [row["Usage"] for row in fer] == [row["Usage"] for row in plus]
@@ -167,10 +218,12 @@ def test_the_lists_of_static_faces_have_the_real_columns_and_the_rows_nobody_can
 
 @pytest.mark.parametrize("unit", AUS)
 def test_each_action_unit_alone_is_visible_where_it_acts_and_hardly_elsewhere(unit):
-    upper = slice(0, 66) if unit == 6 else slice(0, 60)     # rows; the eyes are at 44, the nose's tip at 64, the mouth at 81
+    # In rows: the eyes are at 44, the nose's tip at 64, the mouth at 81.
+    upper = slice(0, 66) if unit == 6 else slice(0, 60)
     rows = upper if unit in (1, 2, 4, 6, 7) else slice(42, SIDE)
     for p in map(someone, range(6)):
-        change = np.abs(picture(p, np.eye(12)[AUS.index(unit)]) - picture(p, np.zeros(12))).mean(2)   # (112, 112)
+        acting, rest = picture(p, np.eye(12)[AUS.index(unit)]), picture(p, np.zeros(12))
+        change = np.abs(acting - rest).mean(2)              # (112, 112)
         assert change[rows].sum() > 0.97 * change.sum()
         small = np.asarray(Image.fromarray(change.astype(np.uint8)).resize((48, 48), Image.BOX), float)
         assert small.max() > 12, f"AU{unit} of {p} fades in a 48-pixel picture"
@@ -188,17 +241,24 @@ def test_brows_move_by_three_pixels_or_more(unit, way):
 def test_pose_light_and_blur_change_the_picture_and_noise_comes_from_the_generator_alone():
     p, rest = someone(), np.zeros(12)
     neutral = picture(p, rest)
-    for state in (dict(yaw=4.0), dict(roll=0.1), dict(shift=(3.0, 0.0)), dict(brightness=0.8), dict(blur=(3.0, 1.0))):
+    for state in (dict(yaw=4.0), dict(roll=0.1), dict(shift=(3.0, 0.0)), dict(brightness=0.8),
+                  dict(blur=(3.0, 1.0))):
         assert np.abs(picture(p, rest, **state) - neutral).mean() > 1
-    first, again, other = (np.asarray(draw_face(p, State(rest), np.random.default_rng(seed))) for seed in (0, 0, 1))
+    first, again, other = (draw_face(p, State(rest), np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_nobody_is_in_two_videos_or_in_a_video_and_a_static_set(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(synthetic, "draw_face", lambda p, state, rng: seen.append(p) or Image.new("RGB", (8, 8)))
+
+    def note_person(p, state, rng):
+        seen.append(p)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(synthetic, "draw_face", note_person)
     people = [still(TINY, n).person for n in range(TINY.faces)]
-    for video in videos(sizes := Drawn(train_videos=8, val_videos=8, frames=5)):
+    sizes = Synthetic(train_videos=8, val_videos=8, frames=5)
+    for video in videos(sizes):
         seen.clear()
         draw_video(tmp_path, sizes, video)
         assert len(set(seen)) == 1
@@ -208,8 +268,8 @@ def test_nobody_is_in_two_videos_or_in_a_video_and_a_static_set(tmp_path, monkey
 
 @pytest.mark.parametrize("split", [TRAIN, VAL])
 def test_every_expression_has_a_share_and_neutral_and_other_the_largest(split):
-    played = [act(np.random.default_rng(v.number), v.frames, v.first) for v in videos(Drawn())
-              if v.split == split and "EXPR" in v.tasks]
+    played = [act(np.random.default_rng(v.number), v.frames, v.first) for v in videos(Synthetic())
+              if v.split == split and "expr" in v.tasks]
     shares = np.bincount(np.concatenate([acting.expression for acting in played]), minlength=8)
     shares = shares / shares.sum()
     assert shares.min() > 0.05
@@ -230,11 +290,61 @@ def test_single_frames_are_spoiled_and_fifteen_frames_of_them_is_less_so():
     acting = act(rng, 3000, 0)
     states = list(spoil(rng, someone(), acting))
     shown, true = np.array([state.au for state in states]), acting.au
+
     def over_fifteen_frames(au):
         return np.stack([np.convolve(unit, np.ones(15) / 15, "same") for unit in au.T], 1)
 
     active = (true > 0.3) & (true < 0.7)                    # nearer to 0 and 1, what is shown is cut off
-    alone, together = np.abs(shown - true)[active], np.abs(over_fifteen_frames(shown) - over_fifteen_frames(true))[active]
-    assert alone.mean() > 0.7 * synthetic.JITTER and together.mean() < 0.4 * alone.mean()
-    spoiled = np.mean([state.cover is not None or max(state.blur) > 0 for state in states])
-    assert 0.1 < spoiled < 0.5
+    alone = np.abs(shown - true)[active]
+    together = np.abs(over_fifteen_frames(shown) - over_fifteen_frames(true))[active]
+    assert alone.mean() > 0.7 * synthetic_acting.JITTER and together.mean() < 0.4 * alone.mean()
+    covered = np.array([state.cover is not None for state in states])
+    blurred = np.array([max(state.blur) > 0 for state in states])
+    assert 0.1 < (covered | blurred).mean() < 0.5 and min(covered.mean(), blurred.mean()) > 0.05
+
+
+# ---- The commands.
+
+def command(monkeypatch, capsys, script, *arguments):
+    """-> (exit code, stdout, stderr) of a script."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    code = 0
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+SHEETS = {"synthetic.py": ["--config", ROOT / "configs/demo.yaml", "--sheet"], "synthetic_face.py": []}
+
+
+@pytest.mark.parametrize("script, columns, rows", [("synthetic.py", 12, 8 + 2 + 1),
+                                                   ("synthetic_face.py", 13, 4)])
+def test_a_contact_sheet_is_one_picture_of_all_faces(script, columns, rows, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "faces.png"
+    assert command(monkeypatch, capsys, script, *SHEETS[script], path) == (0, "", "")
+    with Image.open(path) as image:
+        assert image.size == (columns * SIDE, rows * SIDE)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("script", SHEETS)
+@pytest.mark.parametrize("name, reason", [("faces.xyz", "a .png or .jpg file"), ("", "a .png or .jpg file"),
+                                          ("nowhere/faces.png", "No such file or directory"),
+                                          ("folder.png", "Is a directory")])
+def test_a_sheet_that_cannot_be_written_ends_in_one_line(script, name, reason, tmp_path, monkeypatch, capsys):
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(synthetic_acting, "sheet", lambda: [[(someone(), State(np.zeros(12)))]])
+    monkeypatch.chdir(tmp_path)
+    code, out, error = command(monkeypatch, capsys, script, *SHEETS[script], name)
+    assert code == 2 and out == "" and error.count("\n") == 1
+    assert error.startswith(f"error: {name}: ") and reason in error
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+@pytest.mark.parametrize("script, words", [("synthetic_acting.py", "frame  expression  valence  arousal"),
+                                           ("synthetic_stills.py", "RAF-DB")])
+def test_the_files_in_between_show_themselves_as_a_table(script, words, monkeypatch, capsys):
+    code, out, error = command(monkeypatch, capsys, script)
+    assert code == 0 and error == "" and words in out

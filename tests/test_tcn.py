@@ -9,12 +9,14 @@ from torch.nn import functional as F
 
 from tcn import DilatedConv, Level, TemporalConvNet, hide
 
-SHAPES = [dict(kernel=3, dilation=2, causal=True), dict(kernel=3, dilation=2, causal=False), dict(kernel=4, dilation=1, causal=True),
-          dict(kernel=5, dilation=3, causal=False), dict(kernel=1, dilation=4, causal=True), dict(kernel=1, dilation=1, causal=False)]
+SHAPES = [dict(kernel=3, dilation=2, causal=True), dict(kernel=3, dilation=2, causal=False),
+          dict(kernel=4, dilation=1, causal=True), dict(kernel=5, dilation=3, causal=False),
+          dict(kernel=1, dilation=4, causal=True), dict(kernel=1, dilation=1, causal=False)]
 
 
 def shuffled(module):
-    """Random values for all parameters: at their start values equal lengths g = |v| and equal slopes would hide mistakes."""
+    """Random values for all parameters: at their start values equal lengths g = |v| and equal slopes would
+    hide mistakes."""
     with torch.no_grad():
         for p in module.parameters():
             p.normal_(std=0.5)
@@ -23,8 +25,8 @@ def shuffled(module):
 
 def net(causal=True, **change):
     torch.manual_seed(0)
-    sizes = dict(dim=4, channels=(6, 5), kernels=(3, 5), dilations=(1, 2), causal=causal, dropout=0.3) | change
-    return shuffled(TemporalConvNet(**sizes)).eval()
+    sizes = dict(dim=4, channels=(6, 5), kernels=(3, 5), dilations=(1, 2), causal=causal, dropout=0.3)
+    return shuffled(TemporalConvNet(**(sizes | change))).eval()
 
 
 def tail(T, *lengths):
@@ -32,7 +34,7 @@ def tail(T, *lengths):
     return torch.arange(T) < torch.tensor(lengths)[:, None]
 
 
-# --- one convolution --------------------------------------------------------------------------------------------------
+# ---- One convolution
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("T", [1, 2, 9])
@@ -64,7 +66,8 @@ def test_weights_start_with_deviation_one_hundredth_and_keep_it_after_a_forward_
     for _ in range(2):
         for level in model.levels:
             for conv in (level.conv1.conv, level.conv2.conv):
-                assert conv.weight.std().item() == pytest.approx(0.01, rel=0.03) and abs(conv.weight.mean()) < 3e-4
+                assert conv.weight.std().item() == pytest.approx(0.01, rel=0.03)
+                assert abs(conv.weight.mean()) < 3e-4
         model(torch.randn(2, 20, 64))
     assert model.levels[1].shortcut.weight.std().item() == pytest.approx(0.01, rel=0.06)
 
@@ -75,10 +78,11 @@ def test_the_length_of_a_weight_trains_apart_from_its_direction():
     layer(torch.randn(1, 9, 3, dtype=torch.double)).square().sum().backward()
     g, v = (layer.conv.get_parameter(f"parametrizations.weight.original{i}") for i in (0, 1))
     assert g.shape == (2, 1, 1) and g.grad.abs().min() > 0
-    assert (v.grad * v).sum(dim=(1, 2)).abs().max() < 1e-12 < v.grad.abs().max()     # no gradient along the direction itself
+    along = (v.grad * v).sum(dim=(1, 2))                             # no gradient along the direction itself
+    assert along.abs().max() < 1e-12 < v.grad.abs().max()
 
 
-# --- the whole network ------------------------------------------------------------------------------------------------
+# ---- The whole network
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("channels", [(6, 5), (4, 4), (4, 7)], ids=str)
@@ -88,7 +92,8 @@ def test_the_network_is_f_conv1d_with_the_effective_weights(causal, channels):
     for level, k, d in zip(model.levels, (3, 5), (1, 2)):
         z = y
         for conv, act in ((level.conv1.conv, level.act1), (level.conv2.conv, level.act2)):
-            z = F.conv1d(z, conv.weight, conv.bias, padding=(k - 1) * d, dilation=d)         # both sides, longer by the reach
+            # Padded on both sides, so longer by the reach.
+            z = F.conv1d(z, conv.weight, conv.bias, padding=(k - 1) * d, dilation=d)
             start = 0 if causal else (k - 1) * d // 2
             z = F.prelu(z[:, :, start:start + 13], act.weight)
         if y.shape[1] != z.shape[1]:
@@ -103,8 +108,8 @@ def test_equal_widths_have_a_shortcut_without_parameters():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kernels, dilations", [((5, 5, 5), (1, 2, 4)), ((3,), (1,)), ((3, 5), (2, 1)), ((1, 1), (1, 8)),
-                                                ((7, 1, 3), (1, 2, 5))])
+@pytest.mark.parametrize("kernels, dilations", [((5, 5, 5), (1, 2, 4)), ((3,), (1,)), ((3, 5), (2, 1)),
+                                                ((1, 1), (1, 8)), ((7, 1, 3), (1, 2, 5))])
 def test_the_receptive_field_is_what_the_gradient_reaches(kernels, dilations, causal):
     model = net(causal, channels=(4,) * len(kernels), kernels=kernels, dilations=dilations)
     T = 2 * model.receptive_field + 1
@@ -136,7 +141,8 @@ def test_a_centred_network_sees_the_future_and_is_symmetric_in_time():
     model, x = net(causal=False), torch.randn(1, 30, 4, dtype=torch.double)
     changed = x.clone()
     changed[:, 17] += 1
-    assert (model(changed) - model(x)).abs().sum(-1)[0].nonzero().flatten().tolist() == list(range(17 - 10, 17 + 11))
+    difference = (model(changed) - model(x)).abs().sum(-1)[0]        # (1, T, D) -> (T,)
+    assert difference.nonzero().flatten().tolist() == list(range(17 - 10, 17 + 11))
     before = model(x.flip(1)).flip(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -171,10 +177,11 @@ def test_dropout_follows_both_activations_and_acts_in_training_only():
     expected = F.dropout(level.act2(level.conv2(F.dropout(level.act1(level.conv1(x))))))
     assert torch.allclose(y, level.act3(expected + x), rtol=1e-12, atol=1e-13)
     level.eval()
-    assert torch.allclose(level(x), level.act3(level.act2(level.conv2(level.act1(level.conv1(x)))) + x), rtol=1e-12, atol=1e-13)
+    expected = level.act2(level.conv2(level.act1(level.conv1(x))))
+    assert torch.allclose(level(x), level.act3(expected + x), rtol=1e-12, atol=1e-13)
 
 
-# --- padding ----------------------------------------------------------------------------------------------------------
+# ---- Padding
 
 def test_hide_zeroes_padded_frames_and_copies_the_others():
     x = torch.tensor([[[1.0, 2], [math.nan, math.inf]]])
@@ -204,7 +211,8 @@ def test_garbage_in_padded_frames_changes_no_output_and_no_gradient(causal, garb
     model, (x, valid, weights) = net(causal), padded_clips()
     clean = outputs_and_gradients(model, x.masked_fill(~valid[..., None], 0), valid, weights)
     dirty = outputs_and_gradients(model, x.masked_fill(~valid[..., None], garbage), valid, weights)
-    assert torch.equal(clean[0], dirty[0]) and not dirty[0][~valid].any()                    # padded frames come out as zeros
+    assert torch.equal(clean[0], dirty[0])
+    assert not dirty[0][~valid].any()                                # padded frames come out as zeros
     assert torch.equal(clean[1], dirty[1]) and not dirty[1][~valid].any()
     assert all(torch.equal(clean[2][name], dirty[2][name]) for name in clean[2])
 
@@ -231,20 +239,21 @@ def test_padded_clips_give_the_outputs_and_gradients_of_the_clips_alone(causal):
         assert torch.allclose(gradients[name], total[name], rtol=1e-10, atol=1e-11), name
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# ---- Refusals
 
-@pytest.mark.parametrize("shape", [dict(kernel=0, dilation=1, causal=True), dict(kernel=3, dilation=0, causal=True),
-                                   dict(kernel=4, dilation=1, causal=False)], ids=str)
-def test_a_window_that_cannot_be_is_refused_with_one_that_can(shape):
-    k, d, causal = shape.values()
-    with pytest.raises(ValueError, match=f"kernel={k}, dilation={d}, causal={causal}: .* try kernel={dict([(0, 1), (3, 3), (4, 5)])[k]}"):
-        DilatedConv(2, 2, **shape)
+@pytest.mark.parametrize("kernel, dilation, causal, instead",
+                         [(0, 1, True, 1), (3, 0, True, 3), (4, 1, False, 5)])
+def test_a_window_that_cannot_be_is_refused_with_one_that_can(kernel, dilation, causal, instead):
+    message = f"kernel={kernel}, dilation={dilation}, causal={causal}: .* try kernel={instead}$"
+    with pytest.raises(ValueError, match=message):
+        DilatedConv(2, 2, kernel, dilation, causal)
 
 
 @pytest.mark.parametrize("change", [dict(channels=(4, 4, 4)), dict(kernels=(3,)), dict(dilations=()),
                                     dict(channels=(), kernels=(), dilations=())], ids=str)
 def test_lists_of_different_lengths_are_refused(change):
-    with pytest.raises(ValueError, match=r"one entry per level is needed in each list, got channels=\[.*kernels=\[.*dilations=\["):
+    message = r"one entry per level is needed in each list, got channels=\[.*kernels=\[.*dilations=\["
+    with pytest.raises(ValueError, match=message):
         net(**change)
 
 
@@ -254,7 +263,7 @@ def test_inputs_of_another_shape_are_refused(shape):
         net()(torch.zeros(shape, dtype=torch.double))
 
 
-# --- learning ---------------------------------------------------------------------------------------------------------
+# ---- Learning
 
 @pytest.mark.parametrize("dilation, reaches", [(5, True), (2, False)])
 def test_it_learns_to_repeat_what_it_heard_ten_frames_ago_if_it_reaches_that_far(dilation, reaches):
@@ -268,4 +277,5 @@ def test_it_learns_to_repeat_what_it_heard_ten_frames_ago_if_it_reaches_that_far
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert (net.receptive_field > 10) == reaches and (loss < 0.05 if reaches else loss > 0.7)        # 1 at chance
+    assert (net.receptive_field > 10) == reaches
+    assert loss < 0.05 if reaches else loss > 0.7                    # 1 at chance

@@ -1,4 +1,5 @@
-"""The ViT against PyTorch's own layers and against loops: attention, block, patches, positions, names and learning."""
+"""The ViT against PyTorch's own layers and against loops: attention, block, patches, positions, names and
+learning."""
 
 import math
 
@@ -10,26 +11,31 @@ from torch.nn import functional as F
 from vit import MLP, Attention, Block, PatchEmbed, VisionTransformer, attention, pair, sincos_positions
 
 TINY = dict(image_size=(8, 12), patch=4, channels=3, dim=16, depth=2, heads=2)
-BLOCK_TO_TORCH = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2"}
+BLOCK_TO_TORCH = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "self_attn.out_proj",
+                  "mlp.fc1": "linear1", "mlp.fc2": "linear2"}
 
 
 def torch_names(module) -> dict:
     """Our Block's parameter -> the name that nn.TransformerEncoderLayer has for it."""
-    names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in BLOCK_TO_TORCH.items() for kind in ("weight", "bias")}
-    names |= {f"attn.qkv.{kind}": f"self_attn.in_proj_{kind}" for kind in ("weight", "bias")}
+    names = {}
+    for kind in ("weight", "bias"):
+        names[f"attn.qkv.{kind}"] = f"self_attn.in_proj_{kind}"
+        for ours, theirs in BLOCK_TO_TORCH.items():
+            names[f"{ours}.{kind}"] = f"{theirs}.{kind}"
     assert set(names) == set(dict(module.named_parameters()))
     return names
 
 
 def shuffled(module):
-    """Give every parameter a random value: at their start values zero biases and unit LayerNorms would hide mistakes."""
+    """Give every parameter a random value: at their start values zero biases and unit LayerNorms would hide
+    mistakes."""
     with torch.no_grad():
         for p in module.parameters():
             p.normal_(std=0.3)
     return module
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# ---- Attention
 
 def test_written_out_attention_is_torchs_fused_attention():
     torch.manual_seed(0)
@@ -39,8 +45,9 @@ def test_written_out_attention_is_torchs_fused_attention():
 
 def test_written_out_attention_is_a_mixture_with_softmax_weights():
     q, k = torch.tensor([[[[2.0, 0, 0, 0]]]]), torch.tensor([[[[math.log(3.0), 0, 0, 0], [0, 0, 0, 0]]]])
-    mixed = attention(q, k, torch.tensor([[[[10.0], [2.0]]]]))      # scores log 3 and 0 after / √4: weights 3/4 and 1/4
-    assert mixed.item() == pytest.approx(8.0)
+    # The scores are log 3 and 0 after / √4, so the weights are 3/4 and 1/4.
+    assert attention(q, k, torch.tensor([[[[10.0], [2.0]]]])).item() == pytest.approx(8.0)
+    assert attention(q, k, torch.eye(2)).flatten().tolist() == pytest.approx([3 / 4, 1 / 4])
 
 
 def test_the_attention_module_is_written_out_attention_between_two_linear_layers():
@@ -66,18 +73,19 @@ def test_attention_with_padding_is_attention_without_it():
 def test_attention_drops_out_only_in_training():
     torch.manual_seed(0)
     module, x = Attention(8, heads=2), torch.randn(1, 6, 8)
-    assert not torch.equal(module(x, dropout=0.5), module(x)) and torch.equal(module(x, dropout=0.0), module(x))
+    assert not torch.equal(module(x, dropout=0.5), module(x))
+    assert torch.equal(module(x, dropout=0.0), module(x))
     module.eval()
     assert torch.equal(module(x, dropout=0.5), module(x))
 
 
-# --- block ------------------------------------------------------------------------------------------------------------
+# ---- Block
 
 def test_a_block_is_torchs_pre_norm_encoder_layer_forward_and_backward():
     torch.manual_seed(0)
     ours = shuffled(Block(12, heads=3)).double()
-    theirs = nn.TransformerEncoderLayer(12, 3, 48, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True,
-                                        norm_first=True, dtype=torch.double)
+    theirs = nn.TransformerEncoderLayer(12, 3, 48, dropout=0.0, activation="gelu", layer_norm_eps=1e-6,
+                                        batch_first=True, norm_first=True, dtype=torch.double)
     names = torch_names(ours)
     theirs.load_state_dict({names[name]: value for name, value in ours.state_dict().items()})
     x = torch.randn(2, 5, 12, dtype=torch.double)
@@ -109,7 +117,7 @@ def test_the_mlp_sees_each_token_alone():
     assert torch.allclose(mlp(x)[:, 1:2], mlp(x[:, 1:2]), rtol=1e-12, atol=1e-14)
 
 
-# --- patches and positions --------------------------------------------------------------------------------------------
+# ---- Patches and positions
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("size", [(8, 8), (8, 12), (12, 4)])
@@ -130,7 +138,8 @@ def test_patches_are_numbered_row_by_row():
     assert torch.allclose(embed(image).flatten(), torch.arange(6.0), atol=1e-5)
 
 
-@pytest.mark.parametrize("dim, grid", [(16, (3, 3)), (16, (2, 5)), (24, (5, 2)), (4, (1, 3)), (768, (14, 14))])
+@pytest.mark.parametrize("dim, grid", [(16, (3, 3)), (16, (2, 5)), (24, (5, 2)), (4, (1, 3)),
+                                       (768, (14, 14))])
 def test_positions_are_the_formula_column_first_then_row_and_zero_for_cls(dim, grid):
     table = [[0.0] * dim]
     for row in range(grid[0]):
@@ -144,7 +153,7 @@ def test_positions_are_the_formula_column_first_then_row_and_zero_for_cls(dim, g
     assert len(positions[0].unique(dim=0)) == 1 + grid[0] * grid[1]     # no two places look the same
 
 
-# --- model ------------------------------------------------------------------------------------------------------------
+# ---- Model
 
 def test_parameter_names_and_shapes_are_those_of_the_reference_mae_and_timm():
     model = VisionTransformer(image_size=(8, 12), patch=4, channels=3, dim=16, depth=1, heads=2)
@@ -182,7 +191,8 @@ def test_the_model_is_patches_plus_positions_behind_cls_then_blocks_then_norm():
     x = torch.cat([model.cls_token.expand(2, -1, -1), model.patch_embed(images)], dim=1) + model.pos_embed
     x = F.layer_norm(model.blocks[1](model.blocks[0](x)), (16,), model.norm.weight, model.norm.bias, 1e-6)
     assert torch.allclose(model(images), x, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(model.features(images), sum(x[:, n] for n in range(1, 7)) / 6, rtol=1e-12, atol=1e-12)
+    mean = sum(x[:, n] for n in range(1, 7)) / 6
+    assert torch.allclose(model.features(images), mean, rtol=1e-12, atol=1e-12)
     assert torch.allclose(model.features(images, token="cls"), x[:, 0], rtol=1e-12, atol=1e-12)
 
 
@@ -206,7 +216,8 @@ def test_positions_never_train_and_everything_else_does():
     (model(images) * torch.randn(2, 7, 16)).sum().backward()
     optimizer.step()
     assert model.pos_embed.grad is None and torch.equal(model.pos_embed, before)
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == ["pos_embed"]
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert still == ["pos_embed"]
 
 
 def test_weights_start_as_in_mae():
@@ -219,16 +230,19 @@ def test_weights_start_as_in_mae():
             assert (p == 1).all(), name
         elif p.ndim in (2, 4):                                       # Xavier-uniform: up to √(6 / (in + out))
             bound = math.sqrt(6 / (p.shape[0] + p[0].numel()))
-            assert 0.98 * bound < p.abs().max() <= bound and abs(p.std() * math.sqrt(3) - bound) < 0.03 * bound, name
+            assert 0.98 * bound < p.abs().max() <= bound, name
+            assert abs(p.std() * math.sqrt(3) - bound) < 0.03 * bound, name
     assert 0.015 < model.cls_token.std() < 0.025
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# ---- Refusals
 
 @pytest.mark.parametrize("change, message", [
     (dict(heads=3), "dim=16 is not divisible by heads=3; try heads=1"),
-    (dict(image_size=(10, 12)), r"image_size=\(10, 12\) is not a multiple of patch=4; try image_size=\(8, 12\)"),
-    (dict(image_size=(8, 3)), r"image_size=\(8, 3\) is not a multiple of patch=4; try image_size=\(8, 4\)"),
+    (dict(image_size=(10, 12)),
+     r"image_size=\(10, 12\) is not a multiple of patch=4; try image_size=\(8, 12\)"),
+    (dict(image_size=(8, 3)),
+     r"image_size=\(8, 3\) is not a multiple of patch=4; try image_size=\(8, 4\)"),
     (dict(dim=18, heads=2), r"dim=18 is not divisible by 4 .*; try 20")])
 def test_sizes_that_do_not_divide_are_refused_with_sizes_that_do(change, message):
     with pytest.raises(ValueError, match=message):
@@ -237,11 +251,12 @@ def test_sizes_that_do_not_divide_are_refused_with_sizes_that_do(change, message
 
 @pytest.mark.parametrize("shape", [(2, 3, 12, 8), (2, 1, 8, 12), (3, 8, 12), (2, 3, 8, 8), (2, 8, 12, 3)])
 def test_images_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"expected images \(B, 3, 8, 12\), got \(" + ", ".join(map(str, shape))):
+    got = ", ".join(map(str, shape))
+    with pytest.raises(ValueError, match=r"expected images \(B, 3, 8, 12\), got \(" + got):
         VisionTransformer(**TINY)(torch.zeros(shape))
 
 
-# --- learning ---------------------------------------------------------------------------------------------------------
+# ---- Learning
 
 @pytest.mark.parametrize("token", ["mean", "cls"])
 def test_eight_random_images_are_learned_by_heart(token):

@@ -1,8 +1,10 @@
-"""A very small configuration of all stages, and processes that run the scripts with it: what the end-to-end tests share.
+"""A very small configuration of all stages, and processes that run the scripts with it: what the end-to-end
+tests share.
 
-`run` starts a script as its command line does, but in processes forked from one that has imported PyTorch already, which saves
-seconds each time. A hook is called there first: it replaces a function, say to kill the process at an exact moment. As a script,
-this file does the same for torchrun, with the name of a function below:
+`run` starts a script as its command line does, but in processes forked from one that has imported PyTorch
+already, which saves seconds each time. A hook is called there first: it replaces a function, say to kill
+the process at an exact moment. As a script, this file does the same for torchrun, with the name of a
+function below:
 
     torchrun --nproc_per_node=2 tests/tiny.py killed_once train_task.py --task au --config tiny.yaml
 """
@@ -11,6 +13,7 @@ import contextlib
 import copy
 import csv
 import importlib
+import json
 import multiprocessing
 import os
 import runpy
@@ -24,29 +27,38 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import yaml
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 120                 # after which processes that do not end are killed, and the test fails
-STAGES = {"pretrain": ["train_pretrain.py"], "finetune": ["train_finetune.py"], "task_au": ["train_task.py", "--task", "au"]}
+STAGES = {"pretrain": ["train_pretrain.py"], "finetune": ["train_finetune.py"],
+          "task_au": ["train_task.py", "--task", "au"]}
 TINY = ["--config", "tiny.yaml"]
+TRAIN_AU = [*STAGES["task_au"], *TINY]
+EACH_STEP = ["--set", "run.checkpoint_minutes=1e-9"]       # a checkpoint after every step
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 SETTINGS = {
-    "data": {"drawn": True, "frames": ["data/Aff-Wild2/cropped_aligned"], "labels": "data/Aff-Wild2/annotations",
-             "affectnet_2017": "data/AffectNet-2017", "affectnet_2021": "data/AffectNet-2021", "raf_db": "data/RAF-DB",
+    "data": {"synthetic": True, "frames": ["data/Aff-Wild2/cropped_aligned"],
+             "labels": "data/Aff-Wild2/annotations", "affectnet_2017": "data/AffectNet-2017",
+             "affectnet_2021": "data/AffectNet-2021", "raf_db": "data/RAF-DB",
              "fer2013": "data/FER2013", "ferplus": "data/FERPlus"},
-    "drawn": {"root": "data", "train_videos": 4, "val_videos": 3, "frames": 40, "faces": 60},
-    "encoder": {"image_size": 16, "patch": 8, "dim": 8, "depth": 1, "heads": 2},
-    "pretrain": {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2, "epochs": 2, "batch": 17, "lr": 3e-3, "warmup_epochs": 0.5},
-    "finetune": {"hidden": 8, "dropout": 0.0, "epochs": 2, "every": 3, "batch": 12, "lr": 3e-3, "warmup_epochs": 0.5},
+    "synthetic": {"root": "data", "train_videos": 4, "val_videos": 3, "frames": 40, "faces": 60},
+    "vit": {"image_size": 16, "patch": 8, "dim": 8, "depth": 1, "heads": 2},
+    "pretrain": {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2, "epochs": 2, "batch": 17,
+                 "lr": 3e-3, "warmup_epochs": 0.5},
+    "finetune": {"hidden": 8, "dropout": 0.0, "epochs": 2, "every": 3, "batch": 12, "lr": 3e-3,
+                 "warmup_epochs": 0.5},
     "features": {"batch": 16},
     "segments": {"window": 20, "stride": 12},
-    "temporal": {"channels": [8], "kernels": [3], "dilations": [1], "width": 8, "layers": 1, "heads": 2, "hidden": 8, "head": 8, "dropout": 0.0},
-    "task": {"epochs_va": 2, "epochs_expr": 2, "epochs_au": 2, "batch": 3, "lr": 3e-3, "warmup_epochs": 0.5},
+    "temporal": {"channels": [8], "kernels": [3], "dilations": [1], "width": 8, "layers": 1, "heads": 2,
+                 "hidden": 8, "head": 8, "dropout": 0.0},
+    "task": {"epochs": 2, "batch": 3, "lr": 3e-3, "warmup_epochs": 0.5},
     "run": {"workers": 0},
 }
+DROPOUT = {"finetune": {"dropout": 0.2}, "temporal": {"dropout": 0.2}}      # changes for `write`
 
 
 def write(folder, name="tiny.yaml", **changes) -> Path:
@@ -67,9 +79,23 @@ def copied(source, folder, without=()) -> Path:
     return folder
 
 
+def ready(source, folder, stage) -> tuple[Path, Path]:
+    """A copy of a finished pipeline in which `stage` has not begun. -> the copy, the stage's folder in it"""
+    return copied(source, folder, [stage]), folder / "runs/tiny" / stage
+
+
+def spoil(path, kind):
+    """Damage an image. Truncated: decoding breaks off in the middle. The others: nothing to decode."""
+    path.write_bytes({"truncated": path.read_bytes()[:400], "empty": b"",
+                      "no image": b"this is text, not an image\n" * 30}[kind])
+
+
+# ---- What a run has made
+
 def content(folder) -> dict:
     """{file: (its bytes, when it was written)} of all files below a folder but the locks, which are empty."""
-    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def weights(folder, file="last.pt") -> dict:
@@ -84,8 +110,9 @@ def same(a: dict, b: dict) -> bool:
 def apart(a: dict, b: dict) -> float:
     """The largest difference between two sets of weights, attention's key biases left out.
 
-    A key bias adds the same to all scores of a query, which softmax takes away again: no output depends on it, its gradient is 0
-    but for rounding, and Adam, which divides a gradient by its size, makes steps of that rounding. Everything else is compared.
+    A key bias adds the same to all scores of a query, which softmax takes away again: no output depends on
+    it, its gradient is 0 but for rounding, and Adam, which divides a gradient by its size, makes steps of
+    that rounding. Everything else is compared.
     """
     assert a.keys() == b.keys()
     worst = 0.0
@@ -104,10 +131,28 @@ def log(folder) -> list[dict]:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
-# ---------------------------------------------------------------------------------------------------------- processes
+def log_numbers(folder) -> np.ndarray:
+    """`log` as numbers, (rows, columns)."""
+    return np.array([[float(value) for value in row.values()] for row in log(folder)])
+
+
+def metrics(folder) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def assert_same(folder, expected):
+    """Weights, log and metrics of two run folders, bit for bit."""
+    assert same(weights(folder), weights(expected)) and log(folder) == log(expected)
+    assert (folder / "metrics.json").read_bytes() == (expected / "metrics.json").read_bytes()
+    if (expected / "best.pt").exists():
+        assert same(weights(folder, "best.pt"), weights(expected, "best.pt"))
+
+
+# ---- Processes
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["pytest", "train_task", "torch._dynamo"])      # the last is what an optimiser imports at its first step
+# The last is what an optimiser imports at its first step.
+server.set_forkserver_preload(["pytest", "pipeline", "torch._dynamo"])
 
 
 def _script(folder, output, environment, hook, arguments):
@@ -116,9 +161,10 @@ def _script(folder, output, environment, hook, arguments):
     os.environ.update(environment)
     with open(output, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method(None, force=True)      # a DataLoader's workers start as they do for a user
+    multiprocessing.set_start_method(None, force=True)    # a DataLoader's workers start as they do for a user
     become(hook, arguments)
 
 
@@ -139,10 +185,14 @@ class Job:
     """A script in `world` processes, from now until `end`."""
 
     def __init__(self, folder, *arguments, world=1, hook=None):
-        self.output, self.processes, port = Path(folder) / f".said.{time.monotonic_ns()}", [], free_port() if world > 1 else 0
+        self.output, self.processes = Path(folder) / f".said.{time.monotonic_ns()}", []
+        port = free_port() if world > 1 else 0
         for rank in range(world):
-            environment = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-            self.processes.append(server.Process(target=_script, args=(folder, self.output, environment, hook, arguments)))
+            environment = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}",
+                           "WORLD_SIZE": f"{world}", "LOCAL_WORLD_SIZE": f"{world}",
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+            everything = (folder, self.output, environment, hook, arguments)
+            self.processes.append(server.Process(target=_script, args=everything))
         with contextlib.chdir(ROOT):                   # from where the server imports the modules, once
             for process in self.processes:
                 process.start()
@@ -187,15 +237,17 @@ def free_port() -> int:
 
 def command(folder, *arguments) -> subprocess.Popen:
     """A command in a process of its own, as a user starts it: for torchrun."""
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, env=os.environ | ENVIRONMENT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)
 
 
 def end(process) -> tuple[int, str]:
     """-> exit code of a `command`, what it said"""
     try:
         said = process.communicate(timeout=SECONDS)[0]
-    except subprocess.TimeoutExpired as late:      # its workers may live on and hold the pipe open: do not wait for its end
+    except subprocess.TimeoutExpired as late:
+        # Its workers may live on and hold the pipe open: do not wait for its end.
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(f"still running after {SECONDS} s:\n{(late.output or b'').decode()}") from None
     return process.returncode, said
@@ -205,7 +257,7 @@ def torchrun(*arguments) -> list:
     return ["-m", "torch.distributed.run", *arguments]
 
 
-# -------------------------------------------------------------------------------------------------------------- hooks
+# ---- Hooks
 
 def instead(place: str, replace):
     """Put `replace(original)` where `place` ("module.function" or "module.Class.method") says."""
@@ -243,7 +295,7 @@ def stop(place, count, number=signal.SIGKILL, after=True):
     return partial(at, place, count, partial(send, number), after)
 
 
-# ---- for torchrun: rank 1 acts after its second step
+# ---- Hooks for torchrun: rank 1 acts after its second step
 
 MIDDLE = 2
 
@@ -251,31 +303,31 @@ MIDDLE = 2
 def killed_once():
     """The worker is killed; when torchrun has started it again, it is left alone."""
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        at("training.Watch.step", MIDDLE, partial(send, signal.SIGKILL))
+        at("run.Run.end_step", MIDDLE, partial(send, signal.SIGKILL))
 
 
 def all_killed():
     """One worker kills torchrun and itself; the other follows when it has lost its parent."""
-    parent = os.getppid()            # asked now: when this worker comes to act, the other may have killed it already
+    parent = os.getppid()    # asked now: when this worker comes to act, the other may have killed it already
 
-    def act(*ignored):
+    def act(*ignored, **counts):
         if os.environ["RANK"] == "1":
             os.kill(parent, signal.SIGKILL)
         while os.getppid() == parent:
             time.sleep(0.01)
         send(signal.SIGKILL)
-    at("training.Watch.step", MIDDLE, act)
+    at("run.Run.end_step", MIDDLE, act)
 
 
 def told_to_stop():
     """The worker tells torchrun to stop, as a scheduler does, and each worker waits until it hears of it."""
-    def act(watch, *ignored):
+    def act(run, *ignored, **counts):
         if os.environ["RANK"] == "1":
             os.kill(os.getppid(), signal.SIGTERM)
         limit = time.monotonic() + 30
-        while not watch.signal and time.monotonic() < limit:
+        while not run.signals.received and time.monotonic() < limit:
             time.sleep(0.01)
-    at("training.Watch.step", MIDDLE, act)
+    at("run.Run.end_step", MIDDLE, act)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""Files that are whole or not there, checkpoints read safely, weights that fit or are refused.
+
+A file is written under a temporary name, flushed to disk and renamed, so a kill in the middle of a write
+loses nothing. A checkpoint is what `torch.save` writes: a zip archive with a checksum for each entry, so
+damage is found before use. It is read with `weights_only=True`, so a file from the internet cannot run
+code.
+
+    python checkpoints.py FILE ...     # what a checkpoint holds, or why it is refused
+"""
+
+import argparse
+import os
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+
+# ---- Writing
+
+def write_file(path, write):
+    """Whole or not at all: `write(file)` fills a temporary file, which is flushed and renamed to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Short, because `path` may already have the longest name allowed; with the rank, because the pids of
+    # two machines may be the same.
+    temporary = path.parent / f".{os.environ.get('RANK', 0)}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:
+        raise _system_error(error) or error from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _system_error(error) -> OSError | None:
+    """The system's error, such as a full disk, that torch.save hides behind a RuntimeError of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def write_text(path, text: str):
+    """Text as UTF-8, whole or not at all."""
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+def write_array(path, array: np.ndarray):
+    """A .npy file, whole or not at all."""
+    # Given the file itself, NumPy hides the system's error, such as a full disk, behind one of its own.
+    write_file(path, lambda file: np.save(SimpleNamespace(write=file.write), array))
+
+
+# ---- Reading
+
+def checksum(path) -> int:
+    """CRC-32 of a file, read in blocks of 4 MB. Raises ValueError if it cannot be read."""
+    crc = 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                crc = zlib.crc32(block, crc)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    return crc
+
+
+def read_checkpoint(path) -> dict:
+    """A checkpoint as written by `torch.save`, tensors on the CPU.
+
+    Raises ValueError naming the file if it is missing, truncated, damaged (each entry's checksum is
+    compared), or holds anything but tensors and plain values: a pickle can run any program when it is
+    loaded, so `weights_only=True` refuses it.
+    """
+    damaged = None
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # Two flags that no checksum covers and that PyTorch would obey: "compressed" and "a folder".
+                flagged = [entry.filename for entry in archive.infolist()
+                           if entry.compress_type or entry.external_attr & 16]
+                damaged = flagged[0] if flagged else archive.testzip()
+        if not damaged:
+            # The reference MAE saves its arguments as a Namespace.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as error:        # a foreign file is unpickled as far as it goes; that can raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a whole, plain checkpoint ({reason})") from None
+    if damaged:
+        raise ValueError(f"{path}: damaged (wrong checksum in {damaged}); use another copy")
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: expected a dictionary of tensors, found {type(checkpoint).__name__}")
+    return checkpoint
+
+
+# ---- Weights
+
+def load_weights(model, weights: dict, source, may_miss=(), may_ignore=()):
+    """Load by name. `may_miss`, `may_ignore`: prefixes of names that `weights` may lack, or have too many.
+
+    Returns (missing, ignored) names. Raises ValueError listing every other missing or unexpected name and
+    every shape that differs; nothing is loaded then.
+    """
+    _check_names(weights, source)
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights]
+    ignored = [name for name in weights if name not in own]
+    wrong = [f"{name}: file {tuple(weights[name].shape)}, model {tuple(own[name].shape)}"
+             for name in own if name in weights and weights[name].shape != own[name].shape]
+    wrong += [f"{name}: missing in the file" for name in missing if not name.startswith(tuple(may_miss))]
+    wrong += [f"{name}: not in the model" for name in ignored if not name.startswith(tuple(may_ignore))]
+    if wrong:
+        more = f"\n  ... and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        rows = "\n  ".join(wrong[:12])
+        raise ValueError(f"{source}: a checkpoint of another architecture, {len(wrong)} of {len(own)} "
+                         f"entries differ; use the configuration it was made with\n  {rows}{more}")
+    model.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
+    return missing, ignored
+
+
+def _check_names(weights, source):
+    named_tensors = isinstance(weights, dict) and all(
+        isinstance(name, str) and torch.is_tensor(value) for name, value in weights.items())
+    if not named_tensors:
+        raise ValueError(f"{source}: holds no weights; expected a dictionary of names and tensors")
+
+
+def load_vit(vit, path) -> str:
+    """Fill a ViT from our pre-training or fine-tuning, or the reference MAE's. -> which names were not used.
+
+    Raises ValueError if the file is not a whole checkpoint, or its ViT has other names or shapes (which are
+    listed).
+    """
+    weights = read_checkpoint(path)
+    weights = weights.get("model", weights)
+    _check_names(weights, path)
+    ours = {name.removeprefix("vit."): value for name, value in weights.items() if name.startswith("vit.")}
+    weights = ours or weights                          # fine-tuning puts the ViT's names under "vit."
+    # MAE files bring a decoder; the reference's fine-tuned ViTs bring a head, and fc_norm in place of norm.
+    may_miss = ("norm.",) if "fc_norm.weight" in weights else ()
+    may_ignore = ("decoder", "mask_token", "head", "fc_norm")
+    missing, ignored = load_weights(vit, weights, path, may_miss, may_ignore)
+    ignored = sorted({name.split(".")[0] for name in ignored})
+    return (f"missing keys: {', '.join(missing) or 'none'}; "
+            f"unexpected keys, left out: {', '.join(ignored) or 'none'}")
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        try:
+            checkpoint = read_checkpoint(path)
+        except ValueError as refusal:
+            print(f"refused: {refusal}", file=sys.stderr)
+            sys.exit(2)
+        weights = checkpoint.get("model")
+        weights = weights if isinstance(weights, dict) else checkpoint
+        tensors = [value for value in weights.values() if torch.is_tensor(value)]
+        print(f"{path}: {', '.join(map(str, checkpoint))}\n"
+              f"  {len(tensors)} tensors of {sum(value.numel() for value in tensors):,} numbers")

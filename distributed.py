@@ -1,0 +1,192 @@
+"""The processes of a run: one under `python`, several under `torchrun`, on one machine or many.
+
+A batch is split over the processes. Losses and metrics are functions of sums over all of them, so two
+processes train and score as one would. There is one way to sum: `all_sum`. It lets gradients through, and
+`Team.parallel` adds the gradients of the processes up instead of averaging them. So a loss may be written
+as a sum of shares, and each process calls `backward` on its own share, without a factor for their number.
+"""
+
+import dataclasses
+import errno
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import uuid
+
+import torch
+import torch.distributed as dist
+
+# PyTorch's words when a DataLoader's worker finds no room in shared memory, or dies of that.
+OUT_OF_SHARED_MEMORY = ("unable to allocate shared memory", "Bus error")
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+    """The processes of this run: this one is number `rank` of `world`. Rank 0 writes files and prints."""
+    rank: int
+    world: int
+    device: torch.device
+
+    def say(self, text=""):
+        """Print once, not once per process."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def agree(self, value):
+        """Rank 0's value on every process: for decisions that depend on what lies on disk."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def wait(self):
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def autocast(self):
+        """bf16 on a GPU, else float32. bf16 has float32's range, so no loss scaling is needed."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def parallel(self, model):
+        """The model under DDP, which adds up gradients over processes; in a single process, the model."""
+        model = model.to(self.device)
+        if self.world == 1:
+            return model
+        ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # gloo adds up three or more processes in an order that depends on the place in what is sent
+        # together, and DDP rearranges that after its first step: a run that starts again would differ in
+        # the last bits.
+        one_by_one = self.world > 2 and self.device.type == "cpu"
+        ddp.register_comm_hook(one_by_one, _add_gradients)
+        return ddp
+
+
+def _add_gradients(one_by_one: bool, bucket):
+    """For DDP: the sum over processes of a bucket of gradients, sent together or each by itself."""
+    if not one_by_one:
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+    sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
+    return torch.futures.collect_all(sums).then(lambda done: bucket.buffer())
+
+
+class _AllSum(torch.autograd.Function):
+    """Backward: every process has the same loss L(S) of the sum S = S_1 + ... + S_W, and its own share of
+    the gradient is L'(S) · ∂S_r/∂θ. DDP adds the shares (`Team.parallel`), so nothing is left to do
+    here."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def all_sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x over all processes; x itself in a single process. Any shape, the same on each process.
+
+    Every process must call it. What lies on the CPU is summed on the CPU, without waiting for a GPU.
+    """
+    return _AllSum.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """run.device as a device: "auto" is CUDA where there is a GPU, else the CPU. A GPU per process.
+
+    Raises ValueError if it is not there, or if this machine has fewer GPUs than processes.
+    """
+    local, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("run.device: got mps, but PyTorch sees no Apple GPU here; try --set run.device=cpu")
+    if wanted == "mps" and processes > 1:
+        raise ValueError("run.device: mps is one GPU, for one process; start the script with python, "
+                         "or add --set run.device=cpu")
+    if wanted == "cuda" and not gpus:
+        raise ValueError("run.device: got cuda, but PyTorch sees no GPU here; try --set run.device=cpu")
+    if wanted in ("cpu", "mps") or not gpus:
+        return torch.device("cpu" if wanted == "auto" else wanted)
+    if processes > gpus:
+        raise ValueError(f"{processes} processes, but this machine has {gpus} GPU(s); start with "
+                         f"torchrun --nproc_per_node={gpus}, or --set run.device=cpu")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def join(device: str = "auto") -> Team:
+    """Join the processes that torchrun started, or be the only one. gloo sums on CPUs, NCCL on GPUs."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = choose_device(device)
+    if world > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=world)
+    return Team(rank, world, chosen)
+
+
+def _fresh_store():
+    """The store by which processes find each other, without what processes before a restart have left there.
+
+    torchrun keeps one store over all restarts, and PyTorch puts the same keys into it each time. A
+    restarted process would read the address of a dead one. So rank 0 draws a new prefix and answers each
+    process that asks for it, under a name that the process has just drawn. The question may be one of a
+    process that has died since; rank 0 therefore repeats its answer until the new process confirms it.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    if rank == 0:
+        prefix = uuid.uuid4().hex
+        for other in range(1, world):
+            while not store.check([f"{prefix}/confirmed/{other}"]):
+                store.set("answer/" + store.get(f"question/{other}").decode(), prefix)
+                time.sleep(0.01)
+    else:
+        name = uuid.uuid4().hex
+        store.set(f"question/{rank}", name)
+        prefix = store.get(f"answer/{name}").decode()
+        store.set(f"{prefix}/confirmed/{rank}", "")
+    return dist.PrefixStore(prefix, store)
+
+
+def launch(main, config, *arguments):
+    """Run `main(config, team, *arguments)` with all processes of this run.
+
+    Exit code 2 and one line for a refusal (ValueError, OSError); 1 and one line when another process has
+    died, or a worker has run out of shared memory.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main(config, join(config.run.device), *arguments)
+    except (ValueError, OSError) as error:
+        if rank:
+            time.sleep(2)      # torchrun ends this process before it repeats what rank 0 has said
+        way_on = ""
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            way_on = "; free some space and start the same command again, the last checkpoint is intact"
+        print(f"error: {error}{way_on}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except RuntimeError as error:
+        said = f"{error} {error.__cause__}"                  # "exited unexpectedly", from "Bus error"
+        if any(words in said for words in OUT_OF_SHARED_MEMORY):
+            sys.exit("error: a worker that reads data ran out of shared memory; start the container with a "
+                     "larger --shm-size, or read without workers: --set run.workers=0")
+        if "by peer" not in str(error):                      # gloo: "Connection closed by peer"
+            raise
+        sys.exit("error: another process of this run has ended; see its message or exit code")
+    finally:
+        # After an error, workers may still be there. They ignore SIGTERM (`training.loader`), so they are
+        # killed; and a DataLoader's handler of SIGCHLD would raise an error of its own about that.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        if dist.is_initialized():
+            # A DDP model that outlives its process group now and then aborts the process at exit
+            # ("terminate called without an active exception"). Models and loops refer to each other, so
+            # collect them first.
+            gc.collect()
+            dist.destroy_process_group()

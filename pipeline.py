@@ -1,0 +1,99 @@
+"""The order of the stages: what each one reads, which stage makes that, and how long it takes in the demo.
+
+    synthetic -> train_pretrain -> train_finetune -> extract_features -> train_task -> evaluate
+
+No other file knows this order, and no stage imports another. With `data.synthetic`, a script makes what is
+missing first; with real data, a stage whose input is missing refuses and names the command that makes it.
+
+    python pipeline.py --config my.yaml      # which stages are finished
+"""
+
+import time
+from pathlib import Path
+
+import evaluate
+import extract_features
+import synthetic
+import train_finetune
+import train_pretrain
+import train_task
+from config import from_command_line
+from distributed import launch
+from labels import TASKS
+from scoring import stage_of
+
+MAIN = {"synthetic": synthetic.make,
+        "train_pretrain": train_pretrain.main,
+        "train_finetune": train_finetune.main,
+        "extract_features": extract_features.main,
+        "train_task": train_task.main,
+        "evaluate": evaluate.main}
+DEMO_SECONDS = {"synthetic": 21, "train_pretrain": 140, "train_finetune": 69, "extract_features": 9,
+                "train_task": 21}                                   # measured by benchmark.py on two cores
+
+
+def needs(stage: str, config, checkpoint: str = "") -> list[str]:
+    """The stages whose results `stage` reads, in order. A path in the settings takes the place of a stage."""
+    features = [] if config.task.features else ["extract_features"]
+    return {"synthetic": [],
+            "train_pretrain": ["synthetic"],
+            "train_finetune": ["synthetic"] + ([] if config.finetune.start else ["train_pretrain"]),
+            "extract_features": ["synthetic"] + ([] if config.features.checkpoint else ["train_finetune"]),
+            "train_task": ["synthetic"] + features,
+            "evaluate": ["synthetic"] + features + ([] if checkpoint else ["train_task"])}[stage]
+
+
+def result(stage: str, config, task=None) -> Path:
+    """The file that the next stage reads."""
+    return {"synthetic": Path(config.synthetic.root) / "complete.json",
+            "train_pretrain": config.folder("pretrain") / "last.pt",
+            "train_finetune": config.folder("finetune") / "best.pt",
+            "extract_features": config.folder("features") / "metrics.json",
+            "train_task": config.folder(stage_of(config, task) if task else "task") / "best.pt"}[stage]
+
+
+def finished(stage: str, config, task=None) -> bool:
+    """Has the stage ended? A training's weights are there before its end, so metrics.json tells."""
+    if stage == "evaluate":
+        return False
+    if stage == "synthetic":
+        return synthetic.is_complete(config.synthetic.root, config.synthetic)
+    return (result(stage, config, task).parent / "metrics.json").exists()
+
+
+def make_inputs(stage: str, config, team, task=None, checkpoint: str = ""):
+    """Run the stages whose results `stage` needs and that are not finished, the earliest first."""
+    for need in needs(stage, config, checkpoint):
+        if team.agree(finished(need, config, task)):
+            continue
+        make_inputs(need, config, team, task)
+        arguments = [task] if need == "train_task" else []
+        command = f"python {need}.py" + (f" --task {task.name}" if arguments else "")
+        team.say(f"\n{result(need, config, task)} is missing, so it is made first. The demo takes about "
+                 f"{DEMO_SECONDS[need]} s for that on two cores. Only this step: {command} "
+                 f"--config {config.run.source}")
+        began = time.time()
+        MAIN[need](config, team, *arguments)
+        team.say(f"made in {time.time() - began:.0f} s\n")
+
+
+def run(stage: str, config, *arguments):
+    """What a script does: join the processes, make missing inputs (synthetic data only), run the stage."""
+    launch(_run, config, stage, *arguments)
+
+
+def _run(config, team, stage, *arguments):
+    if config.data.synthetic:
+        synthetic.check_paths(config)
+        if not team.agree(finished(stage, config, *arguments[:1])):
+            make_inputs(stage, config, team, *arguments)
+    MAIN[stage](config, team, *arguments)
+
+
+if __name__ == "__main__":
+    config = from_command_line(__doc__)[0]
+    rows = [(stage, None) for stage in ("synthetic", "train_pretrain", "train_finetune", "extract_features")]
+    rows += [("train_task", task) for task in TASKS.values()]
+    for stage, task in rows:
+        state = "finished" if finished(stage, config, task) else "to be made"
+        print(f"{stage + (f' {task.name}' if task else ''):18s}{state:12s}{result(stage, config, task)}")

@@ -1,0 +1,203 @@
+"""Task training against a plain loop: the same batches, schedule and loss, written out without run.py, end
+with the same weights bit for bit, the same log.csv, scores and pictures; evaluate.py prints these scores."""
+
+import contextlib
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import pictures
+import stages
+from config import Config
+from data import split
+from labels import AU, EXPR, TASKS, VA, Task, read_labels
+from metrics import binary_f1, ccc, class_f1
+from plain import Plain, batches, loop_lines, not_said, seed_dropout
+from processes import ALONE
+from scoring import draw_timeline, predict
+from segments import SegmentData, Video
+from stages import FILMS, checkpoint, is_drawn, log_lines, metrics, settings
+from temporal import SegmentModel
+from tiny import same
+
+FOLDS = {"va": 0, "expr": 4, "au": 0}
+EPOCHS = {"va": 0, "expr": 10, "au": 21}             # 0 asks for the task's own
+OWN_EPOCHS = 40                                      # VA's
+ZERO_LOSS = {"va": 2, "expr": math.log(8), "au": math.log(2)}     # of a model that always outputs 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Labels, and features that fit them."""
+    return stages.write(tmp_path_factory.mktemp("tasks"))
+
+
+def with_features(folder, files, task) -> list[Video]:
+    return [Video(name, folder / f"runs/tiny/features/{name}.npy", read_labels(file, task))
+            for name, file in files.items() if FILMS[name].images]
+
+
+def outputs_of(model, videos) -> np.ndarray:
+    """A model's outputs for the labelled frames of all videos: (T, K)"""
+    model.eval()
+    return np.concatenate([predict(model, np.load(video.features)[:len(video.labels)], 20, 12, 4, ALONE)
+                           for video in videos])
+
+
+def scores_of(task, outputs, labels) -> np.ndarray:
+    """Shape: outputs (T, K), labels (T, K) or (T,) -> (K,)"""
+    valid = labels != task.invalid
+    if task is EXPR:
+        return class_f1(outputs[valid].argmax(axis=1), labels[valid])
+    if task is AU:
+        return binary_f1(outputs > 0, labels)
+    return np.array([ccc(outputs[valid[:, d], d], labels[valid[:, d], d]) for d in (0, 1)])
+
+
+def chance_of(task, labels) -> np.ndarray:
+    """The scores of the commonest class, and of action units that are always there. A constant's CCC is 0."""
+    if task is VA:
+        return np.zeros(2)
+    constant = np.ones((len(labels), len(task.outputs)))
+    if task is EXPR:
+        constant[:, np.bincount(labels[labels >= 0]).argmax()] = 2
+    return scores_of(task, constant, labels)
+
+
+def table(task, scores, chance, fold: int) -> list[str]:
+    """The lines of scores.txt between the first two and the last."""
+    lines = [f"{task.metric.name:14s}    ours  chance   paper  baseline"]
+    for name, ours, constant in [*zip(task.outputs, scores, chance), ("mean", scores.mean(), chance.mean())]:
+        paper = f"{task.paper[name][fold]:8.3f}" if name in task.paper else "       -"
+        baseline = f"{task.baseline[name]:10.3f}" if name in task.baseline and not fold else "         -"
+        lines.append(f"{name:14s}{ours:8.3f}{constant:8.3f}{paper}{baseline}")
+    return lines
+
+
+def plain_task(task, config, epochs: int, train, val) -> Plain:
+    t, seed = config.task, config.run.seed
+    cut, labels = SegmentData(train, task, 20, 12), np.concatenate([video.labels for video in val])
+    torch.manual_seed(seed)
+    model = SegmentModel(stages.FEATURE_WIDTH, len(task.outputs), **asdict(config.temporal))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=t.weight_decay)
+    plain = Plain(model, optimizer, t, math.ceil(len(cut) / t.batch), epochs, "segments")
+    for epoch in range(epochs):
+        model.train()
+        for step, batch in enumerate(batches(len(cut), t.batch, seed, epoch)):
+            x, target, valid, real = cut.collate([cut[i] for i in batch])
+            seed_dropout(seed, epoch, step)
+            loss = task.loss(model(x.float(), real), target, valid)
+            loss.backward()
+            plain.step(len(batch), loss)
+        score = scores_of(task, outputs_of(model, val), labels).mean()
+        best = plain.keep_best(score)
+        if best or (epoch + 1) % (epochs // 10) == 0:
+            plain.lines.append(f"  epoch {epoch + 1}/{epochs}  loss {plain.mean_loss():.4f}  "
+                               f"validation {task.metric.name} {score:.3f}{best}")
+        plain.end_epoch(score)
+    return plain
+
+
+class Trained(NamedTuple):
+    """A task training in the folder `out`, and the plain loop beside it."""
+    task: Task
+    fold: int
+    arguments: list            # of the command line
+    config: Config
+    out: Path
+    name: str                  # of the run folder, as it is printed
+    said: str
+    files: tuple               # label files for training and validation
+    train: list                # of Video
+    val: list
+    labels: np.ndarray         # of all validation videos that have features
+    plain: Plain               # with the best epoch's weights in its model
+    last_weights: dict
+    scores: np.ndarray         # of the best epoch
+    chance: np.ndarray
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def trained(made, request):
+    task, fold, epochs = TASKS[request.param], FOLDS[request.param], EPOCHS[request.param]
+    options = [f"task.fold={fold}", f"task.epochs={epochs}"]
+    config, name = settings(made, *options), f"runs/tiny/task_{task.name}" + (f"_fold{fold}" if fold else "")
+    arguments = ["--task", task.name, *stages.overriding(options)]
+    said = stages.start(made, "train_task.py", *arguments)
+    files = split(made / "labels", task, fold)
+    train, val = (with_features(made, part, task) for part in files)
+    plain = plain_task(task, config, epochs or OWN_EPOCHS, train, val)
+    last_weights = {key: value.clone() for key, value in plain.model.state_dict().items()}
+    plain.model.load_state_dict(plain.best_weights)
+    labels = np.concatenate([video.labels for video in val])
+    scores = scores_of(task, outputs_of(plain.model, val), labels)
+    return Trained(task, fold, arguments, config, made / name, name, said, files, train, val, labels, plain,
+                   last_weights, scores, chance_of(task, labels))
+
+
+def without_features(files) -> list[str]:
+    return [video for video in files if not FILMS[video].images]
+
+
+def test_task_training_is_the_plain_loop(trained):
+    plain, best = trained.plain, checkpoint(trained.out, "best.pt")
+    assert same(checkpoint(trained.out, "last.pt")["model"], trained.last_weights)
+    assert same(best["model"], plain.best_weights) and best["score"] == pytest.approx(plain.best)
+    assert best["task"] == trained.task.name and best["checkpoint checksum"] == 1234
+    assert best["epoch"] == plain.best_epoch < plain.epochs, "take another seed or learning rate"
+    assert log_lines(trained.out) == ["epoch,lr,loss,gradient_norm,score,seconds", *plain.rows]
+    assert loop_lines(trained.said) == plain.lines
+
+
+def test_a_task_training_ends_with_the_scores_of_its_best_epoch_and_evaluation_finds_them(made, trained):
+    task, val, left_out = trained.task, trained.val, without_features(trained.files[1])
+    each = {name: pytest.approx(score) for name, score in zip(task.outputs, trained.scores)}
+    assert metrics(trained.out) == {
+        "metric": task.metric.name, "score": pytest.approx(trained.scores.mean()), **each,
+        "chance": pytest.approx(trained.chance.mean()), "validation_videos": len(val), "left_out": left_out}
+    text = [f"{trained.name}/best.pt",
+            f"{len(val)} validation videos, {len(trained.labels)} frames (Aff-Wild2)",
+            *table(task, trained.scores, trained.chance, trained.fold)]
+    text += [f"left out, no features: {', '.join(left_out)}"] if left_out else []
+    assert (trained.out / "scores.txt").read_text().splitlines() == text
+    last = f"pictures: {trained.name}/curves.png, {trained.name}/timeline.png"
+    assert trained.said.splitlines()[-len(text) - 2:] == ["", *text, last]
+    assert stages.start(made, "evaluate.py", *trained.arguments).splitlines() == text
+    assert stages.start(made, "train_task.py", *trained.arguments).splitlines() == [
+        f"{trained.name} is finished; nothing to train", "", *text, ""]
+
+
+def test_a_task_training_says_what_it_trains_on(trained):
+    task, plain = trained.task, trained.plain
+    numbers = sum(p.numel() for p in plain.model.parameters())
+    segments = len(SegmentData(trained.train, task, 20, 12))
+    lines = [f"{task.name}: {numbers:,} parameters, {segments} segments, {plain.epochs} epochs of "
+             f"{plain.steps} steps; effective batch 4 = 4 x 1 accumulation x 1 processes, on cpu"]
+    for title, files, videos in (("training", trained.files[0], trained.train),
+                                 ("validation", trained.files[1], trained.val)):
+        without, frames = without_features(files), sum(len(video.labels) for video in videos)
+        left_out = f"; left out, no features: {', '.join(without)}" if without else ""
+        lines.append(f"  {title}: {len(videos)} videos, {frames} frames{left_out}")
+    tuned = sum(FILMS[video.name].split == "Train_Set" for video in trained.val)
+    if tuned:
+        lines.append(f"  warning: {tuned} of {len(trained.val)} validation videos of fold {trained.fold} "
+                     "were used to fine-tune the ViT, so the score is too high")
+    assert not not_said(trained.said, *lines)
+    assert ("warning" in trained.said) == (tuned > 0) == (trained.fold > 0)
+
+
+def test_a_task_training_leaves_every_promised_file_and_draws_its_pictures(made, trained, tmp_path):
+    out, levels = trained.out, {"loss": ZERO_LOSS[trained.task.name], "score": trained.chance.mean()}
+    assert stages.files(out) == {"config.yaml", "settings.json", "last.pt", "best.pt", "log.csv",
+                                 "metrics.json", "scores.txt", "curves.png", "timeline.png"}
+    pictures.curves(out / "log.csv", tmp_path / "curves.png", levels)
+    with contextlib.chdir(made):
+        draw_timeline(trained.plain.model, trained.val, trained.task, trained.config, ALONE,
+                      tmp_path / "timeline.png")
+    for name in ("curves.png", "timeline.png"):
+        assert is_drawn(out / name) and (out / name).read_bytes() == (tmp_path / name).read_bytes(), name

@@ -1,0 +1,237 @@
+"""Whole videos: overlapping segments averaged, and each labelled frame scored once, by one process."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import scoring
+from distributed import Team
+from labels import EXPR, TASKS, VA
+from metrics import binary_f1, ccc, class_f1
+from scoring import predict, score, shared_out
+from segments import SegmentData, Video, read_features, segments
+from temporal import SegmentModel
+
+ALONE = Team(0, 1, torch.device("cpu"))
+SMALL = dict(channels=(8, 8), kernels=(3, 3), dilations=(1, 2), width=16, layers=1, heads=2, hidden=16,
+             head=8)
+of_each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+
+
+def counting(frames, dim=1):
+    """Features of a video: frame t's is t. float16 holds whole numbers to 2,048."""
+    return np.tile(np.arange(frames, dtype=np.float16)[:, None], (1, dim))
+
+
+def video(folder, name, labels):
+    """A labelled video. Its features go on for five frames more than its labels, which must not matter."""
+    np.save(folder / f"{name}.npy", counting(len(labels) + 5))
+    return Video(name, folder / f"{name}.npy", labels)
+
+
+def drawn(task, frames, seed=0):
+    """Outputs and labels of `frames` frames, a fifth of the labels invalid."""
+    rng = np.random.default_rng(seed)
+    outputs, shape = rng.normal(size=(frames, len(task.outputs))), (frames, len(task.outputs))
+    labels = {"va": rng.uniform(-1, 1, shape), "expr": rng.integers(0, 7, frames),
+              "au": rng.random(shape) < 0.3}[task.name].astype(task.dtype)
+    labels[rng.random(labels.shape) < 0.2] = task.invalid
+    return outputs, labels
+
+
+def alone(task, outputs, labels):
+    """What the metric's own function gives."""
+    if task is VA:
+        return [ccc(outputs[labels[:, d] != -5, d], labels[labels[:, d] != -5, d]) for d in range(2)]
+    if task is EXPR:
+        return class_f1(outputs[labels >= 0].argmax(1), labels[labels >= 0])
+    return binary_f1(outputs > 0, labels)
+
+
+# ---- Prediction
+
+class Telltale:
+    """Output of a frame: its own number, and the number of its segment's first frame. Both are garbage in the
+    padding."""
+
+    def __init__(self):
+        self.seen, self.batches = [], []
+
+    def __call__(self, x, valid):
+        assert not x[~valid].any() and (valid.int().diff(dim=1) <= 0).all()     # padding: zeros, at the end
+        self.seen += [row[real].int().tolist() for row, real in zip(x[..., 0], valid)]
+        self.batches.append(len(x))
+        y = torch.stack([x[..., 0], x[:, :1, 0].expand(x.shape[:2])], dim=2)
+        return y.masked_fill(~valid[..., None], 1e9)
+
+    def eval(self):
+        pass
+
+    train = eval
+
+
+@pytest.mark.parametrize("frames", [1, 73, 300, 301, 400, 600, 1001])
+@pytest.mark.parametrize("batch", [1, 2, 32])
+def test_each_frame_gets_the_mean_of_the_segments_that_cover_it(frames, batch):
+    model = Telltale()
+    y = predict(model, counting(frames), 300, 200, batch, ALONE)
+    parts = segments(frames, 300, 200)
+    assert y.shape == (frames, 2) and y.dtype == np.float32
+    assert np.array_equal(y[:, 0], np.arange(frames))
+    starts = [np.mean([start for start, end in parts if start <= t < end]) for t in range(frames)]
+    assert y[:, 1] == pytest.approx(starts)
+    assert model.seen == [list(range(start, end)) for start, end in parts]
+    assert max(model.batches) <= batch and len(model.batches) == -(-len(parts) // batch)
+
+
+def test_the_tail_segment_counts_as_much_as_a_whole_one():
+    y = predict(Telltale(), counting(301), 300, 200, 2, ALONE)[:, 1]
+    assert y[[0, 199, 200, 299, 300]].tolist() == [0, 0, 100, 100, 200]      # frames 200-299 lie in both
+
+
+def test_an_unlabelled_video_is_predicted_from_its_features_alone(tmp_path):
+    torch.manual_seed(0)
+    model = SegmentModel(3, 12, **SMALL).eval()
+    array = np.random.default_rng(0).normal(size=(27, 3)).astype(np.float16)
+    np.save(tmp_path / "test.npy", array)                                   # there is no label file anywhere
+    y = predict(model, read_features(tmp_path / "test.npy"), 10, 7, 2, ALONE)
+
+    def unpadded(start, end):
+        return model(torch.from_numpy(array[start:end]).float()[None])[0].detach().numpy()
+
+    expected, cover = np.zeros((27, 12)), np.zeros((27, 1))
+    for start, end in [(0, 10), (7, 17), (14, 24), (21, 27)]:
+        expected[start:end] += unpadded(start, end)
+        cover[start:end] += 1
+    assert y == pytest.approx(expected / cover, abs=1e-5)
+    shorter = predict(model, array[:5], 10, 7, 2, ALONE)                    # than the window
+    assert shorter == pytest.approx(unpadded(0, 5), abs=1e-5)
+
+
+def test_a_prediction_keeps_no_gradients():
+    seen = []
+
+    def model(x, valid):
+        seen.append(torch.is_grad_enabled())
+        return x
+    predict(model, counting(3), 3, 3, 1, ALONE)
+    assert seen == [False]
+
+
+class Littered(torch.nn.Module):
+    """A segment model with rubbish in the padded frames."""
+
+    def __init__(self, model, rubbish):
+        super().__init__()
+        self.model, self.rubbish = model, rubbish
+
+    def forward(self, x, valid):
+        return self.model(x.masked_fill(~valid[..., None], self.rubbish), valid)
+
+
+@pytest.mark.parametrize("rubbish", [1e4, float("nan"), float("inf")])
+def test_predictions_are_the_same_whatever_the_padding_holds(rubbish):
+    torch.manual_seed(0)
+    model = SegmentModel(3, 2, **SMALL).eval()
+    clean, littered = (predict(each, counting(27, 3), 10, 7, 2, ALONE)
+                       for each in (model, Littered(model, rubbish)))
+    assert np.isfinite(clean).all() and np.array_equal(clean, littered)
+
+
+# ---- Scoring
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_every_frame_of_every_video_is_scored_once_by_one_process(tmp_path, world):
+    videos = [video(tmp_path, f"v{n}", np.tile(np.linspace(-1, 1, n, dtype=np.float32)[:, None], 2))
+              for n in (5, 40, 12, 33)]
+    total = 0
+    for rank in range(world):
+        mine = shared_out(videos, Team(rank, world, torch.device("cpu")))
+        total = total + score(Telltale(), mine, VA, 10, 7, 2, ALONE)
+    assert np.array_equal(total[:, 0], [90, 90])
+    frames, truth = [np.arange(n) for n in (5, 40, 12, 33)], [each.labels[:, 0] for each in videos]
+    expected = ccc(np.concatenate(frames), np.concatenate(truth))
+    assert VA.metric.score(total)[0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_videos_are_shared_out_longest_first_and_in_one_order_on_all_processes():
+    def labelled(name, n):
+        return Video(name, Path(name), np.zeros(n))
+    videos = [labelled("b", 3), labelled("a", 3), labelled("long", 9), labelled("short", 1), labelled("c", 3)]
+    for order in (videos, videos[::-1]):
+        shares = [[each.name for each in shared_out(order, Team(rank, 2, None))] for rank in (0, 1)]
+        assert shares == [["long", "b", "short"], ["a", "c"]]
+
+
+@of_each_task
+def test_the_score_is_the_metric_of_the_labelled_frames_of_all_videos(tmp_path, task):
+    outputs, labels = drawn(task, 90)
+    videos, parts = [], np.split(np.arange(90), [20, 55])
+    for k, part in enumerate(parts):
+        np.save(tmp_path / f"{k}.npy", outputs[part].astype(np.float16))
+        videos.append(Video(f"{k}", tmp_path / f"{k}.npy", labels[part]))
+    sums = score(Identity(), iter(videos), task, 20, 15, 2, ALONE)          # videos may come one at a time
+    expected = alone(task, outputs.astype(np.float16), labels)
+    assert task.metric.score(sums) == pytest.approx(expected, abs=1e-6)
+
+
+class Identity(torch.nn.Module):
+    """The features are the outputs."""
+
+    def forward(self, x, valid):
+        return x
+
+
+@of_each_task
+def test_the_sums_of_all_processes_are_added_and_a_process_without_videos_adds_nothing(task, monkeypatch):
+    empty = score(Identity(), [], task, 10, 7, 2, ALONE)
+    shape = {"va": (2, 6), "expr": (8, 8), "au": (12, 4)}[task.name]
+    assert empty.shape == shape and empty.dtype == np.float64 and not empty.any()
+    monkeypatch.setattr(scoring, "all_sum", lambda sums: sums + 3)                  # another process has 3
+    assert np.array_equal(score(Identity(), [], task, 10, 7, 2, ALONE), np.full(shape, 3))
+
+
+def test_scoring_turns_dropout_off_and_on_again(tmp_path):
+    model = SegmentModel(1, 2, **SMALL, dropout=0.9)
+    clip = video(tmp_path, "v", np.zeros((30, 2), np.float32))
+    a, b = (score(model, [clip], VA, 10, 7, 2, ALONE) for _ in range(2))
+    assert np.array_equal(a, b) and model.training
+
+
+@of_each_task
+def test_outputs_that_are_not_finite_are_not_scored(tmp_path, task):
+    outputs, labels = drawn(task, 20)
+    np.save(tmp_path / "v.npy", outputs)
+
+    def model(x, valid):
+        return x.masked_fill(x == x.max(), float("nan"))
+    model.eval = model.train = lambda: None
+    with pytest.raises(ValueError, match="outputs are not finite"):
+        score(model, [Video("v", tmp_path / "v.npy", labels)], task, 10, 7, 2, ALONE)
+
+
+@of_each_task
+def test_a_small_model_learns_a_handful_of_videos_and_the_score_shows_it(tmp_path, task):
+    rng, videos = np.random.default_rng(0), []
+    for k in range(3):
+        x = rng.normal(size=(45, 8)).astype(np.float16)
+        path = (x[:, :2].astype(np.float32) / 3).clip(-1, 1)
+        units = (x[:, [*range(8), *range(4)]] > 0).astype(np.int8)
+        labels = {"va": path, "expr": x.argmax(1).astype(np.int8), "au": units}[task.name]
+        labels[:5] = task.invalid
+        np.save(tmp_path / f"{k}.npy", x)
+        videos.append(Video(str(k), tmp_path / f"{k}.npy", labels))
+    torch.manual_seed(0)
+    model = SegmentModel(8, len(task.outputs), **SMALL, dropout=0.0)
+    clips = SegmentData(videos, task, 20, 15)
+    before = task.metric.score(score(model, videos, task, 20, 15, 2, ALONE)).mean()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    x, target, valid, frames = clips.collate([clips[i] for i in range(len(clips))])
+    for _ in range(60):
+        optimizer.zero_grad()
+        task.loss(model(x.float(), frames), target, valid).backward()
+        optimizer.step()
+    after = task.metric.score(score(model, videos, task, 20, 15, 2, ALONE)).mean()
+    assert before < 0.6 and after > 0.9
