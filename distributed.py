@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 # PyTorch's words when a DataLoader's worker finds no room in shared memory, or dies of that.
 OUT_OF_SHARED_MEMORY = ("unable to allocate shared memory", "Bus error")
+# Rank 0 says what was refused. torchrun ends the others within these seconds, before they repeat it.
+SECONDS_FOR_RANK_0 = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +166,7 @@ def launch(main, config, *arguments):
         main(config, join(config.run.device), *arguments)
     except (ValueError, OSError) as error:
         if rank:
-            time.sleep(2)      # torchrun ends this process before it repeats what rank 0 has said
+            time.sleep(SECONDS_FOR_RANK_0)
         way_on = ""
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             way_on = "; free some space and start the same command again, the last checkpoint is intact"

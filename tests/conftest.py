@@ -1,27 +1,23 @@
-"""Run as `pytest` from the project's root, which is put on sys.path here; and the finished runs that tests share.
-
-A run is made once, by the first test that asks for it. Tests compare with it or change a copy of it.
-"""
-
-import sys
-from pathlib import Path
+"""The finished runs that several test files share. Each is made once, by the first test that asks for it;
+tests compare with it or change a copy of it."""
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(1)
-pytest.register_assert_rewrite("tiny")     # its asserts show what they compared, as those in a test file do
+import tiny
+from tiny import ROOT, TINY, TRAIN_AU, done, ready
 
-import tiny                                                    # noqa: E402, after the line above
-from tiny import ROOT, TINY, TRAIN_AU, done, ready             # noqa: E402
+torch.set_num_threads(1)
 
 
 # ---- Without dropout, whose masks differ with the number of processes
 
 @pytest.fixture(scope="session")
 def made_by_command(tmp_path_factory):
-    """{processes: (folder, what was said)}: everything made from nothing by one command, as README gives it."""
+    """Everything made from nothing by one command, as README gives it.
+
+    -> {processes: (folder, what the command said)}
+    """
     folders = {world: tiny.write(tmp_path_factory.mktemp(f"by{world}")) for world in (1, 2)}
     script = [ROOT / TRAIN_AU[0], *TRAIN_AU[1:]]
     jobs = {1: tiny.command(folders[1], *script),

@@ -139,7 +139,8 @@ def test_a_process_that_waits_after_a_restart_is_answered_although_a_dead_one_as
     def take_part(rank):
         found[rank] = distributed._fresh_store()
 
-    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, int(threading.current_thread().name), 2)]))
+    monkeypatch.setattr(dist, "rendezvous",
+                        lambda url: iter([(store, int(threading.current_thread().name), 2)]))
     monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: prefix)
     threads = [threading.Thread(target=take_part, args=[rank], name=f"{rank}") for rank in (0, 1)]
     threads[0].start()

@@ -142,10 +142,11 @@ def metrics(folder) -> dict:
 
 def assert_same(folder, expected):
     """Weights, log and metrics of two run folders, bit for bit."""
-    assert same(weights(folder), weights(expected)) and log(folder) == log(expected)
-    assert (folder / "metrics.json").read_bytes() == (expected / "metrics.json").read_bytes()
+    assert same(weights(folder), weights(expected)), f"{folder}: other weights in last.pt"
+    assert log(folder) == log(expected), f"{folder}: another log.csv"
+    assert (folder / "metrics.json").read_bytes() == (expected / "metrics.json").read_bytes(), folder
     if (expected / "best.pt").exists():
-        assert same(weights(folder, "best.pt"), weights(expected, "best.pt"))
+        assert same(weights(folder, "best.pt"), weights(expected, "best.pt")), f"{folder}: best.pt differs"
 
 
 # ---- Processes
@@ -164,6 +165,7 @@ def _script(folder, output, environment, hook, arguments):
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
     torch.set_num_threads(1)
+    instead("distributed.SECONDS_FOR_RANK_0", lambda seconds: 0.1)   # no torchrun is here to use them
     multiprocessing.set_start_method(None, force=True)    # a DataLoader's workers start as they do for a user
     become(hook, arguments)
 

@@ -1,0 +1,134 @@
+"""What the extraction of features promises: an array and a mask per video, the same from any number of
+processes, after a kill, and with images that are missing or broken."""
+
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import tiny
+from data import label_files
+from labels import AU
+from tiny import TINY, content, copied, done, metrics, ready, run, spoil
+
+EXTRACT = ["extract_features.py", *TINY]
+EIGHTH_BATCH = tiny.stop("vit.VisionTransformer.features", 8)      # killed then, with some of 7 videos done
+
+
+def training_video(folder) -> str:
+    """The name of a training video."""
+    return list(label_files(folder / "data/Aff-Wild2/annotations", AU)["Train_Set"])[0]
+
+
+# ---- The same by two processes, and after a kill
+
+def test_two_processes_extract_the_features_of_one(finished, tmp_path):
+    folder, b = ready(finished, tmp_path, "features")
+    done(folder, *EXTRACT, world=2)
+    a = finished / "runs/tiny/features"
+    files = sorted(path.name for path in a.glob("*.npy"))
+    assert files == sorted(path.name for path in b.glob("*.npy")) and len(files) == 2 * 7
+    for name in files:
+        assert np.load(a / name).astype(float) == pytest.approx(np.load(b / name).astype(float), abs=1e-3)
+    assert metrics(a) == metrics(b)
+
+
+def test_an_interrupted_extraction_leaves_the_videos_that_are_done_alone(finished, tmp_path):
+    folder, whole = copied(finished, tmp_path), finished / "runs/tiny/features"
+    features = folder / "runs/tiny/features"
+    (features / "metrics.json").unlink()
+    names = sorted(path.name for path in features.glob("*.npy") if not path.name.endswith(".noface.npy"))
+    for name in names[:3]:
+        (features / name).unlink()                     # its mask is written first, so it may be there
+    (features / names[0].replace(".npy", ".noface.npy")).unlink()
+    before = content(features)
+    done(folder, *EXTRACT, world=2)
+    after, expected = content(features), content(whole)
+    for name in names:
+        assert after[name][0] == expected[name][0]
+    assert all(after[name] == before[name] for name in names[3:])
+    assert metrics(features) == metrics(whole)
+
+
+def test_a_kill_in_the_middle_of_a_video_leaves_no_half_array(finished, tmp_path):
+    folder, features = ready(finished, tmp_path, "features")
+    whole = finished / "runs/tiny/features"
+    assert run(folder, *EXTRACT, hook=EIGHTH_BATCH).codes == [-9]
+    halfway = [path for path in features.glob("[!.]*.npy") if not path.name.endswith(".noface.npy")]
+    assert 0 < len(halfway) < 7
+    assert all(path.read_bytes() == (whole / path.name).read_bytes() for path in halfway)
+    done(folder, *EXTRACT)
+    after, expected = content(features), content(whole)
+    assert after.keys() == expected.keys()
+    assert all(after[name][0] == expected[name][0] for name in after if name.endswith(".npy"))
+
+
+# ---- The same videos on every start and every machine
+
+def test_an_extraction_does_not_go_on_with_other_videos_than_it_began_with(finished, tmp_path):
+    """Less, when a disk is not mounted; more, when the videos were still being unpacked. All or nothing, on
+    each machine."""
+    folder, features = ready(finished, tmp_path, "features")
+    assert run(folder, *EXTRACT, hook=EIGHTH_BATCH).codes == [-9]
+    video = sorted((folder / "data/Aff-Wild2/cropped_aligned").iterdir())[0]
+    video.rename(folder / "away")
+    codes, said = run(folder, *EXTRACT, world=2)
+    assert codes == [2, 2]
+    assert re.search(r"features: began with {'videos': 7, 'frames': (\d+)}, found now {'videos': 6, .*; "
+                     "bring back what it began with", said)
+    (folder / "away").rename(video)
+    done(folder, *EXTRACT)
+    assert metrics(features) == metrics(finished / "runs/tiny/features")
+    video.rename(folder / "away")
+    assert "features is finished; nothing to do" in done(folder, *EXTRACT)
+
+
+def test_a_machine_that_lacks_a_video_is_refused(finished, tmp_path):
+    folder = copied(finished, tmp_path, ["features"])
+    codes, said = run(folder, *EXTRACT, world=2, hook=lacks_one)
+    assert all(codes) and "this machine has other data than the first one: {'videos': 6, " in said
+
+
+def lacks_one():
+    def less(find_videos):
+        return lambda roots: dict(list(find_videos(roots).items())[1:])
+    if os.environ["RANK"] == "1":
+        tiny.instead("extract_features.find_videos", less)
+
+
+# ---- Missing and broken images
+
+def test_a_frame_without_a_face_repeats_the_one_before_it_and_unlabelled_videos_have_features_too(
+        finished, tmp_path):
+    folder, place = ready(finished, tmp_path, "features")
+    frames, video = folder / "data/Aff-Wild2/cropped_aligned", training_video(folder)
+    shutil.copytree(frames / video, frames / "test_video")
+    images = sorted((frames / "test_video").iterdir())
+    last = int(images[-1].stem)
+    for path in [*images[:2], images[9], images[10], images[20]]:
+        path.unlink()
+    spoil(images[11], "truncated")
+    done(folder, *EXTRACT)
+    features, noface = np.load(place / "test_video.npy"), np.load(place / "test_video.noface.npy")
+    rows = [int(path.stem) - 1 for path in images]
+    assert len(features) == last and noface[[rows[i] for i in (0, 1, 9, 10, 11, 20)]].all()
+    for row in np.flatnonzero(noface):
+        source = row - 1 if row > rows[1] else rows[2]
+        assert np.array_equal(features[row], features[source])
+    assert not np.array_equal(features[rows[8]], features[rows[12]])
+    assert np.array_equal(features[~noface], np.load(place / f"{video}.npy")[:last][~noface])
+    assert metrics(place)["videos"] == 8
+
+
+def test_unreadable_images_cost_no_readable_one_of_a_later_batch(finished, tmp_path):
+    folder, place = ready(finished, tmp_path, "features")
+    video = training_video(folder)
+    images = sorted((folder / "data/Aff-Wild2/cropped_aligned" / video).iterdir())
+    for path in images[:5]:
+        spoil(path, "truncated")
+    done(folder, *EXTRACT, "--set", "features.batch=4")
+    noface = np.load(place / f"{video}.noface.npy")
+    assert not noface[[int(path.stem) - 1 for path in images[5:]]].any()
+    assert noface[[int(path.stem) - 1 for path in images[:5]]].all()
