@@ -151,6 +151,8 @@ class Run:
     name: str = ""                    # results go to <out>/<name>/<stage>; "" = the configuration file's name
     source: str = ""                  # filled in by `load`: the file and every --set, for suggested commands
     out: str = "runs"                 # folder of all runs; with several machines, one they share
+    base: str = ""                    # another run, whose finished earlier stages are taken where all their
+                                      # settings are this run's
     seed: int = 0                     # all randomness follows from it
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto = CUDA where there is a GPU, else the CPU
     largest_piece: int = 0            # most samples in one forward pass of a process; 0 = as many as the
@@ -331,6 +333,12 @@ def from_command_line(description, **arguments) -> tuple[Config, argparse.Namesp
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def typed(config: Config) -> set[str]:
+    """The settings that were given with --set."""
+    words = shlex.split(config.run.source)
+    return {after.partition("=")[0] for word, after in zip(words, words[1:]) if word == "--set"}
 
 
 def as_yaml(config: Config) -> str:

@@ -11,6 +11,7 @@ FER2013, positions in its CSV) and opens one face at a time.
 import csv
 import os
 import sys
+import zlib
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +59,10 @@ class FaceSet:
 
     def __len__(self):
         return len(self.training)
+
+    def fingerprint(self) -> str:
+        """Number and names of the faces, for made_of.py: other ones have another."""
+        return f"{len(self):,} images, names {zlib.crc32(self.paths.tobytes()):08x}"
 
     def where(self, i) -> str:
         return os.path.join(self.root, os.fsdecode(self.paths[i]))
@@ -217,6 +222,9 @@ class Fer2013(FaceSet):
         super().__init__(name, path, [], labels, training, skipped)
         self.rows = rows
 
+    def fingerprint(self) -> str:
+        return f"{len(self):,} images, rows {zlib.crc32(self.rows.tobytes()):08x}"
+
     def where(self, i) -> str:
         return f"{self.root} line {self.rows[i, 1]}"
 
@@ -322,6 +330,7 @@ def load_faces(data) -> list[FaceSet]:
         try:
             if path:
                 sets.append(load(path))
+                sets[-1].setting = setting
                 if not len(sets[-1]):
                     raise ValueError(f"no image found in {path}; left out: {dict(sets[-1].skipped)}")
         except (ValueError, OSError) as error:               # OSError: a folder that may not be opened

@@ -25,8 +25,8 @@ from distributed import all_sum
 from faces import load_faces
 from images import FaceImages, normalise, random_crop, resize
 from mae import MaskedAutoencoder
+from made_of import settings_of
 from run import Run
-from run_folder import settings_of
 from training import (adamw, effective_batch, generator, gradient_norm, in_pieces, pieces, set_learning_rate,
                       vit_bytes)
 
@@ -71,8 +71,7 @@ def main(config, team):
     """Pre-train, or go on with it, until runs/<config>/pretrain is finished."""
     # configuration
     p, seed = config.pretrain, config.run.seed
-    settings = settings_of(config, "data", "synthetic", "vit", "pretrain", "run.seed")
-    run = Run("pretrain", config, team, settings)
+    run = Run("pretrain", config, team, settings_of(config, "synthetic", "vit", "pretrain", "run.seed"))
     if run.finished:
         return team.say(f"{run.folder} is finished; nothing to do")
 
@@ -97,7 +96,8 @@ def main(config, team):
              f"{effective_batch(p.batch, count, team)}")
     ddp = team.parallel(model)
     optimizer = adamw(model, p.lr, p.betas, p.weight_decay)
-    run.begin(model, optimizer, faces, p.batch, p.epochs, data={s.name: len(s) for s in sets})
+    found = {s.setting: s.fingerprint() for s in sets}
+    run.begin(model, optimizer, faces, p.batch, p.epochs, found, origin=None)
 
     # loop
     for epoch in range(run.epoch, p.epochs):
