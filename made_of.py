@@ -10,13 +10,17 @@ Every stage keeps a record beside its result (made_of.json), and in its checkpoi
     checkpoint, checksum   of the weights that later stages read, since it is finished
 
 A result is used if its record agrees with today's settings and with the input that lies there now; otherwise
-it is refused (`check`). A run with another name may take the earlier stages of run.base, if they agree
+it is stale, and refused. A run with another name may take the earlier stages of run.base, if they agree
 (`place`). Paths are not compared, only what they lead to. docs/made_of.md shows the chain.
+
+    python made_of.py RUN_FOLDER     # the chain behind a result; a checkpoint file will do as well
 """
 
 import copy
 import dataclasses
 import json
+import sys
+import textwrap
 from pathlib import Path
 
 from checkpoints import checksum, read_checkpoint, read_json
@@ -104,7 +108,7 @@ def tuned_on(record: dict | None) -> list[str]:
 def differences(record: dict, config: Config) -> dict[str, tuple]:
     """{setting: (stage, was, now)} of a record and of all that it was made from, the earliest stage first.
 
-    What lies before a path that a setting names is that path's affair: `check` compares its checksum.
+    What lies before a path that a setting names is that path's affair: `stale` compares its checksum.
     """
     changed, before = {}, record.get("from")
     if before and "file" not in before and not value(config, record["input"]["setting"]):
@@ -129,47 +133,50 @@ def other_run(config: Config) -> str:
 
 
 def place(config: Config, stage: str) -> Path:
-    """The folder of an earlier stage: this run's; or run.base's, if this run has made nothing there and
-    that of the base is finished and agrees with the settings."""
+    """The folder of an earlier stage: this run's; or run.base's, if this run has made nothing there and that
+    of the base is finished, whole and not stale."""
     own, base = config.folder(stage), Path(config.run.out) / config.run.base / stage
-    if not config.run.base or begun(own) or not finished(base):
+    if not config.run.base or begun(own) or not finished(base) or stale(base, config):
         return own
-    record = read_record(base)
-    agrees = record is not None and not differences(record, config)
-    return base if agrees and (base / record.get("checkpoint", "")).exists() else own
+    return base if (base / read_record(base).get("checkpoint", "")).exists() else own
 
 
 def check(folder: Path, config: Config):
-    """Raises ValueError if what lies in a run folder was made with other settings than `config`'s, or from
-    another input than lies there now; and so on down the chain."""
+    """Raises ValueError if a result is stale."""
+    reason = stale(folder, config)
+    if reason:
+        raise ValueError(reason)
+
+
+def stale(folder: Path, config: Config) -> str:
+    """Why what lies in a run folder is not what `config` would make, with the ways on; "" if it is.
+
+    It was made with other settings, or from another input than lies there now; and so on down the chain. An
+    input that is gone is no longer needed.
+    """
     record = read_record(folder)
     if record is None:
-        raise ValueError(f"{folder}: made_of.json is missing, so nobody knows what this was made of; put it "
-                         f"back, or begin {other_run(config)}")
+        return (f"{folder}: made_of.json is missing, so nobody knows what this was made of; put it back, or "
+                f"begin {other_run(config)}")
     changed = differences(record, config)
     if changed:
-        raise ValueError(f"{folder} was made with other settings:{listed(changed)}\n"
-                         f"two ways on: the earlier values, or {other_run(config)}")
+        return (f"{folder} was made with other settings:{listed(changed)}\n"
+                f"two ways on: the earlier values, or {other_run(config)}")
     if not record.get("input"):
-        return
+        return ""
     setting, stage = record["input"]["setting"], record["input"]["stage"]
     given = value(config, setting)
     where = Path(given) if given else place(config, stage)
-    if given:
-        now = given_record(given) if given == "none" or where.exists() else None
-    else:
-        now = read_record(where) if finished(where) else None
-    if now is None:                                          # the input is gone, and no longer needed
-        return
-    before = record["from"]
-    if not same(before, now):
-        old, new = before.get("settings", {}), now.get("settings", {})
+    if given != "none" and not (where.exists() if given else finished(where)):
+        return ""
+    before, now = record["from"], given_record(given) if given else read_record(where)
+    if now is None or not same(before, now):
+        old, new = before.get("settings", {}), (now or {}).get("settings", {})
         changed = {name: (stage, old[name], new.get(name)) for name in old if old[name] != new.get(name)}
-        raise ValueError(f"{folder} was made from {named(before)}, but {where} is now {named(now)}"
-                         f"{listed(changed)}\ntwo ways on: bring back what it was made from, or "
-                         f"{other_run(config)}")
-    if not given:
-        check(where, config)
+        return (f"{folder} was made from {named(before)}, but {where} is now "
+                f"{named(now) if now else 'without made_of.json'}{listed(changed)}\n"
+                f"two ways on: bring back what it was made from, or {other_run(config)}")
+    return "" if given else stale(where, config)
 
 
 def named(record: dict) -> str:
@@ -190,8 +197,8 @@ def missing(path, command: str, config: Config) -> ValueError:
 def find_input(config: Config, team, setting: str, stage: str, file: str, command: str) -> tuple[Path, dict]:
     """The input of a stage, and its record: the path that `setting` gives, or `file` of an earlier stage.
 
-    Raises ValueError if it is missing (make it with `command`), gone, stale (`check`), or not the file that
-    its stage has written.
+    Raises ValueError if it is missing (make it with `command`), gone, stale, or not the file that its stage
+    has written.
     """
     given = value(config, setting)
     if given:
@@ -236,3 +243,25 @@ def like(record: dict | None, config: Config, source) -> tuple[Config, dict]:
         section, field = name.split(".")
         setattr(getattr(config, section), field, was)
     return config, changed
+
+
+def described(record: dict):
+    """Lines that tell of a record and of all that it was made from."""
+    for link in chain(record):
+        yield named({**link, "from": None})
+        data = {name: f"{len(entry)}" if isinstance(entry, list) else entry
+                for name, entry in link.get("data", {}).items()}
+        for title, entries in (("data", data), ("settings", link.get("settings", {}))):
+            if entries:
+                text = ", ".join(f"{name} {entry}" for name, entry in entries.items())
+                yield textwrap.fill(text, 100, initial_indent=f"  {title:10s}", subsequent_indent=" " * 12)
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        try:
+            record = read_record(path) if Path(path).is_dir() else read_checkpoint(path).get("made_of")
+            print("\n".join(described(record)) if record else f"{path}: tells nothing of what it was made of")
+        except (ValueError, OSError) as refusal:
+            print(f"refused: {refusal}", file=sys.stderr)
+            sys.exit(2)

@@ -82,8 +82,8 @@ def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
 
 
 def seen_text(scored: Scored) -> str:
-    return (f"{int((~scored.unseen).sum())} of these {len(scored.videos)} videos show scenes on which the ViT "
-            "was fine-tuned")
+    seen = int((~scored.unseen).sum())
+    return f"{seen} of these {len(scored.videos)} videos show scenes on which the ViT was fine-tuned"
 
 
 def draw_timeline(model, videos: list[Video], task: Task, config, team: Team, path, longest: int = 600):

@@ -75,7 +75,8 @@ def test_an_extraction_does_not_go_on_with_fewer_videos_than_it_began_with(finis
     video.rename(folder / "away")
     codes, said = run(folder, *EXTRACT, world=2)
     assert codes == [2, 2]
-    assert f"features: 1 videos were there when this began and are gone: {video.name}; bring them back" in said
+    gone = f"features: 1 videos were there when this began and are gone: {video.name}; bring them back"
+    assert gone in said
     (folder / "away").rename(video)
     done(folder, *EXTRACT)
     assert metrics(features) == metrics(finished / "runs/tiny/features")
@@ -124,8 +125,9 @@ def test_a_kill_while_new_videos_are_extracted_leaves_no_old_file_for_a_changed_
 def test_a_machine_that_lacks_a_video_is_refused(finished, tmp_path):
     folder = copied(finished, tmp_path, ["features"])
     codes, said = run(folder, *EXTRACT, world=2, hook=lacks_one)
-    assert all(codes) and re.search(r"this machine has other data than the first one:\n  \S+: there {'frames': "
-                                    r"\d+, 'images': \d+, 'names': \d+}, here None\n", said)
+    assert all(codes)
+    assert re.search(r"this machine has other data than the first one:\n"
+                     r"  \S+: there {'frames': \d+, 'images': \d+, 'names': \d+}, here None\n", said)
 
 
 def lacks_one():

@@ -180,11 +180,11 @@ def test_a_task_training_ends_with_the_scores_of_its_best_epoch_and_evaluation_f
         "left_out": missing}
     text = (trained.out / "scores.txt").read_text().splitlines()
     assert text[0] == f"{trained.name}/best.pt"
-    assert re.fullmatch(rf"{len(val)} validation videos, {len(trained.labels)} frames \(\d+ labelled frames with "
-                        r"a face in both sets, a complete Aff-Wild2 has [\d,]+; so the paper's numbers are left "
-                        r"out\)", text[1])
-    last = [f"{seen} of these {len(val)} videos show scenes on which the ViT was fine-tuned; \"unseen\" is the "
-            "score of the others alone"] if seen else []
+    assert re.fullmatch(rf"{len(val)} validation videos, {len(trained.labels)} frames \(\d+ labelled frames "
+                        r"with a face in both sets, a complete Aff-Wild2 has [\d,]+; so the paper's numbers "
+                        r"are left out\)", text[1])
+    last = [f"{seen} of these {len(val)} videos show scenes on which the ViT was fine-tuned; "
+            "\"unseen\" is the score of the others alone"] if seen else []
     last += [f"left out: {in_words(missing)}"] if missing else []
     assert text[2:] == [*table(task, **columns), *last]
     drawn = f"pictures: {trained.name}/curves.png, {trained.name}/timeline.png"
@@ -208,8 +208,8 @@ def test_a_task_training_says_what_it_trains_on(trained):
                      + (f"; left out: {in_words(missing)}" if missing else ""))
     tuned = len(trained.val) - len(unseen(trained.val))
     if tuned:
-        lines.append(f"  warning: {tuned} of these {len(trained.val)} videos show scenes on which the ViT was "
-                     "fine-tuned")
+        lines.append(f"  warning: {tuned} of these {len(trained.val)} videos show scenes on which the ViT "
+                     "was fine-tuned")
     assert not not_said(trained.said, *lines)
     assert ("warning" in trained.said) == (tuned > 0) == (trained.fold > 0)
 

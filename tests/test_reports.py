@@ -108,8 +108,8 @@ def test_a_report_says_how_many_videos_the_vit_has_seen_and_scores_the_others_al
                          "score of the others alone"]
     lines = report(VA, sums, scored(seen="ab"), Path("best.pt"), 0).splitlines()
     assert "unseen" not in lines[2]
-    assert lines[6:] == ["2 of these 2 videos show scenes on which the ViT was fine-tuned, so the score is too "
-                         "high"]
+    assert lines[6:] == ["2 of these 2 videos show scenes on which the ViT was fine-tuned, so the score is "
+                         "too high"]
 
 
 def to_score_of(tmp_path, frames, synthetic=False, tuned=()):

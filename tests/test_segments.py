@@ -12,8 +12,8 @@ import torch
 
 import segments as module
 from labels import AU, EXPR, TASKS, VA
-from segments import (SegmentData, Video, feature_shape, fingerprint, labelled_faces, noface_path, open_videos,
-                      pad, read_features, reasons, segments)
+from segments import (SegmentData, Video, feature_shape, fingerprint, labelled_faces, noface_path,
+                      open_videos, pad, read_features, reasons, segments)
 
 # ---- Cutting
 
