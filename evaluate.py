@@ -27,7 +27,7 @@ def main(config, team, task, checkpoint=""):
     path = Path(checkpoint or config.folder(stage_of(config, task)) / "best.pt")
     if not checkpoint:
         if not finished(path.parent):
-            raise missing(path, f"python train_task.py --task {task.name}", config)
+            raise missing(path, f"train_task.py --task {task.name}", config)
         there(path, config)
     saved = read_checkpoint(path)
     check_task(path, saved, task)

@@ -125,7 +125,7 @@ def main(config, team):
         return team.say(f"{run.folder} is finished; nothing to do")
 
     # model
-    checkpoint, origin = find_input(config, team, *source, "best.pt", "python train_finetune.py")
+    checkpoint, origin = find_input(config, team, *source, "best.pt", "train_finetune.py")
     vit = VisionTransformer(**dataclasses.asdict(config.vit))
     keys = load_vit(vit, checkpoint)
     vit = vit.to(team.device).eval()

@@ -189,15 +189,20 @@ def named(record: dict) -> str:
 
 # ---- Finding
 
-def missing(path, command: str, config: Config) -> ValueError:
+def command(script: str, config: Config) -> str:
+    """What to type, in the folder where the user is, to run another script ("x.py --task au") as this one."""
+    return f"python {Path(sys.argv[0]).parent / script} --config {config.run.source}"
+
+
+def missing(path, script: str, config: Config) -> ValueError:
     """The refusal of a stage whose input is not there: names it, and the command that makes it."""
-    return ValueError(f"{path} not found; make it with: {command} --config {config.run.source}")
+    return ValueError(f"{path} not found; make it with: {command(script, config)}")
 
 
-def find_input(config: Config, team, setting: str, stage: str, file: str, command: str) -> tuple[Path, dict]:
+def find_input(config: Config, team, setting: str, stage: str, file: str, script: str) -> tuple[Path, dict]:
     """The input of a stage, and its record: the path that `setting` gives, or `file` of an earlier stage.
 
-    Raises ValueError if it is missing (make it with `command`), gone, stale, or not the file that its stage
+    Raises ValueError if it is missing (`script` makes it), gone, stale, or not the file that its stage
     has written.
     """
     given = value(config, setting)
@@ -206,11 +211,12 @@ def find_input(config: Config, team, setting: str, stage: str, file: str, comman
     folder = place(config, stage)
     path = folder / file
     if not finished(folder):
-        raise missing(path, command, config)
+        raise missing(path, script, config)
     check(folder, config)
     there(path, config)
     record = read_record(folder)
-    if "checksum" in record and checksum(path) != record["checksum"]:
+    now = team.agree(checksum(path) if team.rank == 0 and "checksum" in record else None)
+    if now != record.get("checksum"):
         raise ValueError(f"{path}: not the file that the stage has written; put that back, or name this one "
                          f"with --set {setting}={path}")
     if folder != config.folder(stage):

@@ -70,10 +70,10 @@ def make_inputs(stage: str, config, team, task=None, checkpoint: str = ""):
             continue
         make_inputs(need, config, team, task)
         arguments = [task] if need == "train_task" else []
-        command = f"python {need}.py" + (f" --task {task.name}" if arguments else "")
+        script = f"{need}.py" + (f" --task {task.name}" if arguments else "")
         team.say(f"\n{result(need, config, task)} is missing, so it is made first. The demo takes about "
-                 f"{DEMO_SECONDS[need]} s for that on two cores. Only this step: {command} "
-                 f"--config {config.run.source}")
+                 f"{DEMO_SECONDS[need]} s for that on two cores. Only this step: "
+                 f"{made_of.command(script, config)}")
         began = time.time()
         MAIN[need](config, team, *arguments)
         team.say(f"made in {time.time() - began:.0f} s\n")

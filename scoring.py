@@ -32,7 +32,7 @@ def find_features(config, team: Team) -> tuple[Path, dict]:
 
     Raises ValueError if it is not made, or does not fit the settings.
     """
-    path, record = find_input(config, team, *FEATURES, "metrics.json", "python extract_features.py")
+    path, record = find_input(config, team, *FEATURES, "metrics.json", "extract_features.py")
     return (path if config.task.features else path.parent), record
 
 

@@ -72,7 +72,7 @@ def main(config, team):
     run = Run("finetune", config, team, settings, source)
     if run.finished:
         return team.say(f"{run.folder} is finished; nothing to do")
-    start, origin = find_input(config, team, *source, "last.pt", "python train_pretrain.py")
+    start, origin = find_input(config, team, *source, "last.pt", "train_pretrain.py")
 
     # data
     videos = find_videos(config.data.frames)

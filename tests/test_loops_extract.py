@@ -193,7 +193,8 @@ def test_with_synthetic_data_a_stage_makes_all_that_is_missing_in_order_and_once
     said = start(tmp_path, stage)
     before = ALL[:ALL.index(stage)]
     assert ran == [*before, stage]
-    commands = {name: f"python {name}.py" + (" --task au" if name == "train_task" else "") for name in before}
+    commands = {name: f"python {tiny.ROOT / name}.py" + (" --task au" if name == "train_task" else "")
+                for name in before}
     assert [line for line in said.splitlines() if "missing" in line] == [
         f"{RESULTS[name]} is missing, so it is made first. The demo takes about "
         f"{pipeline.DEMO_SECONDS[name]} s for that on two cores. Only this step: {commands[name]} "
@@ -272,5 +273,5 @@ def test_a_stage_without_its_input_refuses_with_the_command_that_makes_it(extrac
     with pytest.raises(SystemExit) as end:
         start(folder, stage)
     assert end.value.code == 2
-    assert capsys.readouterr().err == (f"error: runs/tiny/{missing} not found; make it with: python {maker} "
-                                       "--config tiny.yaml\n")
+    assert capsys.readouterr().err == (f"error: runs/tiny/{missing} not found; make it with: python "
+                                       f"{tiny.ROOT / maker} --config tiny.yaml\n")

@@ -129,7 +129,7 @@ def test_the_whole_chain_on_disk_is_checked(tmp_path):
 # ---- Finding the input
 
 def found(config):
-    return find_input(config, ALONE, "features.checkpoint", "finetune", "best.pt", "python train_finetune.py")
+    return find_input(config, ALONE, "features.checkpoint", "finetune", "best.pt", "train_finetune.py")
 
 
 def test_an_input_is_found_with_its_record(tmp_path, capsys):
@@ -146,7 +146,7 @@ def test_an_input_is_found_with_its_record(tmp_path, capsys):
 
 def test_an_input_that_is_missing_gone_or_another_file_is_refused_with_a_way_on(tmp_path):
     config = config_of(tmp_path)
-    with pytest.raises(ValueError, match="best.pt not found; make it with: python train_finetune.py --con"):
+    with pytest.raises(ValueError, match="best.pt not found; make it with: python .*train_finetune.py --con"):
         found(config)
     two_stages(config)
     path = config.folder("finetune") / "best.pt"

@@ -67,7 +67,7 @@ def test_what_is_missing_is_said_once_with_the_reason_and_the_command_that_makes
         begins = f"{missing} is missing, so it is made first."
         (line,) = [line for line in said.splitlines() if line.startswith(begins)]
         assert re.search(r"about \d+ s", line)
-        assert line.endswith(f"Only this step: python {command} --config tiny.yaml")
+        assert line.endswith(f"Only this step: python {ROOT / command} --config tiny.yaml")
     assert f"x 1 accumulation x {world} processes" in said and "effective batch 17 = " in said
     assert "AU26" in said and "chance" in said and "Traceback" not in said
 

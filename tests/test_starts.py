@@ -36,7 +36,8 @@ def test_with_real_data_a_missing_input_is_an_error_that_names_it_and_the_comman
     task = ["--task", "au"] if script in ("train_task.py", "evaluate.py") else []
     codes, said = run(folder, script, *task, *TINY, world=world)
     assert codes == [2] * world and "Traceback" not in said
-    assert f"error: runs/tiny/{missing} not found; make it with: python {maker} --config tiny.yaml\n" in said
+    command = f"python {tiny.ROOT / maker} --config tiny.yaml\n"
+    assert f"error: runs/tiny/{missing} not found; make it with: {command}" in said
     assert not (folder / "runs/tiny" / without[0] / "log.csv").exists()
 
 
