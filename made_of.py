@@ -34,9 +34,15 @@ MADE = ("last.pt", "previous.pt", "best.pt", "metrics.json", "videos.json")     
 # ---- Settings
 
 def value(config: Config, name: str):
-    """The setting "section.field", as JSON gives it back; None if there is none of this name."""
+    """The setting "section.field", as JSON gives it back; None if there is none of this name.
+
+    Of a path to data only whether it is given, of a list of them how many: what lies there is compared.
+    """
     section, field = name.split(".")
-    return json.loads(json.dumps(getattr(getattr(config, section, None), field, None)))
+    found = getattr(getattr(config, section, None), field, None)
+    if section == "data" and isinstance(found, (str, list)):
+        return len(found) if isinstance(found, list) else "given" if found else "not given"
+    return json.loads(json.dumps(found))
 
 
 def settings_of(config: Config, *names) -> dict:

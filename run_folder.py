@@ -153,6 +153,15 @@ class RunFolder:
                              "two ways on: bring back what it began with, or begin "
                              f"{made_of.other_run(self.config)}")
 
+    def still_finished(self, data: dict) -> bool:
+        """Is there nothing left to do? Says so. Raises ValueError if a finished result was made from other
+        data than there is now, or if its weights are gone."""
+        if self.finished:
+            self.refuse_other_data(data)
+            made_of.there(self.folder / made_of.read_record(self.folder)["checkpoint"], self.config)
+            self.team.say(f"{self.folder} is finished; nothing to do")
+        return self.finished
+
     def finish(self, metrics: dict):
         """Write metrics.json, which marks the stage as finished, before any process goes on.
 

@@ -70,9 +70,6 @@ def main(config, team):
     settings = settings_of(config, "synthetic", "vit", "finetune", "run.seed")
     source = "finetune.start", "pretrain"
     run = Run("finetune", config, team, settings, source)
-    if run.finished:
-        return team.say(f"{run.folder} is finished; nothing to do")
-    start, origin = find_input(config, team, *source, "last.pt", "train_pretrain.py")
 
     # data
     videos = find_videos(config.data.frames)
@@ -81,12 +78,17 @@ def main(config, team):
     crop = partial(augment, size=(size, size), seed=seed, smallest_crop=f.smallest_crop)
     train = ExprFrames(train_files, videos, size, f.every, crop)
     val = ExprFrames(val_files, videos, size, f.every)
+    found = {"training": train.fingerprint(), "validation": val.fingerprint(),
+             "training videos": train.videos}
+    if run.still_finished(found):
+        return
     for name, part in (("training", train), ("validation", val)):
         left_out = f"; left out, no frames: {', '.join(part.without_frames)}" if part.without_frames else ""
         team.say(f"  {name}: {len(part.rows):,} labelled frames with a face image "
                  f"in {len(part.folders)} videos{left_out}")
 
     # model and optimiser
+    start, origin = find_input(config, team, *source, "last.pt", "train_pretrain.py")
     torch.manual_seed(seed)
     model = build(config)
     if f.start == "none":
@@ -102,8 +104,6 @@ def main(config, team):
              f"{effective_batch(f.batch, count, team)}")
     ddp = team.parallel(model)
     optimizer = adamw(model, f.lr, f.betas, f.weight_decay)
-    found = {"training": train.fingerprint(), "validation": val.fingerprint(),
-             "training videos": train.videos}
     run.begin(model, optimizer, train, f.batch, f.epochs, found, origin)
 
     # loop

@@ -31,6 +31,10 @@ from training import (adamw, effective_batch, generator, gradient_norm, in_piece
                       vit_bytes)
 
 
+SETS = ("data.affectnet_2017", "data.affectnet_2021", "data.raf_db", "data.fer2013", "data.ferplus",
+        "data.folders")
+
+
 class Faces(FaceImages):
     """All face sets as one. Item: uint8 image (size, size, 3), randomly cropped, and its mask noise (N,)."""
 
@@ -71,12 +75,14 @@ def main(config, team):
     """Pre-train, or go on with it, until runs/<config>/pretrain is finished."""
     # configuration
     p, seed = config.pretrain, config.run.seed
-    run = Run("pretrain", config, team, settings_of(config, "synthetic", "vit", "pretrain", "run.seed"))
-    if run.finished:
-        return team.say(f"{run.folder} is finished; nothing to do")
+    settings = settings_of(config, *SETS, "synthetic", "vit", "pretrain", "run.seed")
+    run = Run("pretrain", config, team, settings)
 
     # data
     sets = load_faces(config.data)
+    found = {s.setting: s.fingerprint() for s in sets}
+    if run.still_finished(found):
+        return
     for s in sets:
         left_out = "".join(f", {count:,} left out: {reason}" for reason, count in s.skipped.items())
         team.say(f"  {s.name:16s}{len(s):9,d} images{left_out}")
@@ -96,7 +102,6 @@ def main(config, team):
              f"{effective_batch(p.batch, count, team)}")
     ddp = team.parallel(model)
     optimizer = adamw(model, p.lr, p.betas, p.weight_decay)
-    found = {s.setting: s.fingerprint() for s in sets}
     run.begin(model, optimizer, faces, p.batch, p.epochs, found, origin=None)
 
     # loop

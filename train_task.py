@@ -24,7 +24,7 @@ from checkpoints import read_checkpoint, write_text
 from config import from_command_line
 from data import split
 from labels import TASKS
-from made_of import settings_of, there
+from made_of import settings_of
 from reports import draw_timeline, report, seen_text, to_score
 from run import Run
 from scoring import FEATURES, find_features, load_segment_model, score, shared_out, stage_of
@@ -48,11 +48,8 @@ def main(config, team, task):
     val_videos, val_left_out, _ = open_videos(val_files, features, task)
     found = {"training": fingerprint(videos), "validation": fingerprint(val_videos),
              "training videos": [video.name for video in videos]}
-    if run.finished:
-        run.refuse_other_data(found)
-        there(best, config)
-        scores = (run.folder / "scores.txt").read_text()
-        return team.say(f"{run.folder} is finished; nothing to train\n\n{scores}")
+    if run.still_finished(found):
+        return team.say("\n" + (run.folder / "scores.txt").read_text())
     scored = to_score(val_videos, val_left_out, videos, task, origin, config)
     team.say(f"  features: {features}")
     for name, part, left_out in (("training", videos, train_left_out),

@@ -191,7 +191,7 @@ def test_a_task_training_ends_with_the_scores_of_its_best_epoch_and_evaluation_f
     assert trained.said.splitlines()[-len(text) - 2:] == ["", *text, drawn]
     assert stages.start(made, "evaluate.py", *trained.arguments).splitlines() == text
     assert stages.start(made, "train_task.py", *trained.arguments).splitlines() == [
-        f"{trained.name} is finished; nothing to train", "", *text, ""]
+        f"{trained.name} is finished; nothing to do", "", *text, ""]
 
 
 def test_a_task_training_says_what_it_trains_on(trained):

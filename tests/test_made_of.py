@@ -57,6 +57,8 @@ def test_settings_are_chosen_by_section_and_by_name_without_paths():
                                                              "run.seed": 0}
     assert settings_of(Config(), "task").keys() == (
         {f"task.{name}" for name in vars(Config().task)} - {"task.features"})
+    assert settings_of(Config(), "data.raf_db", "data.folders") == {"data.raf_db": "not given",
+                                                                    "data.folders": 0}
     assert settings_of(Config(), "synthetic") == {}                # real data does not depend on them
     synthetic = Config()
     synthetic.data.synthetic = True
@@ -289,6 +291,21 @@ def test_a_finished_task_whose_labels_have_changed_is_not_answered_with_the_old_
     codes, said = run(folder, *TRAIN_AU)
     assert codes == [2]
     assert "runs/tiny/task_au was made from other data:\n  validation: was 3 videos, " in said
+
+
+def test_another_set_of_faces_or_other_faces_are_not_answered_with_finished(finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    more = ["--set", "data.folders=[data/RAF-DB]"]
+    for command in (["train_pretrain.py", *TINY], TRAIN_AU):
+        codes, said = run(folder, *command, *more)
+        assert codes == [2] and "data.folders: was 0, now 1 (of stage pretrain)" in said
+    next((folder / "data/RAF-DB").rglob("*.jpg")).unlink()
+    path = next((folder / "data/Aff-Wild2/annotations/EXPR_Classification_Challenge/Train_Set").iterdir())
+    path.write_text(path.read_text().replace("\n0", "\n1").replace("\n4", "\n5"))
+    for script, data in (("train_pretrain.py", "data.raf_db: was 15 images"),
+                         ("train_finetune.py", "training: was ")):
+        codes, said = run(folder, script, *TINY)
+        assert codes == [2] and f"was made from other data:\n  {data}" in said
 
 
 def test_weights_that_were_deleted_are_missed_by_every_stage_that_needs_them(finished, tmp_path):
