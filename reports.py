@@ -42,6 +42,19 @@ def to_score(videos, left_out, other_videos, task: Task, origin: dict, config) -
     return Scored(videos, left_out, unseen, data, complete)
 
 
+def data_text(videos: list[Video], left_out: dict[str, str], scored: Scored) -> str:
+    """What a training is on, training `videos` and those that are `scored`, in lines to print."""
+    lines = []
+    for name, part, missing in (("training", videos, left_out),
+                                ("validation", scored.videos, scored.left_out)):
+        frames = sum(len(video.labels) for video in part)
+        more = f"; left out: {reasons(missing)}" if missing else ""
+        lines.append(f"  {name}: {len(part)} videos, {frames:,} frames{more}")
+    if not scored.unseen.all():
+        lines.append(f"  warning: {seen_text(scored)}")
+    return "\n".join(lines)
+
+
 def score_table(task: Task, sums, unseen_sums=None, fold: int = 0, comparable: bool = True) -> str:
     """Each output's score beside chance; that on unseen videos, if `unseen_sums` are given; and the paper's
     (Table 1) and the challenge's baseline, if `comparable`."""
@@ -79,6 +92,14 @@ def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
     if scored.left_out:
         lines.append(f"left out: {reasons(scored.left_out)}")
     return "\n".join(lines)
+
+
+def numbers(task: Task, sums, scored: Scored) -> dict:
+    """The score and what belongs to it, for metrics.json. Shape: sums (videos, ...)."""
+    scores, chance = task.metric.score(sums.sum(axis=0)), task.metric.chance(sums.sum(axis=0))
+    return {"metric": task.metric.name, "score": scores.mean(), **dict(zip(task.outputs, scores.tolist())),
+            "chance": chance.mean(), "validation_videos": len(scored.videos),
+            "seen_videos": int((~scored.unseen).sum()), "left_out": scored.left_out}
 
 
 def seen_text(scored: Scored) -> str:

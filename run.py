@@ -8,7 +8,7 @@ A reader of the training loops may skip this file. Each loop calls it in one ord
         for step, batch in run.batches():         this process's share; a stop takes effect between two steps
             run.end_step(loss, norm)              the epoch's sums, the progress line, a checkpoint in time
         run.keep_best(score)                      best.pt
-        run.end_epoch(...)                        a row of log.csv
+        run.end_epoch(...)                        a row of log.csv, and a line
     run.end()                                     the last checkpoint
     run.finish({...})                             metrics.json, which marks the stage as finished
 """
@@ -91,7 +91,7 @@ class Run(RunFolder):
         of the input (made_of.py). `unit`: what `dataset` holds, for the progress line."""
         self.model, self.optimizer, self.dataset = model, optimizer, dataset
         self.batch, self.steps, self.epochs, self.unit = batch, math.ceil(len(dataset) / batch), epochs, unit
-        self.epoch, self.step, self.best, self.sums = 0, 0, -math.inf, {}
+        self.epoch, self.step, self.best, self.is_best, self.sums = 0, 0, -math.inf, False, {}
         saved = self.resume(data)
         self.remember(data, origin)
         if saved is not None:
@@ -161,20 +161,30 @@ class Run(RunFolder):
     def keep_best(self, score: float) -> bool:
         """Write best.pt if this epoch's score is the best so far."""
         score = float(score)                                 # `read_checkpoint` refuses NumPy's numbers
-        better = score > self.best
-        if better:
+        self.is_best = score > self.best
+        if self.is_best:
             self.best = score
             self.write("best.pt", {"model": self.model.state_dict(), "epoch": self.epoch + 1, "score": score,
                                    "made_of": self.record})
-        return better
+        return self.is_best
 
-    def end_epoch(self, row: dict):
-        """Add `row` to log.csv, turn to the next epoch; save, if that takes less than 2 % of the time."""
+    @property
+    def shown(self) -> bool:
+        """Is this epoch told of? Each tenth of the run, and the last; besides, each that is the best so far."""
+        return (self.epoch + 1) % max(1, self.epochs // 10) == 0 or self.epoch + 1 == self.epochs
+
+    def end_epoch(self, text: str = "", **columns):
+        """Add the epoch's means and `columns` to log.csv, say them as `text` if it is to be told of, turn to
+        the next epoch; save, if that takes less than 2 % of the time."""
         self.obey_signals()
-        lr = self.optimizer.param_groups[0]["lr"]
+        means, lr = self.means(), self.optimizer.param_groups[0]["lr"]
         seconds = round(time.time() - self.epoch_began, 2)
-        self.log({"epoch": self.epoch + 1, "lr": lr, **row, "seconds": seconds})
+        self.log({"epoch": self.epoch + 1, "lr": lr, **means, **columns, "seconds": seconds})
+        if self.shown or self.is_best:
+            self.team.say(f"  epoch {self.epoch + 1}/{self.epochs}  loss {means['loss']:.4f}  {text}"
+                          + ("  (best so far)" if self.is_best else ""))
         self.epoch, self.step, self.sums, self.epoch_began = self.epoch + 1, 0, {}, time.time()
+        self.is_best = False
         if time.time() - self.saved > 50 * self.cost:
             self.save()
 

@@ -131,10 +131,9 @@ def main(config, team):
         sums, val_unreadable = validate(model, batches, team)
         run.obey_signals()
         f1 = EXPR.metric.score(sums).mean()
-        best = run.keep_best(f1)
-        team.say(f"  epoch {epoch + 1}/{f.epochs}  loss {run.means()['loss']:.4f}  "
-                 f"validation macro F1 of single frames {f1:.3f}{'  (best so far)' if best else ''}")
-        run.end_epoch({**run.means(), "val_f1": f1, "val_unreadable": val_unreadable})
+        run.keep_best(f1)
+        run.end_epoch(f"validation macro F1 of single frames {f1:.3f}", val_f1=f1,
+                      val_unreadable=val_unreadable)
     run.end()
 
     # finish: the best epoch's weights on every validation frame

@@ -123,12 +123,9 @@ def main(config, team):
             norm = gradient_norm(model)
             optimizer.step()
             run.end_step(loss, norm, unreadable=unreadable)
-        means = run.means()
-        if (epoch + 1) % max(1, p.epochs // 10) == 0 or epoch + 1 == p.epochs:
-            team.say(f"  epoch {epoch + 1}/{p.epochs}  loss {means['loss']:.4f}  "
-                     f"(a plain grey picture: {grey:.4f})")
+        if run.shown:
             draw_reconstruction(model, faces, team, run.folder / "reconstruction.png")
-        run.end_epoch(means)
+        run.end_epoch(f"(a plain grey picture: {grey:.4f})")
     run.end()
 
     # finish

@@ -25,10 +25,10 @@ from config import from_command_line
 from data import split
 from labels import TASKS
 from made_of import settings_of
-from reports import draw_timeline, report, seen_text, to_score
+from reports import data_text, draw_timeline, numbers, report, to_score
 from run import Run
 from scoring import FEATURES, find_features, load_segment_model, score, shared_out, stage_of
-from segments import SegmentData, fingerprint, open_videos, reasons
+from segments import SegmentData, fingerprint, open_videos
 from temporal import SegmentModel
 from training import effective_batch, gradient_norm, seed_dropout, set_learning_rate
 
@@ -51,14 +51,7 @@ def main(config, team, task):
     if run.still_finished(found):
         return team.say("\n" + (run.folder / "scores.txt").read_text())
     scored = to_score(val_videos, val_left_out, videos, task, origin, config)
-    team.say(f"  features: {features}")
-    for name, part, left_out in (("training", videos, train_left_out),
-                                 ("validation", val_videos, val_left_out)):
-        frames = sum(len(video.labels) for video in part)
-        more = f"; left out: {reasons(left_out)}" if left_out else ""
-        team.say(f"  {name}: {len(part)} videos, {frames:,} frames{more}")
-    if not scored.unseen.all():
-        team.say(f"  warning: {seen_text(scored)}")
+    team.say(f"  features: {features}\n{data_text(videos, train_left_out, scored)}")
 
     # model and optimiser
     torch.manual_seed(seed)
@@ -90,28 +83,20 @@ def main(config, team, task):
         sums = score(model, mine, val_videos, task, s.window, s.stride, t.batch, team)
         run.obey_signals()
         mean = task.metric.score(sums.sum(axis=0)).mean()             # (videos, ...) -> (...) -> (K,)
-        is_best = run.keep_best(mean)
-        if is_best or (epoch + 1) % max(1, epochs // 10) == 0:
-            team.say(f"  epoch {epoch + 1}/{epochs}  loss {run.means()['loss']:.4f}  "
-                     f"validation {task.metric.name} {mean:.3f}{'  (best so far)' if is_best else ''}")
-        run.end_epoch({**run.means(), "score": mean})
+        run.keep_best(mean)
+        run.end_epoch(f"validation {task.metric.name} {mean:.3f}", score=mean)
     run.end()
 
     # finish: the best epoch's weights
     model = load_segment_model(best, read_checkpoint(best), config, task, dim, team)
     mine = shared_out(val_videos, team)
     sums = score(model, mine, val_videos, task, s.window, s.stride, t.batch, team)
-    total = sums.sum(axis=0)                                           # (videos, ...) -> (...)
-    scores, chance = task.metric.score(total), task.metric.chance(total).mean()
-    text = report(task, sums, scored, best, t.fold)
+    text, metrics = report(task, sums, scored, best, t.fold), numbers(task, sums, scored)
     team.say(f"\n{text}")
     if team.rank == 0:
         write_text(run.folder / "scores.txt", f"{text}\n")
         draw_timeline(model, val_videos, task, config, team, run.folder / "timeline.png")
-    each = dict(zip(task.outputs, scores.tolist()))
-    run.finish({"metric": task.metric.name, "score": scores.mean(), **each, "chance": chance,
-                "validation_videos": len(val_videos), "seen_videos": int((~scored.unseen).sum()),
-                "left_out": val_left_out}, chance={"loss": task.zero_loss, "score": chance})
+    run.finish(metrics, chance={"loss": task.zero_loss, "score": metrics["chance"]})
     team.say(f"pictures: {run.folder}/curves.png, {run.folder}/timeline.png")
 
 

@@ -97,7 +97,7 @@ def plain_task(task, config, epochs: int, train, val) -> Plain:
             plain.step(len(batch), loss)
         score = scores_of(task, outputs_of(model, val), labels).mean()
         best = plain.keep_best(score)
-        if best or (epoch + 1) % (epochs // 10) == 0:
+        if best or (epoch + 1) % (epochs // 10) == 0 or epoch + 1 == epochs:
             plain.lines.append(f"  epoch {epoch + 1}/{epochs}  loss {plain.mean_loss():.4f}  "
                                f"validation {task.metric.name} {score:.3f}{best}")
         plain.end_epoch(score)

@@ -85,7 +85,7 @@ def test_an_epoch_yields_its_steps_and_shares_and_becomes_a_row_and_a_curve(star
             assert torch.equal(x, run.dataset.x[expected.share(step % 5)])
             run.end_step(torch.tensor(1.0 + step), torch.tensor(2.0), unreadable=step)
         assert run.means() == {"loss": 3 + 5 * epoch, "gradient_norm": 2, "unreadable": (10, 35)[epoch]}
-        run.end_epoch(run.means())
+        run.end_epoch()
     assert steps == list(range(10))
     run.end()
     run.finish({"score": 0.5}, {"loss": 2.0})
@@ -105,7 +105,7 @@ def test_a_run_goes_on_where_it_was_saved_and_writes_the_rows_after_that_again(s
             if step == 6:
                 run.keep_best(0.25)
                 run.save()
-        run.end_epoch(run.means())
+        run.end_epoch()
         run.cost = math.inf                                  # no checkpoint after an epoch
     again = start()
     assert "going on from epoch 2, step 2" in capsys.readouterr().out
@@ -126,6 +126,18 @@ def test_only_a_better_score_replaces_the_best_weights(start, tmp_path):
     assert best["score"] == 0.75 and best["epoch"] == 1
     assert best["made_of"] == run.record and run.record["data"] == {"samples": 22}
     assert torch.equal(best["model"]["weight"], run.model.weight)
+
+
+def test_each_tenth_of_the_epochs_the_last_and_the_best_are_told_of(start, capsys):
+    run = start(epochs=23)
+    for epoch in range(23):
+        run.sums = {"loss": 5 * 0.25, "gradient_norm": 5.0}
+        if epoch == 4:
+            run.keep_best(0.5)
+        run.end_epoch("with words")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  epoch")]
+    assert told == [f"  epoch {n}/23  loss 0.2500  with words" + ("  (best so far)" if n == 5 else "")
+                    for n in (2, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 23)]
 
 
 def test_images_that_cannot_be_read_are_named_in_the_first_epoch_and_counted_over_all_processes(capfd):
@@ -181,14 +193,14 @@ def test_checkpoints_are_saved_after_the_set_minutes(start, tmp_path):
 
 
 def test_saving_after_each_epoch_takes_2_percent_of_the_time_at_most(start, monkeypatch):
-    run, saved = start(), []
+    run, saved = start(epochs=40), []                         # of which the first three are not told of
     monkeypatch.setattr(run, "write", lambda name, state: saved.append(name))
-    run.end_epoch({})                                         # the first is not yet known to take any time
+    run.end_epoch()                                           # the first is not yet known to take any time
     run.cost, run.saved = 3.0, time.time() - 149
-    run.end_epoch({})
+    run.end_epoch()
     assert len(saved) == 1
     run.saved = time.time() - 151
-    run.end_epoch({})
+    run.end_epoch()
     assert len(saved) == 2 and run.cost < 1                   # measured anew
     run.cost, run.saved = 3.0, time.time()
     run.end()                                                 # the last one is always saved
@@ -350,7 +362,7 @@ def train(folder, stop_after=None):
                 run.end_step(loss, FINITE)
                 if step == stop_after:
                     run.signals.received = signal.SIGTERM
-            run.end_epoch(run.means())
+            run.end_epoch()
             run.cost = math.inf                               # no checkpoint after an epoch
         run.end()
     except SystemExit:
