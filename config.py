@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import shlex
 import sys
 import typing
@@ -34,9 +35,10 @@ class Data:
     frames: list[str] = list_of()     # folders that hold a folder of face crops per video; merged
     labels: str = ""                  # Aff-Wild2's annotations: holds VA_Estimation_Challenge, ...
     affectnet_2017: str = ""          # AffectNet, first release: holds Manually_Annotated_Images, ...
+    affectnet_crop: bool = False      # of the 2017 release: cut each face out by the box in its list
     affectnet_2021: str = ""          # AffectNet, second release: holds train_set and val_set
     raf_db: str = ""                  # RAF-DB: holds basic
-    fer2013: str = ""                 # FER2013: holds fer2013.csv
+    fer2013: str = ""                 # FER2013: holds fer2013.csv, or train/angry, ..., test/angry, ...
     ferplus: str = ""                 # FER+: holds fer2013new.csv, new labels for FER2013's images
     folders: list[str] = list_of()    # any other folders of face images for pre-training
 
@@ -187,6 +189,8 @@ BELOW_ONE = ("mask_ratio", "dropout")
 AT_MOST_ONE = ("smallest_crop",)
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number",
          str: "text; put numbers in quotes"}
+# Where `~` becomes the home folder: in these settings and in all that begin with "data.".
+PATHS = ("data.", "synthetic.root", "run.out", "finetune.start", "features.checkpoint", "task.features")
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)     # ValueError: not UTF-8, or a date like 2024-13-45
 
 
@@ -211,7 +215,7 @@ def _typed(value, kind, name):
         value = ""
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{name}: got {value!r}, expected {KINDS[kind]}")
-    return value
+    return os.path.expanduser(value) if kind is str and name.startswith(PATHS) else value
 
 
 def _nearest(name, names):

@@ -43,7 +43,7 @@ def turn_upright(image: Image.Image) -> None:
     if any(key in image.info for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")):
         try:
             ImageOps.exif_transpose(image, in_place=True)
-        except (SyntaxError, struct.error):                 # broken EXIF of a picture that is whole
+        except (SyntaxError, ValueError, TypeError, struct.error):    # broken EXIF of a picture that is whole
             pass
 
 
