@@ -165,8 +165,8 @@ def from_lists(name: str, root: Path, lists: dict, boxes: bool = False) -> FaceS
                 kept.append((os.fsencode(entry.file), entry.label, entry.training, entry.box))
         if absent > MOST_MISSING * named:
             raise ValueError(f"{path}: {absent:,} of the {named:,} images that it names are not there; "
-                             f"looked for {example}; give the folder that holds them, or a list of those that "
-                             "you have")
+                             f"looked for {example}; give the folder that holds them, or a list of "
+                             "those that you have")
         if absent:
             skipped["image not on disk"] += absent
     paths, labels, training, found = zip(*kept) if kept else ((), (), (), ())

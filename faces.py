@@ -14,6 +14,7 @@ from affectnet import affectnet_2017, affectnet_2021
 from config import Data, from_command_line
 from face_set import FaceSet, image_folder
 from fer2013 import fer2013
+from images import listed
 from labels import EXPRESSIONS
 from raf_db import raf_db
 
@@ -80,13 +81,6 @@ def describe(found: FaceSet) -> str:
             f"  left out: {listed(found.skipped)}\n"
             f"  sizes of {sizes.total()}: {listed(sizes)}\n"
             f"  {', '.join(labels)}, no label {(found.labels < 0).sum():,}\n")
-
-
-def listed(counts: Counter, most: int = 12) -> str:
-    """The largest counts in one line."""
-    parts = [f"{count:,} {what}" for what, count in counts.most_common(most)]
-    more = [f"{len(counts) - most} more"] if len(counts) > most else []
-    return ", ".join(parts + more) or "nothing"
 
 
 if __name__ == "__main__":

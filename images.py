@@ -200,6 +200,13 @@ def find_images(root: Path, skipped: Counter, below: str = "") -> list[bytes]:
     return sorted(found)
 
 
+def listed(counts: Counter, most: int = 12) -> str:
+    """What was counted, in one line, the most frequent first: "3 hidden, 1 link to no file"."""
+    parts = [f"{count:,} {what}" for what, count in counts.most_common(most)]
+    more = [f"{len(counts) - most} more"] if len(counts) > most else []
+    return ", ".join(parts + more) or "nothing"
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         for name, level in (("black", 0), ("white", 255)):
