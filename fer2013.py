@@ -90,7 +90,7 @@ def fer2013(given, ferplus_path=None) -> FaceSet:
 def pixel_column(path) -> int:
     """Which column of fer2013.csv holds the pixels, from 0; `rows` has checked the header."""
     with open(path, encoding="utf-8-sig") as file:
-        return [column.strip() for column in next(csv.reader(file))].index("pixels")
+        return [column.strip() for column in next(csv.reader(file, skipinitialspace=True))].index("pixels")
 
 
 def class_folders(root, ferplus_path) -> FaceSet:

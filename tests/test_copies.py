@@ -178,7 +178,8 @@ def test_a_list_of_raf_db_without_its_images_is_refused_with_an_example(tmp_path
 
 @pytest.mark.parametrize("header, row", [
     ("emotion, Usage, pixels", "3, Training,{}"), ("emotion, Usage, pixels", '3, Training, "{}"'),
-    ("Usage,pixels,emotion", "Training,{},3"), ('"emotion","Usage","pixels"', '"3","Training","{}"')])
+    ("Usage,pixels,emotion", "Training,{},3"), ('"emotion", "Usage", "pixels"', '"3", "Training", "{}"'),
+    ('"emotion","Usage","pixels"', '"3","Training","{}"')])
 def test_the_columns_of_fer2013_are_found_by_their_names(tmp_path, header, row):
     pixels = np.arange(2304) % 251
     path = write(tmp_path / "icml_face_data.csv", header, row.format(" ".join(map(str, pixels))))
