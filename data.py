@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from config import from_command_line
-from frames import find_videos, frame_numbers, list_frames, video_folders   # two of them for the stages
+from frames import find_videos, frame_numbers, list_frames, video_folders    # the stages import the first two
 from images import FaceImages, listed, read_image, resize
 from labels import EXPR, TASKS, Task, read_labels, targets
 

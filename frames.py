@@ -105,38 +105,41 @@ def below(root: Path, depth: int = 0):
             yield folder
 
 
+def in_root(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """{video: folder} of one root, and lines about what is not as usual there."""
+    if not root.is_dir():
+        raise ValueError(f"data.frames: {root} is no folder; "
+                         "expected one that holds a folder of face crops per video")
+    videos: dict[str, Path] = {}
+    for folder in below(root):
+        known = videos.get(folder.name)
+        if known and has_frames(known) and has_frames(folder):
+            raise ValueError(f"data.frames: {known} and {folder} are frames of one video, both below {root}; "
+                             "remove one, or give the folders above them as two roots, the better one first")
+        if known is None or not has_frames(known):
+            videos[folder.name] = folder
+    lines, shown = [], 5
+    if has_frames(root):
+        lines.append(f"  frames that lie in {root} itself, not in a folder of their video, are not read")
+    holders = Counter(folder.parent for folder in videos.values())
+    if set(holders) - {root}:
+        lines += [f"  {count} video folders in {holder}" for holder, count in holders.most_common(shown)]
+        if len(holders) > shown:
+            lines.append(f"  the others in {len(holders) - shown} more folders below {root}")
+    return videos, lines
+
+
 def video_folders(roots) -> tuple[dict[str, Path], list[str]]:
-    """`find_videos`, and lines that say from which folders the videos were put together, if from others than
-    the roots."""
+    """What `find_videos` returns, and lines about what was merged or passed over on the way."""
     videos: dict[str, Path] = {}
     lines = []
     for root in map(Path, roots):
-        if not root.is_dir():
-            raise ValueError(f"data.frames: {root} is no folder; "
-                             "expected one that holds a folder of face crops per video")
-        found: dict[str, Path] = {}
-        for folder in below(root):
-            known = found.get(folder.name)
-            if known and has_frames(known) and has_frames(folder):
-                raise ValueError(f"data.frames: {known} and {folder} are frames of one video, both below "
-                                 f"{root}; remove one, or give the folders above them as two roots, the "
-                                 "better one first")
-            if known is None or not has_frames(known):
-                found[folder.name] = folder
-        if has_frames(root):
-            lines.append(f"  frames that lie in {root} itself, not in a folder of their video, are not read")
-        holders = Counter(folder.parent for folder in found.values())
-        if set(holders) - {root}:
-            lines += [f"  {count} video folders in {holder}" for holder, count in holders.most_common(5)]
-            lines += [f"  the others in {len(holders) - 5} more folders below {root}"] * (len(holders) > 5)
-        twice = 0
-        for video, folder in found.items():
-            if video not in videos or not has_frames(videos[video]):
-                videos[video] = folder
-            else:
-                twice += 1
+        found, about = in_root(root)
+        lines += about
+        twice = {video for video in found if video in videos and has_frames(videos[video])}
+        videos.update((video, folder) for video, folder in found.items() if video not in twice)
         if twice:
-            lines.append(f"  {twice} videos of {root} are in an earlier folder of data.frames too, "
+            lines.append(f"  {len(twice)} videos of {root} are in an earlier folder of data.frames too, "
                          "and taken from there")
     if not videos:
         raise ValueError(f"data.frames: no video folders in {list(map(str, roots)) or 'an empty list'}; "

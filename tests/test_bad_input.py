@@ -181,7 +181,7 @@ TABLE = {
     "FER+ with class folders": (
         lambda d: faces.fer2013(put(d / "happy/a.jpg").parents[1], d),
         r"holds class folders of images, but FER\+ lists its labels in the order of fer2013\.csv"),
-    "a folder that is no FER2013": (
+    "a folder with neither FER2013 nor class folders": (
         lambda d: faces.fer2013(put(d / "a.jpg").parent), r"looked for .*fer2013\.csv, which is not there"),
     "a face data set that is not there": (
         lambda d: faces.affectnet_2017(d / "none"), r"looked for .*none/training\.csv, which is not there"),

@@ -207,13 +207,6 @@ def test_ferplus_is_refused_with_class_folders_which_have_no_order(tmp_path):
         load_faces(settings(fer2013=fer_folders(tmp_path), ferplus=tmp_path))
 
 
-def test_a_folder_with_neither_fer2013_nor_class_folders_is_refused(tmp_path):
-    save(tmp_path / "holiday/1.png")
-    expected = "looked for .*fer2013.csv, which is not there; give .* class folders"
-    with pytest.raises(ValueError, match=expected):
-        fer2013(tmp_path)
-
-
 # ---- The script
 
 def run(monkeypatch, capsys, *arguments):
