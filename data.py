@@ -99,7 +99,7 @@ class ExprFrames(FaceImages):
     def __init__(self, files: dict[str, Path], videos: dict[str, Path], size: int, every: int = 1, crop=None):
         super().__init__(size, beside=torch.zeros(0, dtype=torch.long))
         self.every, self.crop, self.epoch = every, crop, 0
-        self.files, self.without_frames, rows = [], [], []
+        self.folders, self.without_frames, rows = [], [], []
         for video, file in files.items():
             labels = read_labels(file, EXPR)
             numbers = np.zeros(0, np.int64)
@@ -111,8 +111,8 @@ class ExprFrames(FaceImages):
             numbers = numbers[numbers <= len(labels)]
             classes = labels[numbers - 1]
             numbers, classes = numbers[classes != EXPR.invalid], classes[classes != EXPR.invalid]
-            rows.append(np.stack([np.full(len(numbers), len(self.files)), numbers, classes], axis=1))
-            self.files.append(names)
+            rows.append(np.stack([np.full(len(numbers), len(self.folders)), numbers, classes], axis=1))
+            self.folders.append(names)
         # (frames, 3): which video, which number, which class. An array, because worker processes share it.
         self.rows = np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 3), np.int32)
         if not len(self.rows):
@@ -128,7 +128,7 @@ class ExprFrames(FaceImages):
 
     def where(self, i) -> str:
         video, number, _ = self.row(i)
-        return self.files[video].path(number)
+        return self.folders[video].path(number)
 
     def item(self, i):
         image = read_image(self.where(i))

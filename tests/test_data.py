@@ -161,7 +161,7 @@ def test_frames_of_any_name_are_read_and_their_names_take_no_memory(tmp_path):
     frames = ExprFrames(files, find_videos([tmp_path / "frames"]), size=8)
     paths = [f"{tmp_path}/frames/{video}/{name}" for video in names for name in names[video]]
     assert [frames.where(i) for i in range(1200)] == paths
-    assert [len(pickle.dumps(part)) < 300 for part in frames.files] == [True, True, False]
+    assert [len(pickle.dumps(part)) < 300 for part in frames.folders] == [True, True, False]
     assert pickle.loads(pickle.dumps(frames)).where(1199) == paths[1199]     # as a spawned process gets them
     video = VideoFrames(tmp_path / "frames/c", size=8)
     assert [video.where(i) for i in range(400)] == paths[800:] and video.numbers[-1] == 400
