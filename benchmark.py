@@ -35,25 +35,22 @@ from temporal import SegmentModel
 PROMISED = {"va": 0.60, "expr": 0.50, "au": 0.65}     # the demo scores this much or more,
 CONSTANT = {"va": 0.00, "expr": 0.10, "au": 0.35}     # and the best constant prediction this much at most
 SEEDS = (0, 1, 2)
-STAGES = ("synthetic.py", "train_pretrain.py", "train_finetune.py", "extract_features.py")
+STAGES = ("train_pretrain.py", "train_finetune.py", "extract_features.py")
 
 
 class Row(NamedTuple):
-    """A row of the ablation: what is made anew, with which settings. {whole}: the run that lacks nothing."""
+    """A row of the ablation. Stages that stay the same are taken from the run that lacks nothing, {whole}."""
     title: str
-    stages: tuple = ()
     settings: tuple = ()
 
 
-WHOLE = Row("nothing: the whole system", STAGES[1:])
-FEATURES = "task.features=runs/{whole}/features"
+WHOLE = Row("nothing: the whole system")
 ABLATION = (
-    Row("no TCN", (), (FEATURES, "temporal.tcn=false")),
-    Row("no Transformer encoder", (), (FEATURES, "temporal.transformer=false")),
-    Row("single frames (neither)", (), (FEATURES, "temporal.tcn=false", "temporal.transformer=false")),
-    Row("no Expr fine-tuning", ("extract_features.py",),
-        ("features.checkpoint=runs/{whole}/pretrain/last.pt",)),
-    Row("no pre-training", ("train_finetune.py", "extract_features.py"), ("finetune.start=none",)),
+    Row("no TCN", ("temporal.tcn=false",)),
+    Row("no Transformer encoder", ("temporal.transformer=false",)),
+    Row("single frames (neither)", ("temporal.tcn=false", "temporal.transformer=false")),
+    Row("no Expr fine-tuning", ("features.checkpoint=runs/{whole}/pretrain/last.pt",)),
+    Row("no pre-training", ("finetune.start=none",)),
 )
 
 
@@ -92,14 +89,13 @@ def folder_name(row: Row, seed: int) -> str:
 
 def run_row(row: Row, seed: int) -> dict[str, float]:
     """Run a row's stages and the three tasks. -> seconds of each, and "GB" of the largest process so far."""
-    settings = [f"run.seed={seed}", *row.settings]
-    if row is not WHOLE or seed:
-        settings.append(f"run.name={folder_name(row, seed)}")
+    settings = [f"run.seed={seed}", *row.settings, f"run.name={folder_name(row, seed)}",
+                "run.base={whole}"]
     flags = []
     for setting in settings:
         flags += ["--set", setting.format(whole=folder_name(WHOLE, seed))]
     seconds = {}
-    for stage in row.stages:
+    for stage in STAGES if row is WHOLE else ():
         seconds[stage], seconds["GB"] = run(stage, *flags)
     for task in TASKS:
         seconds[f"train_task.py --task {task}"], seconds["GB"] = run("train_task.py", "--task", task, *flags)

@@ -9,6 +9,7 @@ code.
 """
 
 import argparse
+import json
 import os
 import sys
 import zipfile
@@ -60,6 +61,16 @@ def write_array(path, array: np.ndarray):
 
 
 # ---- Reading
+
+def read_json(path):
+    """What a JSON file holds; None if it is not there. Raises ValueError naming it if it is damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path}: not the JSON that a stage has written ({error})") from None
+
 
 def checksum(path) -> int:
     """CRC-32 of a file, read in blocks of 4 MB. Raises ValueError if it cannot be read."""

@@ -139,8 +139,7 @@ class Task:
     """Training the segment model on one task (§4.1.2)."""
     features: str = ""                # folder of features: "" = this run's features
     fold: int = 0                     # 0 = the official sets; 1 to 4 = a part of a 4-fold split (Table 1)
-    epochs: int = 0                   # passes over the segments. 0 = the task's own: VA 40, Expr 10, AU 30,
-                                      # the authors' code's (labels.py)
+    epochs: int = 0                   # passes over the segments. 0 = the task's own (labels.py): 40, 10, 30
     batch: int = 32                   # segments per optimiser step, over all processes (§4.1.2)
     lr: float = 3e-5                  # peak learning rate (§4.1.2)
     weight_decay: float = 1e-5        # AdamW's, on all parameters (§4.1.2)
@@ -153,13 +152,12 @@ class Run:
     name: str = ""                    # results go to <out>/<name>/<stage>; "" = the configuration file's name
     source: str = ""                  # filled in by `load`: the file and every --set, for suggested commands
     out: str = "runs"                 # folder of all runs; with several machines, one they share
+    base: str = ""                    # another run, whose stages are taken if made with these settings
     seed: int = 0                     # all randomness follows from it
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto = CUDA where there is a GPU, else the CPU
-    largest_piece: int = 0            # most samples in one forward pass of a process; 0 = as many as the
-                                      # device's memory is estimated to hold
+    largest_piece: int = 0            # most samples in a forward pass; 0 = what the memory seems to hold
     workers: int = 8                  # image decoders per training process; 0 = it decodes them itself
-    checkpoint_minutes: float = 10.0  # save at least this often; also after an epoch, as long as saving takes
-                                      # less than 2 % of the time
+    checkpoint_minutes: float = 10.0  # save at least this often; after an epoch too, if under 2 % of the time
 
 
 @dataclass
@@ -335,6 +333,12 @@ def from_command_line(description, **arguments) -> tuple[Config, argparse.Namesp
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def typed(config: Config) -> set[str]:
+    """The settings that were given with --set."""
+    words = shlex.split(config.run.source)
+    return {after.partition("=")[0] for word, after in zip(words, words[1:]) if word == "--set"}
 
 
 def as_yaml(config: Config) -> str:

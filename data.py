@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -99,7 +100,7 @@ class ExprFrames(FaceImages):
     def __init__(self, files: dict[str, Path], videos: dict[str, Path], size: int, every: int = 1, crop=None):
         super().__init__(size, beside=torch.zeros(0, dtype=torch.long))
         self.every, self.crop, self.epoch = every, crop, 0
-        self.folders, self.without_frames, rows = [], [], []
+        self.videos, self.folders, self.without_frames, rows = [], [], [], []
         for video, file in files.items():
             labels = read_labels(file, EXPR)
             numbers = np.zeros(0, np.int64)
@@ -112,6 +113,7 @@ class ExprFrames(FaceImages):
             classes = labels[numbers - 1]
             numbers, classes = numbers[classes != EXPR.invalid], classes[classes != EXPR.invalid]
             rows.append(np.stack([np.full(len(numbers), len(self.folders)), numbers, classes], axis=1))
+            self.videos.append(video)
             self.folders.append(names)
         # (frames, 3): which video, which number, which class. An array, because worker processes share it.
         self.rows = np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 3), np.int32)
@@ -119,6 +121,11 @@ class ExprFrames(FaceImages):
             raise ValueError("no frame has both an expression label and an image: "
                              f"{len(files)} label files, {len(self.without_frames)} of them without frames; "
                              "check data.labels and data.frames")
+
+    def fingerprint(self) -> str:
+        """Which frames with which labels, for made_of.py."""
+        crc = zlib.crc32(self.rows.tobytes(), zlib.crc32("\n".join(self.videos).encode()))
+        return f"{len(self.rows):,} frames of {len(self.videos)} videos, checksum {crc:08x}"
 
     def __len__(self):
         return math.ceil(len(self.rows) / self.every)    # rounded up, so that the last few have their turn

@@ -1,6 +1,7 @@
 """The score of a trained segment model on the validation videos, as a table (paper §4.2, Table 1).
 
 All labelled frames of all videos are pooled, each counted once, with any number of processes (`scoring.py`).
+The model and its segments are built with the settings that its checkpoint carries.
 
     python evaluate.py --task au                  # score runs/demo/task_au/best.pt on the validation videos
     python evaluate.py --task va --config my.yaml --checkpoint somewhere/best.pt
@@ -8,26 +9,41 @@ All labelled frames of all videos are pooled, each counted once, with any number
 Predictions made elsewhere are scored by the functions of `metrics.py`.
 """
 
+from pathlib import Path
+
+from checkpoints import read_checkpoint
 from config import from_command_line
 from data import split
 from labels import TASKS
-from run_folder import missing
-from scoring import features_of, load_segment_model, report, score, shared_out, stage_of
+from made_of import finished, like, missing, there
+from reports import report, to_score
+from scoring import (check_checkpoint, check_task, find_features, load_segment_model, score, shared_out,
+                     stage_of)
 from segments import open_videos
 
 
 def main(config, team, task, checkpoint=""):
     """Score `checkpoint`, or this configuration's best.pt, on the validation videos."""
-    features = features_of(config)
-    path = checkpoint or config.folder(stage_of(config, task)) / "best.pt"
-    if not checkpoint and not (path.parent / "metrics.json").exists():
-        raise missing(path, f"python train_task.py --task {task.name}", config)
-    files = split(config.data.labels, task, config.task.fold)[1]
-    videos, without, dim = open_videos(files, features, task)
-    model = load_segment_model(path, config, task, dim, features, team)
+    path = Path(checkpoint or config.folder(stage_of(config, task)) / "best.pt")
+    if not checkpoint:
+        if not finished(path.parent):
+            raise missing(path, f"train_task.py --task {task.name}", config)
+        there(path, config)
+    saved = read_checkpoint(path)
+    check_task(path, saved, task)
+    config, changed = like(saved.get("made_of"), config, path)
+    for name, (_, was, now) in changed.items():
+        team.say(f"  {name}={was} as in the checkpoint; the configuration has {now}")
+    features, origin = find_features(config, team)
+    train_files, val_files = split(config.data.labels, task, config.task.fold)
+    videos, left_out, dim = open_videos(val_files, features, task)
+    other_videos, _, _ = open_videos(train_files, features, task)
+    check_checkpoint(path, saved, origin, videos)
+    model = load_segment_model(path, saved, config, task, dim, team)
     s = config.segments
-    sums = score(model, shared_out(videos, team), task, s.window, s.stride, config.task.batch, team)
-    team.say(report(task, sums, videos, without, path, config))
+    sums = score(model, shared_out(videos, team), videos, task, s.window, s.stride, config.task.batch, team)
+    scored = to_score(videos, left_out, other_videos, task, origin, config)
+    team.say(report(task, sums, scored, path, config.task.fold))
 
 
 if __name__ == "__main__":

@@ -8,44 +8,63 @@ bool (frames,), True where there was no readable face image. Such a frame repeat
 before it (at the start: after it), in training, validation and test alike; the authors' code repeats in
 training and uses zeros at test. Row i belongs to frame i + 1. Unlabelled (test) videos are extracted too.
 
-A video is written under a temporary name and renamed when whole, so a stopped run goes on where it was,
-with the videos that it began with (last.pt tells how many); they are shared among the processes. In memory
-are the features of one video, 1.5 kB a frame with ViT-B, and the images that the workers (`run.workers`)
-read ahead: two batches of `features.batch` each.
+A video is written under a temporary name and renamed when whole, so a stopped run goes on where it was.
+videos.json lists all videos with what they were made from: a new or changed video, or one whose file was
+lost, is extracted by the next start, and the others are kept. In memory are the features of one video, 1.5 kB
+a frame with ViT-B, and the images that the workers (`run.workers`) read ahead: two batches of
+`features.batch` each.
 """
 
 import dataclasses
+import json
 import time
-from pathlib import Path
+import zlib
 
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler
 
-from checkpoints import checksum, load_vit, write_array
+from checkpoints import load_vit, read_json, write_array, write_text
 from config import from_command_line
 from data import VideoFrames, find_videos, frame_numbers, has_labels, label_files
-from distributed import all_sum
 from images import normalise
 from labels import TASKS, read_labels
+from made_of import find_input, other_run, settings_of
 from run import clock, rate
-from run_folder import RunFolder, missing, settings_of
+from run_folder import RunFolder
 from segments import noface_path
 from training import loader
 from vit import VisionTransformer
 
 
-def video_lengths(labels, videos) -> dict[str, int]:
-    """Frames of each video: its longest label file or its last image, whichever is later."""
-    lengths = {video: int(frame_numbers(folder).max(initial=0)) for video, folder in videos.items()}
+def count_frames(labels, videos) -> dict[str, dict]:
+    """What there is to extract: {video: {"frames", "images", "names"}}, videos without any frame left out.
+
+    `frames`: its longest label file or its last image, whichever is later. `images`: how many there are.
+    `names`: a checksum of their numbers.
+    """
+    table = {}
+    for video, folder in videos.items():
+        numbers = frame_numbers(folder)
+        table[video] = {"frames": int(numbers.max(initial=0)), "images": len(numbers),
+                        "names": zlib.crc32(numbers.tobytes())}
     for task in TASKS.values():
         if not has_labels(labels, task):
             continue
         for files in label_files(labels, task).values():
             for video, file in files.items():
-                if video in lengths:
-                    lengths[video] = max(lengths[video], len(read_labels(file, task)))
-    return {video: length for video, length in lengths.items() if length}
+                if video in table:
+                    table[video]["frames"] = max(table[video]["frames"], len(read_labels(file, task)))
+    return {video: row for video, row in table.items() if row["frames"]}
+
+
+def is_extracted(folder, video: str, row: dict, known: dict) -> bool:
+    """Has `video` been extracted as it is now (`row`), so that both of its files are there, or no face?"""
+    before = known.get(video, {})
+    if any(before.get(name) != row[name] for name in row):
+        return False
+    path = folder / f"{video}.npy"
+    return before.get("faces") == 0 or path.exists() and noface_path(path).exists()
 
 
 def fill_gaps(features: np.ndarray, noface: np.ndarray):
@@ -60,8 +79,8 @@ def fill_gaps(features: np.ndarray, noface: np.ndarray):
 
 
 @torch.no_grad()
-def extract(vit, frames: VideoFrames, length: int, path, config, team) -> np.ndarray:
-    """Write a video's features to `path`, beside it the mask (T,) of frames without a face. -> mask
+def extract(vit, frames: VideoFrames, length: int, path, config, team):
+    """Write a video's features to `path`, and beside it the mask (T,) of frames without a face.
 
     Nothing is written for a video in which no frame has a readable face.
     """
@@ -82,64 +101,89 @@ def extract(vit, frames: VideoFrames, length: int, path, config, team) -> np.nda
         fill_gaps(features, noface)
         write_array(noface_path(path), noface)
         write_array(path, features)
-    return noface
 
 
 def main(config, team):
-    """Extract the features of all videos, or of those that are left."""
-    # configuration and input
-    checkpoint = Path(config.features.checkpoint or config.folder("finetune") / "best.pt")
-    if not config.features.checkpoint and not (checkpoint.parent / "metrics.json").exists():
-        raise missing(checkpoint, "python train_finetune.py", config)
-    settings = settings_of(config, "data.frames", "data.labels", "synthetic", "vit", "features.checkpoint",
-                           "finetune.token")
-    settings["checkpoint checksum"] = checksum(checkpoint)    # features of two checkpoints must not be mixed
-    run = RunFolder("features", config, team, settings)
-    if run.finished:
+    """Extract the features of all videos, or of those that are left, new or changed."""
+    # configuration
+    source = "features.checkpoint", "finetune"
+    settings = settings_of(config, "synthetic", "vit", "finetune.token")
+    run = RunFolder("features", config, team, settings, source)
+
+    # data: what is there now, and what was when this began
+    videos = find_videos(config.data.frames)
+    table = count_frames(config.data.labels, videos)
+    run.same_on_all_machines(table)
+    known = team.agree(read_json(run.folder / "videos.json") or {})
+    gone = sorted(known.keys() - table.keys())
+    if gone and not run.finished:
+        raise ValueError(f"{run.folder}: {len(gone)} videos were there when this began and are gone: "
+                         f"{', '.join(gone[:5])}; bring them back, or begin {other_run(config)}")
+    order = sorted(table, key=lambda video: (-table[video]["frames"], video))      # longest first
+    left = team.agree([video for video in order if not is_extracted(run.folder, video, table[video], known)])
+    if run.finished and not left:
         return team.say(f"{run.folder} is finished; nothing to do")
 
-    # data and model
+    # model
+    checkpoint, origin = find_input(config, team, *source, "best.pt", "train_finetune.py")
     vit = VisionTransformer(**dataclasses.asdict(config.vit))
     keys = load_vit(vit, checkpoint)
     vit = vit.to(team.device).eval()
-    videos = find_videos(config.data.frames)
-    lengths = video_lengths(config.data.labels, videos)
-    found = {"videos": len(lengths), "frames": sum(lengths.values())}
-    if run.resume(found) is None:
-        run.write("last.pt", {"data": found})                   # compared by the next start
+    known |= {video: table[video] for video in left}
+    begin(run, known, left, origin)
 
     # loop: what is left is shared anew, longest first, so that no process waits long for another's last video
-    order = sorted(lengths, key=lambda video: (-lengths[video], video))
-    left = team.agree([video for video in order if not (run.folder / f"{video}.npy").exists()])
     mine = left[team.rank::team.world]
-    kept = [video for video in order if video not in left][team.rank::team.world]
     size = config.vit.image_size
     ahead = 2 * max(config.run.workers, 1) * config.features.batch * size * size * 3 / 1e6
-    team.say(f"extracting {config.vit.dim} numbers per frame from {len(left)} of {len(lengths)} videos, "
-             f"{sum(lengths[video] for video in left):,} frames, on {team.device}; "
+    team.say(f"extracting {config.vit.dim} numbers per frame from {len(left)} of {len(table)} videos, "
+             f"{sum(table[video]['frames'] for video in left):,} frames, on {team.device}; "
              f"at most {ahead:,.0f} MB of images wait in each process")
     team.say(f"  ViT from {checkpoint}; {keys}")
-    masks = [np.load(noface_path(run.folder / f"{video}.npy")) for video in kept]
     began = printed = time.time()
-    done, total = 0, sum(lengths[video] for video in mine)
+    done, total = 0, sum(table[video]["frames"] for video in mine)
     for video in mine:
-        frames = VideoFrames(videos[video], size)
-        masks.append(extract(vit, frames, lengths[video], run.folder / f"{video}.npy", config, team))
-        done += lengths[video]
+        length = table[video]["frames"]
+        extract(vit, VideoFrames(videos[video], size), length, run.folder / f"{video}.npy", config, team)
+        done += length
         if time.time() - printed > 5:
             printed, seconds = time.time(), time.time() - began
             left_over = clock((total - done) * seconds / done)
             team.say(f"  {done:,} of {total:,} frames  {rate(done, seconds)} frames/s  {left_over} left")
+    team.wait()
 
     # finish
-    counts = torch.zeros(3, dtype=torch.int64)       # frames, frames without a face, videos without any face
-    for mask in masks:
-        counts += torch.tensor([len(mask), int(mask.sum()), int(mask.all())])
-    frames, without, empty = all_sum(counts).tolist()
-    run.finish({"videos": len(lengths) - empty, "frames": frames, "frames_without_face": without,
+    finish(run, known)
+
+
+def begin(run, table: dict, left: list[str], origin: dict):
+    """Take away what is out of date, and write down what is to be made. Rank 0 only."""
+    run.remember({}, origin)
+    if run.team.rank == 0:
+        (run.folder / "metrics.json").unlink(missing_ok=True)           # not finished, or no longer
+        for video in left:
+            path = run.folder / f"{video}.npy"
+            path.unlink(missing_ok=True)
+            noface_path(path).unlink(missing_ok=True)
+        write_text(run.folder / "videos.json", json.dumps(table, indent=1))
+    run.team.wait()
+
+
+def finish(run, table: dict):
+    """Count the faces of each video, and mark the stage as finished."""
+    if run.team.rank == 0:
+        for video, row in table.items():
+            path = noface_path(run.folder / f"{video}.npy")
+            row["faces"] = int((~np.load(path)).sum()) if path.exists() else 0
+        write_text(run.folder / "videos.json", json.dumps(table, indent=1))
+    table = run.team.agree(table)
+    frames = sum(row["frames"] for row in table.values())
+    without = frames - sum(row["faces"] for row in table.values())
+    empty = sum(row["faces"] == 0 for row in table.values())
+    run.finish({"videos": len(table) - empty, "frames": frames, "frames_without_face": without,
                 "videos_without_any_face": empty})
-    team.say(f"features are finished: {frames:,} frames, {without:,} of them without a face image, "
-             f"in {run.folder}")
+    run.team.say(f"features are finished: {frames:,} frames, {without:,} of them without a face image, "
+                 f"in {run.folder}")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def load_faces(data) -> list[FaceSet]:
         if problem:
             problems.append(f"{setting}: {problem}")
         else:
+            found.setting = setting
             sets.append(found)
     if problems:
         raise ValueError("\n".join(problems))

@@ -6,6 +6,7 @@ docs/data.md.
 
 import csv
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from PIL import Image
@@ -31,6 +32,9 @@ class Fer2013(FaceSet):
     def __init__(self, name, path, rows, labels, training, skipped, column, complete):
         super().__init__(name, path, [], labels, training, skipped)
         self.rows, self.column, self.complete = rows, column, complete
+
+    def fingerprint(self) -> str:
+        return f"{len(self):,} images, rows {crc32(self.rows.tobytes()):08x}"
 
     def where(self, i) -> str:
         return f"{self.root} line {self.rows[i, 1]}"

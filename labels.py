@@ -42,6 +42,7 @@ class Task:
     zero_loss: float               # the loss when every output is 0: about where a training starts
     metric: Metric                 # metrics.py
     epochs: int                    # passes over the segments (paper: silent; the authors' code's)
+    labelled_faces: int            # labelled frames with a face in a complete Aff-Wild2, both official sets
     paper: dict[str, tuple]        # Table 1, validation: name of an output or "mean" -> folds 0 to 4
     baseline: dict[str, float]     # the challenge's baseline on the official split (fold 0)
 
@@ -57,6 +58,7 @@ AROUSAL = (.6224, .5651, .6015, .6812, .6342)
 VA = Task("va", ("valence", "arousal"), ("VA_Estimation_Challenge",), one_class=False,
           lowest=-1, highest=1, invalid=-5,
           dtype=np.float32, loss=ccc_loss, zero_loss=2.0, metric=CCC, epochs=40,
+          labelled_faces=1_653_900 + 376_330,
           paper={"valence": VALENCE, "arousal": AROUSAL,
                  "mean": tuple((v + a) / 2 for v, a in zip(VALENCE, AROUSAL))},
           baseline={"valence": .24, "arousal": .20, "mean": .22})
@@ -64,11 +66,13 @@ VA = Task("va", ("valence", "arousal"), ("VA_Estimation_Challenge",), one_class=
 EXPR = Task("expr", EXPRESSIONS, ("EXPR_Classification_Challenge", "EXPR_Recognition_Challenge"),
             one_class=True, lowest=0, highest=7, invalid=-1,
             dtype=np.int8, loss=expr_loss, zero_loss=math.log(8), metric=CLASS_F1, epochs=10,
+            labelled_faces=585_317 + 280_532,
             paper={"mean": (.4561, .4478, .4463, .4583, .4506)}, baseline={"mean": .23})
 
 AU = Task("au", tuple(f"AU{number}" for number in AUS), ("AU_Detection_Challenge",), one_class=False,
           lowest=0, highest=1, invalid=-1,
           dtype=np.int8, loss=au_loss, zero_loss=math.log(2), metric=BINARY_F1, epochs=30,
+          labelled_faces=1_356_694 + 445_836,
           paper={"mean": (.5762, .5566, .5018, .5556, .5819)}, baseline={"mean": .39})
 
 TASKS = {task.name: task for task in (VA, EXPR, AU)}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import evaluate
 import extract_features
+import made_of
 import synthetic
 import train_finetune
 import train_pretrain
@@ -20,6 +21,7 @@ import train_task
 from config import from_command_line
 from distributed import launch
 from labels import TASKS
+from made_of import place
 from scoring import stage_of
 
 MAIN = {"synthetic": synthetic.make,
@@ -46,9 +48,9 @@ def needs(stage: str, config, checkpoint: str = "") -> list[str]:
 def result(stage: str, config, task=None) -> Path:
     """The file that the next stage reads."""
     return {"synthetic": Path(config.synthetic.root) / "complete.json",
-            "train_pretrain": config.folder("pretrain") / "last.pt",
-            "train_finetune": config.folder("finetune") / "best.pt",
-            "extract_features": config.folder("features") / "metrics.json",
+            "train_pretrain": place(config, "pretrain") / "last.pt",
+            "train_finetune": place(config, "finetune") / "best.pt",
+            "extract_features": place(config, "features") / "metrics.json",
             "train_task": config.folder(stage_of(config, task) if task else "task") / "best.pt"}[stage]
 
 
@@ -58,7 +60,7 @@ def finished(stage: str, config, task=None) -> bool:
         return False
     if stage == "synthetic":
         return synthetic.is_complete(config.synthetic.root, config.synthetic)
-    return (result(stage, config, task).parent / "metrics.json").exists()
+    return made_of.finished(result(stage, config, task).parent)
 
 
 def make_inputs(stage: str, config, team, task=None, checkpoint: str = ""):
@@ -68,10 +70,10 @@ def make_inputs(stage: str, config, team, task=None, checkpoint: str = ""):
             continue
         make_inputs(need, config, team, task)
         arguments = [task] if need == "train_task" else []
-        command = f"python {need}.py" + (f" --task {task.name}" if arguments else "")
+        script = f"{need}.py" + (f" --task {task.name}" if arguments else "")
         team.say(f"\n{result(need, config, task)} is missing, so it is made first. The demo takes about "
-                 f"{DEMO_SECONDS[need]} s for that on two cores. Only this step: {command} "
-                 f"--config {config.run.source}")
+                 f"{DEMO_SECONDS[need]} s for that on two cores. Only this step: "
+                 f"{made_of.command(script, config)}")
         began = time.time()
         MAIN[need](config, team, *arguments)
         team.say(f"made in {time.time() - began:.0f} s\n")

@@ -85,12 +85,15 @@ class Signals:
 class Run(RunFolder):
     """A training's folder, and where it is: `epoch`, `step` of that epoch (both from 0), `best` score."""
 
-    def begin(self, model, optimizer, dataset, batch: int, epochs: int, data: dict, unit: str = "images"):
-        """Go on from the last checkpoint, or start. `unit`: what `dataset` holds, for the progress line."""
-        self.model, self.optimizer, self.dataset, self.data = model, optimizer, dataset, data
+    def begin(self, model, optimizer, dataset, batch: int, epochs: int, data: dict,
+              origin: dict | None = None, unit: str = "images"):
+        """Go on from the last checkpoint, or start. `data`: what there is to train on; `origin`: the record
+        of the input (made_of.py). `unit`: what `dataset` holds, for the progress line."""
+        self.model, self.optimizer, self.dataset = model, optimizer, dataset
         self.batch, self.steps, self.epochs, self.unit = batch, math.ceil(len(dataset) / batch), epochs, unit
         self.epoch, self.step, self.best, self.sums = 0, 0, -math.inf, {}
         saved = self.resume(data)
+        self.remember(data, origin)
         if saved is not None:
             load_weights(model, saved["model"], self.folder)
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -155,14 +158,14 @@ class Run(RunFolder):
                 return
             yield item
 
-    def keep_best(self, score: float, **extra) -> bool:
-        """Write best.pt if this epoch's score is the best so far. `extra` is saved beside the weights."""
+    def keep_best(self, score: float) -> bool:
+        """Write best.pt if this epoch's score is the best so far."""
         score = float(score)                                 # `read_checkpoint` refuses NumPy's numbers
         better = score > self.best
         if better:
             self.best = score
-            weights = self.model.state_dict()
-            self.write("best.pt", {"model": weights, "epoch": self.epoch + 1, "score": score, **extra})
+            self.write("best.pt", {"model": self.model.state_dict(), "epoch": self.epoch + 1, "score": score,
+                                   "made_of": self.record})
         return better
 
     def end_epoch(self, row: dict):
@@ -194,7 +197,7 @@ class Run(RunFolder):
         began = time.time()
         self.write("last.pt", {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                                "epoch": self.epoch, "step": self.step, "best": self.best,
-                               "sums": self._plain_sums(), "data": self.data})
+                               "sums": self._plain_sums(), "made_of": self.record})
         self.saved = time.time()
         self.cost = self.saved - began
 

@@ -3,14 +3,13 @@
 A folder is used by one run at a time, is not mixed with other settings or other data, and is never left
 half-written:
 
-    config.yaml, settings.json    all settings; those that the result depends on
+    config.yaml, made_of.json     all settings; what the result is made of (made_of.py)
     log.csv                       a row per epoch
     last.pt, previous.pt          what a stopped run goes on from, and the one before it
     best.pt                       the weights of the best epoch
     metrics.json                  the result, written last: its presence marks the stage as finished
 """
 
-import dataclasses
 import errno
 import fcntl
 import json
@@ -18,48 +17,38 @@ import os
 
 import torch
 
-from checkpoints import read_checkpoint, write_file, write_text
+import made_of
+from checkpoints import checksum, read_checkpoint, write_file, write_text
 from config import as_yaml
 from distributed import Team, all_sum
-
-
-def settings_of(config, *names) -> dict:
-    """{"task.lr": 3e-5, ...} of sections or single "section.field"s: what a stage's result depends on."""
-    flat = {}
-    for section, fields in dataclasses.asdict(config).items():
-        for field, value in fields.items():
-            if section in names or f"{section}.{field}" in names:
-                flat[f"{section}.{field}"] = value
-    return flat
-
-
-def missing(path, command: str, config) -> ValueError:
-    """The refusal of a stage whose input is not there: names it, and the command that makes it."""
-    return ValueError(f"{path} not found; make it with: {command} --config {config.run.source}")
 
 
 class RunFolder:
     """runs/<config name>/<stage>, locked while this process lives.
 
-    `settings`: what the stage's result depends on. Raises ValueError, on every process, if the folder was
-    made with other settings (each is named), if another run uses it, or if it cannot be written.
-    `finished`: there is nothing left to do.
+    `settings`: what the stage's result depends on (`made_of.settings_of`). `source`: where its input is
+    looked for, (setting, earlier stage). Raises ValueError, on every process, if something was made here with
+    other settings or from another input (each is named), if another run uses the folder, or if it cannot be
+    written. `finished`: there is nothing left to do.
     """
 
-    def __init__(self, stage: str, config, team: Team, settings: dict):
+    def __init__(self, stage: str, config, team: Team, settings: dict, source: tuple[str, str] | None = None):
         self.folder, self.team, self.config, self.damaged = config.folder(stage), team, config, False
+        self.record = {"stage": stage, "settings": settings, "input": None}
+        if source:
+            self.record["input"] = {"setting": source[0], "stage": source[1]}
         problem = ""
         if team.rank == 0:
             try:
-                self._open(settings)
+                self._open()
             except (ValueError, OSError) as error:
                 problem = str(error)
         problem = team.agree(problem)
         if problem:
             raise ValueError(problem)
-        self.finished = team.agree((self.folder / "metrics.json").exists())
+        self.finished = team.agree(made_of.finished(self.folder))
 
-    def _open(self, settings):
+    def _open(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")
@@ -77,18 +66,15 @@ class RunFolder:
                              "write here too; choose another place with --set run.out=...") from None
         for leftover in self.folder.glob(".*.tmp*"):
             leftover.unlink()                                # half-written files of a killed run
-        settings = json.loads(json.dumps(settings))          # as they will be read back: lists, not tuples
-        known = self.folder / "settings.json"
-        before = json.loads(known.read_text()) if known.exists() else settings
-        names = sorted(before.keys() | settings.keys())
-        changed = "".join(f"\n  {name}: was {before.get(name)!r}, now {settings.get(name)!r}"
-                          for name in names if before.get(name) != settings.get(name))
-        if changed:
-            raise ValueError(f"{self.folder} was made with other settings; "
-                             f"choose another --set run.name=..., or delete it{changed}")
-        if not (self.folder / "metrics.json").exists():      # a finished run is left as it is
-            write_text(known, json.dumps(settings, indent=1))
+        if made_of.begun(self.folder):
+            made_of.check(self.folder, self.config)
+
+    def remember(self, data, origin: dict | None):
+        """Write what the result will be made of: the data read, and the record of the input. Rank 0 only."""
+        self.record = {**self.record, "data": data, "from": origin}
+        if self.team.rank == 0:
             write_text(self.folder / "config.yaml", as_yaml(self.config))
+            write_text(self.folder / "made_of.json", json.dumps(self.record, indent=1))
 
     def log(self, row: dict):
         """Add one row to log.csv, whole or not at all. The first row fixes the columns."""
@@ -124,13 +110,11 @@ class RunFolder:
     def resume(self, data: dict) -> dict | None:
         """The last whole checkpoint; None before the first. A damaged one is named, the one before it used.
 
-        `data`: what there is to train on, in numbers; a checkpoint holds the same under the key `data`.
-        Raises ValueError if all checkpoints are damaged (someone should know before weeks of work begin
-        again), and if `data` has changed since or is not what rank 0 found, as when a disk is not mounted.
+        `data`: what there is to train on; a checkpoint holds the same in its record. Raises ValueError if
+        all checkpoints are damaged (someone should know before weeks of work begin again), and if `data` has
+        changed since or is not what rank 0 found, as when a disk is not mounted.
         """
-        first = self.team.agree(data)
-        if first != data:
-            raise ValueError(f"this machine has other data than the first one: {data}, there {first}")
+        self.same_on_all_machines(data)
         for path in (self.folder / "last.pt", self.folder / "previous.pt"):
             if not self.team.agree(path.exists()):
                 continue
@@ -144,19 +128,62 @@ class RunFolder:
                 problem = problem or f"{path}: not every process can read it"
                 self.team.say(f"warning: {problem}; trying the one before")
                 self.damaged = True                                         # not worth keeping as previous.pt
-            elif checkpoint.get("data", {}) != data:
-                raise ValueError(f"{self.folder}: began with {checkpoint.get('data', {})}, found now {data}; "
-                                 "bring back what it began with, or choose another --set run.name=..., "
-                                 "or delete the folder")
             else:
+                self.refuse_other_data(data, checkpoint.get("made_of", {}).get("data", {}))
                 return checkpoint
         if self.damaged:
-            raise ValueError(f"{self.folder}: no checkpoint here is whole; put a copy in its place, "
-                             "or delete the folder to start from the beginning")
+            raise ValueError(f"{self.folder}: no checkpoint here is whole; put a copy in its place, or begin "
+                             f"{made_of.other_run(self.config)}")
         return None
 
+    def same_on_all_machines(self, data: dict):
+        """Raises ValueError if `data` is not what rank 0 found."""
+        first = self.team.agree(data)
+        if first != data:
+            raise ValueError("this machine has other data than the first one:"
+                             + changes(first, data, "there", "here"))
+
+    def refuse_other_data(self, now: dict, before: dict | None = None):
+        """Raises ValueError, naming each change, if the result began with other data than there is now.
+        `before`: by default what the record in the folder says."""
+        if before is None:
+            before = made_of.read_record(self.folder)["data"]
+        if before != now:
+            raise ValueError(f"{self.folder} was made from other data:{changes(before, now, 'was', 'now')}\n"
+                             "two ways on: bring back what it began with, or begin "
+                             f"{made_of.other_run(self.config)}")
+
+    def still_finished(self, data: dict) -> bool:
+        """Is there nothing left to do? Says so. Raises ValueError if a finished result was made from other
+        data than there is now, or if its weights are gone."""
+        if self.finished:
+            self.refuse_other_data(data)
+            made_of.there(self.folder / made_of.read_record(self.folder)["checkpoint"], self.config)
+            self.team.say(f"{self.folder} is finished; nothing to do")
+        return self.finished
+
     def finish(self, metrics: dict):
-        """Write metrics.json, which marks the stage as finished, before any process goes on."""
+        """Write metrics.json, which marks the stage as finished, before any process goes on.
+
+        The record gets the checksum of the weights that later stages read.
+        """
         if self.team.rank == 0:
+            names = [name for name in ("best.pt", "last.pt") if (self.folder / name).exists()]
+            if names:
+                self.record |= {"checkpoint": names[0], "checksum": checksum(self.folder / names[0])}
+            write_text(self.folder / "made_of.json", json.dumps(self.record, indent=1))
             write_text(self.folder / "metrics.json", json.dumps(metrics, indent=1))
         self.team.wait()
+
+
+def changes(before: dict, now: dict, then_word: str, now_word: str) -> str:
+    """A line for each entry in which two descriptions of data differ."""
+    lines = ""
+    for name in {**before, **now}:
+        a, b = before.get(name), now.get(name)
+        if a != b and isinstance(a, list) and isinstance(b, list):         # of videos
+            gone, new = sorted(set(a) - set(b)), sorted(set(b) - set(a))
+            lines += f"\n  {name}: {len(gone)} fewer {gone[:5]}, {len(new)} more {new[:5]}"
+        elif a != b:
+            lines += f"\n  {name}: {then_word} {a}, {now_word} {b}"
+    return lines

@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import pictures
-from checkpoints import load_weights, read_checkpoint
-from data import VideoFrames, find_videos
+from checkpoints import load_weights
+from data import scene
 from distributed import Team, all_sum
 from labels import Task, targets
-from run_folder import missing
-from segments import Video, checkpoint_of, pad, read_features, segments
+from made_of import find_input, named, same
+from segments import Video, pad, read_features, segments
 from temporal import SegmentModel
+
+FEATURES = "task.features", "features"       # where a task's input is looked for: a setting, a stage
 
 
 def stage_of(config, task: Task) -> str:
@@ -26,12 +27,13 @@ def stage_of(config, task: Task) -> str:
     return f"task_{task.name}" + (f"_fold{config.task.fold}" if config.task.fold else "")
 
 
-def features_of(config) -> Path:
-    """The folder of features that a task is trained and scored on. Raises ValueError if it is not made."""
-    made = config.folder("features")
-    if not config.task.features and not (made / "metrics.json").exists():
-        raise missing(made / "metrics.json", "python extract_features.py", config)
-    return Path(config.task.features or made)
+def find_features(config, team: Team) -> tuple[Path, dict]:
+    """The folder of features that a task is trained and scored on, and its record (made_of.py).
+
+    Raises ValueError if it is not made, or does not fit the settings.
+    """
+    path, record = find_input(config, team, *FEATURES, "metrics.json", "extract_features.py")
+    return (path if config.task.features else path.parent), record
 
 
 # ---- Prediction
@@ -65,96 +67,56 @@ def shared_out(videos: list[Video], team: Team) -> list[Video]:
     return sorted(videos, key=lambda video: (-len(video.labels), video.name))[team.rank::team.world]
 
 
-def score(model, videos, task: Task, window: int, stride: int, batch: int, team: Team) -> np.ndarray:
-    """The sums of the task's metric over all processes; `videos` are this process's (`shared_out`)."""
+def score(model, mine, videos: list[Video], task: Task, window: int, stride: int, batch: int,
+          team: Team) -> np.ndarray:
+    """The sums of the task's metric for each of `videos`, over all processes: (videos, ...). `mine` are those
+    that this process predicts (`shared_out`)."""
     nothing = np.zeros((0, len(task.outputs)))
     no_label = nothing[:, 0] if task.one_class else nothing
-    sums = task.metric.count(nothing, no_label, no_label.astype(bool))
+    empty = task.metric.count(nothing, no_label, no_label.astype(bool))
+    sums = np.zeros((len(videos), *empty.shape))
+    place = {video.name: i for i, video in enumerate(videos)}
     model.eval()
-    for video in videos:
+    for video in mine:
         features = read_features(video.features, 0, len(video.labels))
         outputs = predict(model, features, window, stride, batch, team)
-        sums = sums + task.metric.count(outputs, *targets(video.labels, task))
+        sums[place[video.name]] = task.metric.count(outputs, *targets(video.labels, task))
     model.train()
     return all_sum(torch.from_numpy(sums)).numpy()
 
 
-# ---- Reports
+# ---- Checkpoints
 
-def score_table(task: Task, sums, fold: int = 0) -> str:
-    """Each output's score beside chance, the paper's (Table 1) and the challenge's baseline."""
-    ours, chance = task.metric.score(sums), task.metric.chance(sums)
-    lines = [f"{task.metric.name:14s}{'ours':>8s}{'chance':>8s}{'paper':>8s}{'baseline':>10s}"]
-    for name, a, b in [*zip(task.outputs, ours, chance), ("mean", ours.mean(), chance.mean())]:
-        paper = f"{task.paper[name][fold]:.3f}" if name in task.paper else "-"
-        baseline = f"{task.baseline[name]:.3f}" if name in task.baseline and fold == 0 else "-"
-        lines.append(f"{name:14s}{a:8.3f}{b:8.3f}{paper:>8s}{baseline:>10s}")
-    return "\n".join(lines)
-
-
-def report(task: Task, sums, videos: list[Video], without: list[str], checkpoint, config) -> str:
-    """The score table with what it is about: the checkpoint, the videos, and those left out."""
-    frames = sum(len(video.labels) for video in videos)
-    data = "Aff-Wild2"
-    if config.data.synthetic:
-        data = "synthetic data; the paper's and the baseline's numbers are on Aff-Wild2"
-    lines = [str(checkpoint), f"{len(videos)} validation videos, {frames:,} frames ({data})",
-             score_table(task, sums, config.task.fold)]
-    if without:
-        lines.append(f"left out, no features: {', '.join(without)}")
-    return "\n".join(lines)
-
-
-def check_features(checkpoint, saved: dict, features):
-    """Raises ValueError if `saved`, from the file `checkpoint`, was trained on features of another ViT than
-    those in the folder `features`."""
-    known, given = saved.get("checkpoint checksum"), checkpoint_of(features)
-    if known and given and known != given:
-        raise ValueError(f"{checkpoint}: trained on features of another ViT (checksum {known}, not {given}), "
-                         "which mean something else; give those it was trained on, --set task.features=...")
-
-
-def stored_scores(run_folder: Path, config) -> str:
-    """The scores of a finished task. Raises ValueError as `check_features`, if there are features."""
-    best = run_folder / "best.pt"
-    check_features(best, read_checkpoint(best), config.task.features or config.folder("features"))
-    return (run_folder / "scores.txt").read_text()
-
-
-def load_segment_model(checkpoint, config, task: Task, dim: int, features, team: Team) -> SegmentModel:
-    """The segment model of a checkpoint, for the features (frames, `dim`) in the folder `features`.
-
-    Raises ValueError if it is of another task or other sizes (names and shapes listed), or was trained on
-    features that another checkpoint extracted.
-    """
-    saved = read_checkpoint(checkpoint)
-    if saved.get("task", task.name) != task.name:
-        raise ValueError(f"{checkpoint}: trained for --task {saved['task']}, not {task.name}")
-    check_features(checkpoint, saved, features)
-    model = SegmentModel(dim, len(task.outputs), **dataclasses.asdict(config.temporal))
-    load_weights(model, saved.get("model", saved), checkpoint)
-    return model.to(team.device)
-
-
-def draw_timeline(model, videos: list[Video], task: Task, config, team: Team, path, longest: int = 600):
-    """timeline.png: the video with most labels, at most its first `longest` frames. Rank 0 only."""
-    if team.rank:
+def check_checkpoint(path, saved: dict, features_record: dict, videos: list[Video]):
+    """Raises ValueError if a checkpoint was trained on features of another ViT than these, or on scenes that
+    would be scored."""
+    record = saved.get("made_of")
+    if record is None:
         return
-    labelled = {video.name: targets(video.labels[:longest], task)[1].sum() for video in videos}
-    video = max(videos, key=lambda video: labelled[video.name])
-    n, s = min(len(video.labels), longest), config.segments
-    features = read_features(video.features, 0, len(video.labels))
-    model.eval()
-    outputs = predict(model, features, s.window, s.stride, config.task.batch, team)[:n]
-    target, valid = targets(video.labels[:n], task)
-    faces = []
-    try:
-        frames = VideoFrames(find_videos(config.data.frames)[video.name], size=112)
-        shown = np.flatnonzero(frames.numbers <= n)
-        shown = shown[np.linspace(0, len(shown) - 1, min(40, len(shown))).astype(int)]
-        images, rows, _ = frames.collate([frames[i] for i in shown])                 # (B, 112, 112, 3), (B,)
-        faces = list(zip(rows.tolist(), images.numpy()))
-    except (ValueError, KeyError, OSError):
-        pass            # features are enough to score; where the frames lie elsewhere, the picture lacks them
-    pictures.timeline(task, faces, features[:n].astype(np.float32), segments(n, s.window, s.stride),
-                      np.where(valid, target, np.nan), outputs, path)
+    if not same(record["from"], features_record):
+        raise ValueError(f"{path}: trained on features of another ViT, {named(record['from'])}, not "
+                         f"{named(features_record)}, which mean something else; give those it was trained "
+                         "on, --set task.features=...")
+    trained = {scene(name) for name in record["data"]["training videos"]}
+    known = [video.name for video in videos if scene(video.name) in trained]
+    if known:
+        raise ValueError(f"{path}: trained on {len(known)} of the {len(videos)} videos that would be scored "
+                         f"({', '.join(known[:5])}); its fold is {record['settings']['task.fold']}, give "
+                         "--set task.fold=... and the labels that it was trained with")
+
+
+def check_task(path, saved: dict, task: Task):
+    """Raises ValueError if a checkpoint is of another task."""
+    stage = saved.get("made_of", {}).get("stage", f"task_{task.name}")
+    if stage.split("_")[1:2] != [task.name]:
+        raise ValueError(f"{path}: trained for {stage}, not for --task {task.name}")
+
+
+def load_segment_model(path, saved: dict, config, task: Task, dim: int, team: Team) -> SegmentModel:
+    """The segment model of a checkpoint, for features (frames, `dim`).
+
+    Raises ValueError if it has other sizes (names and shapes are listed).
+    """
+    model = SegmentModel(dim, len(task.outputs), **dataclasses.asdict(config.temporal))
+    load_weights(model, saved.get("model", saved), path)
+    return model.to(team.device)

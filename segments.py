@@ -6,7 +6,7 @@ window of w frames of it; segments start every s frames, overlap, and the last o
     python segments.py     # how videos of some lengths are cut with the paper's w = 300, s = 200
 """
 
-import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from checkpoints import read_json
 from labels import Task, read_labels, targets
 
 AGAIN = "delete it and run extract_features.py again"
@@ -78,15 +79,6 @@ def feature_shape(path) -> tuple[int, int]:
     return np.load(path, mmap_mode="r", allow_pickle=False).shape
 
 
-def checkpoint_of(features) -> int | None:
-    """Checksum of the checkpoint that extracted a folder of features; None if it is not known."""
-    settings = Path(features) / "settings.json"
-    try:
-        return json.loads(settings.read_text()).get("checkpoint checksum") if settings.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{settings}: not what extract_features.py wrote ({error})") from None
-
-
 @dataclass
 class Video:
     """One labelled video of one task, and the file that holds its features."""
@@ -95,29 +87,70 @@ class Video:
     labels: np.ndarray                 # as `read_labels` gives them
 
 
-def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Video], list[str], int]:
-    """One split's videos with labels and features. -> videos, names of those without features, D.
+def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Video], dict[str, str], int]:
+    """One split's videos with labels and features. -> videos, {name: why it is left out}, D.
 
-    Raises ValueError if a feature array has another width than the first or fewer frames than its labels,
-    or if none is left.
+    Raises ValueError if a feature array has another width than the first or fewer frames than its labels, if
+    one that was extracted is gone (videos.json tells), or if no video is left.
     """
-    videos, without, dim = [], [], None
+    videos, left_out, lost, dim = [], {}, [], None
+    extracted = read_json(Path(features) / "videos.json")             # None: features made elsewhere
     for name, file in files.items():
         labels, path = read_labels(file, task), Path(features) / f"{name}.npy"
-        if not path.exists() or not len(labels):
-            without.append(name)
-            continue
-        frames, width = feature_shape(path)
-        dim = dim or width
-        if width != dim or frames < len(labels):
-            raise ValueError(f"{path}: features are {frames} x {width}, expected at least {len(labels)} "
-                             f"frames (as {file} has) x {dim}; "
-                             "delete the folder and run extract_features.py again")
-        videos.append(Video(name, path, labels))
+        if not len(labels):
+            left_out[name] = "no labels"
+        elif extracted is not None and name not in extracted:
+            left_out[name] = "no frames when features were extracted"
+        elif extracted is not None and not extracted[name]["faces"]:
+            left_out[name] = "no readable face"
+        elif extracted is not None and not (path.exists() and noface_path(path).exists()):
+            lost.append(name)
+        elif not path.exists():
+            left_out[name] = "no features"
+        else:
+            frames, width = feature_shape(path)
+            dim = dim or width
+            if width != dim or frames < len(labels):
+                raise ValueError(f"{path}: features are {frames} x {width}, expected at least {len(labels)} "
+                                 f"frames (as {file} has) x {dim}; "
+                                 "run extract_features.py again, as a run of another --set run.name=...")
+            videos.append(Video(name, path, labels))
+    if lost:
+        raise ValueError(f"{features}: files of {len(lost)} videos that were extracted are gone: "
+                         f"{', '.join(lost[:5])}; run extract_features.py, which makes what is missing")
     if not videos:
         raise ValueError(f"none of {len(files)} labelled videos has features in {features}; "
                          "run extract_features.py with the same data.frames")
-    return videos, without, dim
+    return videos, left_out, dim
+
+
+def reasons(left_out: dict[str, str]) -> str:
+    """{"a": "no labels", "b": "no labels"} -> "a, b (no labels)"."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        groups.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in groups.items())
+
+
+def fingerprint(videos: list[Video]) -> str:
+    """Which videos with which labels, for made_of.py."""
+    crc = 0
+    for video in videos:
+        crc = zlib.crc32(video.name.encode() + video.labels.tobytes(), crc)
+    frames = sum(len(video.labels) for video in videos)
+    return f"{len(videos)} videos, {frames:,} frames, checksum {crc:08x}"
+
+
+def labelled_faces(videos: list[Video], task: Task) -> int:
+    """Frames with a label and, as far as that is known, a face: what the counts of a copy are given in."""
+    count = 0
+    for video in videos:
+        valid = targets(video.labels, task)[1].reshape(-1, task.width).all(axis=1)     # (T, ...) -> (T,)
+        mask = noface_path(video.features)
+        if mask.exists():
+            valid &= ~np.load(mask)[:len(valid)]
+        count += int(valid.sum())
+    return count
 
 
 # ---- To train on

@@ -25,14 +25,14 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler
 
-from checkpoints import checksum, load_vit, load_weights, read_checkpoint
+from checkpoints import load_vit, load_weights, read_checkpoint
 from config import from_command_line
 from data import ExprFrames, find_videos, split
 from distributed import all_sum
 from images import normalise, random_crop
 from labels import EXPR
+from made_of import find_input, settings_of
 from run import Run
-from run_folder import missing, settings_of
 from training import (adamw, effective_batch, generator, gradient_norm, in_pieces, loader, pieces,
                       seed_dropout, set_learning_rate, vit_bytes)
 from vit import VisionTransformer
@@ -67,13 +67,9 @@ def main(config, team):
     """Fine-tune, or go on with it, until runs/<config>/finetune is finished."""
     # configuration
     f, seed = config.finetune, config.run.seed
-    settings = settings_of(config, "data.frames", "data.labels", "synthetic", "vit", "finetune", "run.seed")
-    run = Run("finetune", config, team, settings)
-    if run.finished:
-        return team.say(f"{run.folder} is finished; nothing to do")
-    start = f.start or config.folder("pretrain") / "last.pt"
-    if not f.start and not (start.parent / "metrics.json").exists():
-        raise missing(start, "python train_pretrain.py", config)
+    settings = settings_of(config, "synthetic", "vit", "finetune", "run.seed")
+    source = "finetune.start", "pretrain"
+    run = Run("finetune", config, team, settings, source)
 
     # data
     videos = find_videos(config.data.frames)
@@ -82,15 +78,20 @@ def main(config, team):
     crop = partial(augment, size=(size, size), seed=seed, smallest_crop=f.smallest_crop)
     train = ExprFrames(train_files, videos, size, f.every, crop)
     val = ExprFrames(val_files, videos, size, f.every)
+    found = {"training": train.fingerprint(), "validation": val.fingerprint(),
+             "training videos": train.videos}
+    if run.still_finished(found):
+        return
     for name, part in (("training", train), ("validation", val)):
         left_out = f"; left out, no frames: {', '.join(part.without_frames)}" if part.without_frames else ""
         team.say(f"  {name}: {len(part.rows):,} labelled frames with a face image "
                  f"in {len(part.folders)} videos{left_out}")
 
     # model and optimiser
+    start, origin = find_input(config, team, *source, "last.pt", "train_pretrain.py")
     torch.manual_seed(seed)
     model = build(config)
-    if start == "none":
+    if f.start == "none":
         team.say("  the ViT starts from random weights, as asked")
     else:
         team.say(f"  the ViT starts from {start}; {load_vit(model.vit, start)}")
@@ -103,9 +104,7 @@ def main(config, team):
              f"{effective_batch(f.batch, count, team)}")
     ddp = team.parallel(model)
     optimizer = adamw(model, f.lr, f.betas, f.weight_decay)
-    found = {"training frames": len(train.rows), "validation frames": len(val.rows),
-             "start checksum": checksum(start) if start != "none" else None}
-    run.begin(model, optimizer, train, f.batch, f.epochs, data=found)
+    run.begin(model, optimizer, train, f.batch, f.epochs, found, origin)
 
     # loop
     for epoch in range(run.epoch, f.epochs):

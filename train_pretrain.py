@@ -25,10 +25,14 @@ from distributed import all_sum
 from faces import load_faces
 from images import FaceImages, normalise, random_crop, resize
 from mae import MaskedAutoencoder
+from made_of import settings_of
 from run import Run
-from run_folder import settings_of
 from training import (adamw, effective_batch, generator, gradient_norm, in_pieces, pieces, set_learning_rate,
                       vit_bytes)
+
+
+SETS = ("data.affectnet_2017", "data.affectnet_2021", "data.raf_db", "data.fer2013", "data.ferplus",
+        "data.folders")
 
 
 class Faces(FaceImages):
@@ -71,13 +75,14 @@ def main(config, team):
     """Pre-train, or go on with it, until runs/<config>/pretrain is finished."""
     # configuration
     p, seed = config.pretrain, config.run.seed
-    settings = settings_of(config, "data", "synthetic", "vit", "pretrain", "run.seed")
+    settings = settings_of(config, *SETS, "synthetic", "vit", "pretrain", "run.seed")
     run = Run("pretrain", config, team, settings)
-    if run.finished:
-        return team.say(f"{run.folder} is finished; nothing to do")
 
     # data
     sets = load_faces(config.data)
+    found = {s.setting: s.fingerprint() for s in sets}
+    if run.still_finished(found):
+        return
     for s in sets:
         left_out = "".join(f", {count:,} left out: {reason}" for reason, count in s.skipped.items())
         team.say(f"  {s.name:16s}{len(s):9,d} images{left_out}")
@@ -97,7 +102,7 @@ def main(config, team):
              f"{effective_batch(p.batch, count, team)}")
     ddp = team.parallel(model)
     optimizer = adamw(model, p.lr, p.betas, p.weight_decay)
-    run.begin(model, optimizer, faces, p.batch, p.epochs, data={s.name: len(s) for s in sets})
+    run.begin(model, optimizer, faces, p.batch, p.epochs, found, origin=None)
 
     # loop
     for epoch in range(run.epoch, p.epochs):

@@ -20,15 +20,15 @@ import dataclasses
 
 import torch
 
-from checkpoints import write_text
+from checkpoints import read_checkpoint, write_text
 from config import from_command_line
-from data import has_labels, label_files, split
-from labels import EXPR, TASKS
+from data import split
+from labels import TASKS
+from made_of import settings_of
+from reports import draw_timeline, report, seen_text, to_score
 from run import Run
-from run_folder import settings_of
-from scoring import (draw_timeline, features_of, load_segment_model, report, score, shared_out, stage_of,
-                     stored_scores)
-from segments import SegmentData, checkpoint_of, open_videos
+from scoring import FEATURES, find_features, load_segment_model, score, shared_out, stage_of
+from segments import SegmentData, fingerprint, open_videos, reasons
 from temporal import SegmentModel
 from training import effective_batch, gradient_norm, seed_dropout, set_learning_rate
 
@@ -37,37 +37,37 @@ def main(config, team, task):
     """Train on a labels.Task, or go on with it, until its run folder is finished; print its scores."""
     # configuration
     t, s, seed, epochs = config.task, config.segments, config.run.seed, config.task.epochs or task.epochs
-    settings = settings_of(config, "data.labels", "segments", "temporal", "task", "run.seed")
-    run = Run(stage_of(config, task), config, team, settings)
-    if run.finished:
-        return team.say(f"{run.folder} is finished; nothing to train\n\n{stored_scores(run.folder, config)}")
-    features, best = features_of(config), run.folder / "best.pt"
+    settings = settings_of(config, "synthetic", "segments", "temporal", "task", "run.seed")
+    run = Run(stage_of(config, task), config, team, settings, FEATURES)
+    best = run.folder / "best.pt"
 
     # data
+    features, origin = find_features(config, team)
     train_files, val_files = split(config.data.labels, task, t.fold)
-    videos, train_without, dim = open_videos(train_files, features, task)
-    val_videos, val_without, _ = open_videos(val_files, features, task)
-    train = SegmentData(videos, task, s.window, s.stride)
-    for name, part, without in (("training", videos, train_without), ("validation", val_videos, val_without)):
-        left_out = f"; left out, no features: {', '.join(without)}" if without else ""
+    videos, train_left_out, dim = open_videos(train_files, features, task)
+    val_videos, val_left_out, _ = open_videos(val_files, features, task)
+    found = {"training": fingerprint(videos), "validation": fingerprint(val_videos),
+             "training videos": [video.name for video in videos]}
+    if run.still_finished(found):
+        return team.say("\n" + (run.folder / "scores.txt").read_text())
+    scored = to_score(val_videos, val_left_out, videos, task, origin, config)
+    team.say(f"  features: {features}")
+    for name, part, left_out in (("training", videos, train_left_out),
+                                 ("validation", val_videos, val_left_out)):
         frames = sum(len(video.labels) for video in part)
-        team.say(f"  {name}: {len(part)} videos, {frames:,} frames{left_out}")
-    if t.fold and has_labels(config.data.labels, EXPR):
-        tuned = label_files(config.data.labels, EXPR)["Train_Set"]
-        seen = sum(video.name in tuned for video in val_videos)
-        if seen:
-            team.say(f"  warning: {seen} of {len(val_videos)} validation videos of fold {t.fold} were used "
-                     "to fine-tune the ViT, so the score is too high")
+        more = f"; left out: {reasons(left_out)}" if left_out else ""
+        team.say(f"  {name}: {len(part)} videos, {frames:,} frames{more}")
+    if not scored.unseen.all():
+        team.say(f"  warning: {seen_text(scored)}")
 
     # model and optimiser
     torch.manual_seed(seed)
+    train = SegmentData(videos, task, s.window, s.stride)
     model = SegmentModel(dim, len(task.outputs), **dataclasses.asdict(config.temporal))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     ddp = team.parallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, weight_decay=t.weight_decay)
-    made_by = checkpoint_of(features)
-    found = {"segments": len(train), "validation frames": frames, "checkpoint checksum": made_by}
-    run.begin(model, optimizer, train, t.batch, epochs, data=found, unit="segments")
+    run.begin(model, optimizer, train, t.batch, epochs, found, origin, unit="segments")
     team.say(f"{task.name}: {parameters:,} parameters, {len(train):,} segments, "
              f"{epochs} epochs of {run.steps} steps; {effective_batch(t.batch, 1, team)}")
 
@@ -87,10 +87,10 @@ def main(config, team, task):
             optimizer.step()
             run.end_step(loss, norm)
         mine = run.unless_stopped(shared_out(val_videos, team))
-        sums = score(model, mine, task, s.window, s.stride, t.batch, team)
+        sums = score(model, mine, val_videos, task, s.window, s.stride, t.batch, team)
         run.obey_signals()
-        mean = task.metric.score(sums).mean()
-        is_best = run.keep_best(mean, **{"task": task.name, "checkpoint checksum": made_by})
+        mean = task.metric.score(sums.sum(axis=0)).mean()             # (videos, ...) -> (...) -> (K,)
+        is_best = run.keep_best(mean)
         if is_best or (epoch + 1) % max(1, epochs // 10) == 0:
             team.say(f"  epoch {epoch + 1}/{epochs}  loss {run.means()['loss']:.4f}  "
                      f"validation {task.metric.name} {mean:.3f}{'  (best so far)' if is_best else ''}")
@@ -98,18 +98,20 @@ def main(config, team, task):
     run.end()
 
     # finish: the best epoch's weights
-    model = load_segment_model(best, config, task, dim, features, team)
-    sums = score(model, shared_out(val_videos, team), task, s.window, s.stride, t.batch, team)
-    scores, chance = task.metric.score(sums), task.metric.chance(sums).mean()
-    text = report(task, sums, val_videos, val_without, best, config)
+    model = load_segment_model(best, read_checkpoint(best), config, task, dim, team)
+    mine = shared_out(val_videos, team)
+    sums = score(model, mine, val_videos, task, s.window, s.stride, t.batch, team)
+    total = sums.sum(axis=0)                                           # (videos, ...) -> (...)
+    scores, chance = task.metric.score(total), task.metric.chance(total).mean()
+    text = report(task, sums, scored, best, t.fold)
     team.say(f"\n{text}")
     if team.rank == 0:
         write_text(run.folder / "scores.txt", f"{text}\n")
         draw_timeline(model, val_videos, task, config, team, run.folder / "timeline.png")
     each = dict(zip(task.outputs, scores.tolist()))
-    run.finish({"metric": task.metric.name, "score": scores.mean(), **each,
-                "chance": chance, "validation_videos": len(val_videos), "left_out": val_without},
-               chance={"loss": task.zero_loss, "score": chance})
+    run.finish({"metric": task.metric.name, "score": scores.mean(), **each, "chance": chance,
+                "validation_videos": len(val_videos), "seen_videos": int((~scored.unseen).sum()),
+                "left_out": val_left_out}, chance={"loss": task.zero_loss, "score": chance})
     team.say(f"pictures: {run.folder}/curves.png, {run.folder}/timeline.png")
 
 

@@ -24,8 +24,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import run
 import tiny
+from checkpoints import checksum
 from config import load
 from labels import TASKS
+from made_of import settings_of
 from train_finetune import build as classifier
 from train_pretrain import build as autoencoder
 
@@ -87,16 +89,7 @@ def write(folder) -> Path:
     for name, film in FILMS.items():
         write_film(folder, name, film, rng)
     torch.manual_seed(11)
-    config = settings(folder)
-    write_result(folder / "runs/tiny/pretrain", {"last.pt": autoencoder(config)})
-    tuned = {"last.pt": classifier(config), "best.pt": classifier(config)}
-    write_result(folder / "runs/tiny/finetune", tuned)
-    write_result(folder / "runs/tiny/features", {})
-    (folder / "runs/tiny/features/settings.json").write_text('{"checkpoint checksum": 1234}')
-    for name, film in FILMS.items():
-        if film.images:
-            features = rng.normal(size=(film.frames + 4, FEATURE_WIDTH))
-            np.save(folder / f"runs/tiny/features/{name}.npy", features.astype(np.float16))
+    write_results(folder, settings(folder), rng)
     return folder
 
 
@@ -126,12 +119,42 @@ def write_film(folder, name: str, film: Film, rng):
         (labels / f"{name}.txt").write_text("\n".join(lines) + "\n")
 
 
-def write_result(stage: Path, models: dict):
-    """A finished stage, with checkpoints."""
+def write_results(folder, config, rng):
+    """Pre-training, fine-tuning and features, finished, with the records that tie each to the one before."""
+    runs = folder / "runs/tiny"
+    mae = write_result(runs / "pretrain", ["vit", "pretrain", "run.seed"], config, None, None,
+                       {"last.pt": autoencoder(config)})
+    tuned_on = [name for name, film in FILMS.items() if film.split == "Train_Set" and film.images]
+    vit = write_result(runs / "finetune", ["vit", "finetune", "run.seed"], config,
+                       {"setting": "finetune.start", "stage": "pretrain"}, mae,
+                       {"last.pt": classifier(config), "best.pt": classifier(config)},
+                       {"training videos": tuned_on})
+    write_result(runs / "features", ["vit", "finetune.token"], config,
+                 {"setting": "features.checkpoint", "stage": "finetune"}, vit, {})
+    videos = {}
+    for name, film in FILMS.items():
+        if film.images is not None and film.frames:
+            videos[name] = {"frames": film.frames, "images": len(film.images), "names": 0,
+                            "faces": len(film.images)}
+        if film.images:
+            length = film.frames + 4
+            features = rng.normal(size=(length, FEATURE_WIDTH))
+            np.save(runs / f"features/{name}.npy", features.astype(np.float16))
+            np.save(runs / f"features/{name}.noface.npy", ~np.isin(np.arange(1, length + 1), film.images))
+    (runs / "features/videos.json").write_text(json.dumps(videos))
+
+
+def write_result(stage: Path, sections, config, source, before, models: dict, data=None) -> dict:
+    """A finished stage. -> its record"""
     stage.mkdir(parents=True)
+    record = {"stage": stage.name, "settings": settings_of(config, *sections), "input": source,
+              "data": data or {}, "from": before}
     for file, model in models.items():
-        torch.save({"model": model.state_dict()}, stage / file)
+        torch.save({"model": model.state_dict(), "made_of": record}, stage / file)
+        record = {**record, "checkpoint": file, "checksum": checksum(stage / file)}
+    (stage / "made_of.json").write_text(json.dumps(record))
     (stage / "metrics.json").write_text("{}")
+    return record
 
 
 def clean(folder):

@@ -79,8 +79,9 @@ def no_features(d):
     return segments.open_videos({"a": put(d / "a.txt", f"{VA_HEADER}\n0,0")}, d, VA)
 
 
-def cut_settings(d):
-    return segments.checkpoint_of(put(d / "settings.json", '{"vit').parent)
+def cut_videos(d):
+    put(d / "videos.json", '{"a": ')
+    return no_features(d)
 
 
 class Evil:
@@ -210,11 +211,11 @@ TABLE = {
     "features that are dates": (features(np.zeros((2, 2), "M8[s]")), PLAIN),
     "a feature header that is no Python": (
         changed_features(lambda content: content.replace(b"}", b"(")), PLAIN),
-    "a settings.json beside features that is cut short": (
-        cut_settings, r"settings\.json: not what extract_features\.py wrote"),
+    "a videos.json beside features that is cut short": (
+        cut_videos, r"videos\.json: not the JSON that a stage has written"),
     "features of another width": (
         two_videos(5, 4),
-        r"b\.npy: features are 5 x 4, expected at least 5 frames .* x 3; delete the folder"),
+        r"b\.npy: features are 5 x 4, expected at least 5 frames .* x 3; run extract_features.py again"),
     "fewer features than labels": (
         two_videos(4, 3),
         r"b\.npy: features are 4 x 3, expected at least 5 frames \(as .*b\.txt has\) x 3"),
@@ -256,12 +257,14 @@ def test_a_name_in_any_language_and_of_any_length_works_from_labels_to_features(
     config.run.out, config.run.name = str(tmp_path / "runs"), name
     run = RunFolder("features", config, ALONE, {"run.name": name})
     frames, path = data.VideoFrames(videos[name], 8), run.folder / f"{name}.npy"
-    mask = extract_features.extract(Brightness(), frames, 3, path, config, ALONE)
-    run.write("last.pt", {"video": name, "data": {}})
-    assert mask.tolist() == [False, True, False] and run.resume({})["video"] == name
-    (video,), without, dim = segments.open_videos(files, run.folder, EXPR)
+    extract_features.extract(Brightness(), frames, 3, path, config, ALONE)
+    run.remember({}, None)
+    run.write("last.pt", {"video": name, "made_of": run.record})
+    assert np.load(segments.noface_path(path)).tolist() == [False, True, False]
+    assert run.resume({})["video"] == name
+    (video,), left_out, dim = segments.open_videos(files, run.folder, EXPR)
     part = segments.SegmentData([video], EXPR, 4, 3)
     x, target, valid, real = part[0]
-    assert (video.name, without, dim, part.where(0)) == (name, [], 3, f"{name} frames 1 to 3")
+    assert (video.name, left_out, dim, part.where(0)) == (name, {}, 3, f"{name} frames 1 to 3")
     assert np.array_equal(x[1], x[0]) and x[2, 0] > x[0, 0] and target.tolist() == [0, 1, 2, 0]
     assert valid.tolist() == real.tolist() == [True, True, True, False]

@@ -122,8 +122,11 @@ def run_folder(out, settings):
 
 
 def used_folder(d):
-    run_folder(d, {"task.lr": 1}).lock.close()
-    return run_folder(d, {"task.lr": 2})
+    run = run_folder(d, {"task.lr": 1})
+    run.remember({}, None)
+    run.finish({})
+    run.lock.close()
+    return run_folder(d, {})
 
 
 NOT_AN_IMAGE = "face.png: not a readable image"
@@ -227,7 +230,7 @@ TABLE = {
     "a path outside the synthetic data": (
         elsewhere, r"data\.frames: data/demo/Aff-Wild2/cropped_aligned is not in .*new \(synthetic\.root\)"),
     "a folder with a run of other settings": (
-        used_folder, r"(?s)run was made with other settings.*task\.lr: was 1, now 2"),
+        used_folder, r"(?s)run was made with other settings.*task\.lr: was 1, now 3e-05 \(of stage run\)"),
     "an output folder that cannot be written": (
         lambda d: run_folder(put(d / "file"), {}),
         r"file/mine/run: cannot be written .*; choose another place with --set run\.out="),

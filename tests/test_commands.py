@@ -45,6 +45,8 @@ EXAMPLES = {"images.py FILE": "data/Aff-Wild2/cropped_aligned/1-30-1280x720/0000
             "faces.py FOLDER": "data/RAF-DB",
             "checkpoints.py FILE": "some.pt",
             "evaluate.py FILE": "some.pt",
+            "made_of.py FILE": "some.pt",
+            "made_of.py RUN_FOLDER": "runs/demo/task_au",
             "pictures.py RUN_FOLDER": "runs/some"}
 
 

@@ -104,7 +104,7 @@ def test_pre_training_is_the_plain_loop(made, tmp_path):
         "effective batch 10 = 4 x 3 accumulation x 1 processes, on cpu",
         f"pre-training is finished: loss {loss:.4f}, 3 unreadable images in the last epoch; "
         "see runs/tiny/pretrain/reconstruction.png")
-    assert stages.files(out) == {"config.yaml", "settings.json", "last.pt", "log.csv", "metrics.json",
+    assert stages.files(out) == {"config.yaml", "made_of.json", "last.pt", "log.csv", "metrics.json",
                                  "curves.png", "reconstruction.png"}
     pictures.curves(out / "log.csv", tmp_path / "curves.png", {"loss": grey(made)})
     plain_reconstruction(plain.model, made, tmp_path / "reconstruction.png")
@@ -211,7 +211,7 @@ def test_fine_tuning_is_the_plain_loop(made, tmp_path):
         "effective batch 10 = 4 x 3 accumulation x 1 processes, on cpu",
         f"fine-tuning is finished: macro F1 {f1.mean():.3f} on {scored} single validation frames "
         f"({unreadable} more cannot be read), written to runs/tiny/finetune")
-    assert stages.files(out) == {"config.yaml", "settings.json", "last.pt", "best.pt", "log.csv",
+    assert stages.files(out) == {"config.yaml", "made_of.json", "last.pt", "best.pt", "log.csv",
                                  "metrics.json", "curves.png"}
     often = max(np.bincount([label for _, label, readable in val if readable])) / scored
     chance = {"loss": math.log(8), "val_f1": 2 * often / (1 + often) / 8}        # always the commonest class

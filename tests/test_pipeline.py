@@ -20,7 +20,7 @@ from tiny import (ROOT, STAGES, TINY, TRAIN_AU, Job, apart, content, copied, don
 TRAINED = ["pretrain", "finetune", "task_va", "task_expr", "task_au"]
 FILES = {"pretrain": {"last.pt", "log.csv", "reconstruction.png"},
          "finetune": {"last.pt", "best.pt", "log.csv"},
-         "features": {"last.pt"},
+         "features": {"videos.json"},
          "task_au": {"last.pt", "best.pt", "log.csv"}}
 
 
@@ -40,7 +40,7 @@ def test_one_command_makes_every_promised_file_from_nothing(made_by_command, wor
     folder, _ = made_by_command[world]
     for stage, files in FILES.items():
         there = {path.name for path in (folder / "runs/tiny" / stage).iterdir()}
-        assert files | {"config.yaml", "metrics.json"} <= there
+        assert files | {"config.yaml", "made_of.json", "metrics.json"} <= there
         assert not [name for name in there if name.endswith(".tmp")]
         resolved = load(folder / "runs/tiny" / stage / "config.yaml")
         assert resolved.task.batch == tiny.SETTINGS["task"]["batch"] and resolved.run.name == "tiny"
@@ -67,7 +67,7 @@ def test_what_is_missing_is_said_once_with_the_reason_and_the_command_that_makes
         begins = f"{missing} is missing, so it is made first."
         (line,) = [line for line in said.splitlines() if line.startswith(begins)]
         assert re.search(r"about \d+ s", line)
-        assert line.endswith(f"Only this step: python {command} --config tiny.yaml")
+        assert line.endswith(f"Only this step: python {ROOT / command} --config tiny.yaml")
     assert f"x 1 accumulation x {world} processes" in said and "effective batch 17 = " in said
     assert "AU26" in said and "chance" in said and "Traceback" not in said
 
@@ -94,7 +94,7 @@ def test_a_fold_has_a_folder_of_its_own_and_warns_of_videos_that_the_vit_was_tun
     folder = copied(finished, tmp_path)
     before = content(folder)
     said = done(folder, *TRAIN_AU, "--set", "task.fold=1")
-    assert re.search(r"warning: \d of \d validation videos of fold 1 were used to fine-tune the ViT", said)
+    assert re.search(r"warning: \d of these \d videos show scenes on which the ViT was fine-tuned", said)
     after = content(folder)
     assert {file: after[file] for file in before} == before
     assert {file.split("/")[2] for file in after.keys() - before.keys()} == {"task_au_fold1"}

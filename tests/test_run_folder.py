@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import run_folder
-from checkpoints import read_checkpoint
+from checkpoints import checksum, read_checkpoint
 from config import Config, load
 from distributed import Team
+from made_of import settings_of
 from processes import ALONE, CPU, in_child, in_team
-from run_folder import RunFolder, missing, settings_of
+from run_folder import RunFolder
 
 
 def opened(folder, settings=None, config=None, team=ALONE):
@@ -24,6 +25,15 @@ def opened(folder, settings=None, config=None, team=ALONE):
     return RunFolder("run", config, team, settings or {"task.lr": 3e-5})
 
 
+def begun(folder, settings=None, data=None):
+    """The same, when something has been made there."""
+    run = opened(folder, settings)
+    run.remember(data or {}, None)
+    run.write("last.pt", {"epoch": 0, "made_of": run.record})
+    run.lock.close()
+    return run
+
+
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -31,13 +41,17 @@ def files(folder):
 def test_a_run_folder_keeps_its_configuration_and_opens_again(tmp_path):
     config = Config()
     config.run.seed = 17
-    run = opened(tmp_path, {"task.lr": 3e-5, "temporal.channels": (8, 8)}, config)
+    settings = settings_of(config, "temporal", "run.seed")
+    run = opened(tmp_path, settings, config)
+    run.remember({"videos": 3}, None)
     assert run.folder == tmp_path / "run"
     assert not run.finished and load(run.folder / "config.yaml").run.seed == 17
     run.finish({"score": 0.5})
     run.lock.close()
-    assert opened(tmp_path, {"task.lr": 3e-5, "temporal.channels": [8, 8]}).finished
+    assert opened(tmp_path, settings, config).finished
     assert json.loads((run.folder / "metrics.json").read_text()) == {"score": 0.5}
+    assert json.loads((run.folder / "made_of.json").read_text()) == {
+        "stage": "run", "settings": settings, "input": None, "data": {"videos": 3}, "from": None}
 
 
 def test_a_folder_in_use_is_refused_to_another_process_and_free_after_its_run_is_killed(tmp_path, capfd):
@@ -72,21 +86,37 @@ def test_a_disk_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch
 
 
 def test_other_settings_in_the_same_folder_are_refused_and_each_is_named(tmp_path):
-    opened(tmp_path, {"task.lr": 3e-5, "task.batch": 32, "run.seed": 0}).lock.close()
+    begun(tmp_path, {"task.lr": 1e-4, "task.batch": 32, "task.fold": 1})
     before = files(tmp_path / "run")
     with pytest.raises(ValueError) as refusal:
-        opened(tmp_path, {"task.lr": 1e-4, "task.batch": 32, "task.fold": 1})
-    first, *rest = str(refusal.value).splitlines()
-    assert first.endswith("run was made with other settings; choose another --set run.name=..., or delete it")
-    assert rest == ["  run.seed: was 0, now None", "  task.fold: was None, now 1",
-                    "  task.lr: was 3e-05, now 0.0001"]
+        opened(tmp_path)
+    first, *rest, ways_on = str(refusal.value).splitlines()
+    assert first.endswith("run was made with other settings:")
+    assert rest == ["  task.lr: was 0.0001, now 3e-05 (of stage run)",
+                    "  task.fold: was 1, now 0 (of stage run)"]
+    assert ways_on.startswith("two ways on: the earlier values, or a run of its own, --set run.name=NEW")
     assert files(tmp_path / "run") == before
 
 
-def test_a_finished_folder_is_left_as_it_is(tmp_path):
-    run = opened(tmp_path)
-    run.finish({"score": 0.5})
+def test_a_first_attempt_that_made_nothing_locks_nothing(tmp_path):
+    run = opened(tmp_path, {"task.lr": 1e-4})
+    run.remember({}, None)                               # and then, say, memory runs out
     run.lock.close()
+    assert not opened(tmp_path).finished
+
+
+def test_a_result_whose_record_is_gone_or_damaged_is_refused(tmp_path):
+    run = begun(tmp_path)
+    for damage, message in (((lambda path: path.write_text('{"stage": ')), "made_of.json: not the JSON"),
+                            ((lambda path: path.unlink()), "run: made_of.json is missing, so nobody knows")):
+        damage(run.folder / "made_of.json")
+        with pytest.raises(ValueError, match=message):
+            opened(tmp_path)
+
+
+def test_a_finished_folder_is_left_as_it_is(tmp_path):
+    run = begun(tmp_path)
+    run.finish({"score": 0.5})
     before = files(run.folder)
     config = Config()
     config.run.workers = 3
@@ -94,46 +124,43 @@ def test_a_finished_folder_is_left_as_it_is(tmp_path):
     assert files(run.folder) == before
 
 
+def test_a_finished_record_has_the_checksum_of_the_weights_that_later_stages_read(tmp_path):
+    for name in ("last.pt", "best.pt"):                  # the best ones, where there are any
+        run = begun(tmp_path / name)
+        run.write(name, {"epoch": 1})
+        run.finish({})
+        record = json.loads((run.folder / "made_of.json").read_text())
+        assert record["checkpoint"] == name and record["checksum"] == checksum(run.folder / name)
+
+
 def test_the_half_written_files_of_a_killed_run_are_removed(tmp_path):
-    opened(tmp_path).lock.close()
+    begun(tmp_path)
     for name in (".0.123.tmp", ".1.99.tmp", "kept.tmp"):
         (tmp_path / "run" / name).write_text("half")
     opened(tmp_path)
-    assert set(files(tmp_path / "run")) == {".lock", "config.yaml", "settings.json", "kept.tmp"}
+    assert set(files(tmp_path / "run")) == {".lock", "config.yaml", "made_of.json", "last.pt", "kept.tmp"}
 
 
 def test_all_processes_are_refused_what_the_first_is_and_told_what_it_found(tmp_path):
     """The others neither look at the folder nor open it: it may be seen late on another machine."""
     def refused(team):
+        config = Config()
+        config.task.lr = team.rank + 2.0
         try:
-            opened(tmp_path, {"task.lr": team.rank + 2.0}, team=team)
+            opened(tmp_path, config=config, team=team)
         except ValueError as refusal:
             return str(refusal)
 
     def found(team):
         return opened(tmp_path if team.rank == 0 else tmp_path / "elsewhere", team=team).finished
 
-    opened(tmp_path, {"task.lr": 1.0}).lock.close()
+    begun(tmp_path, {"task.lr": 1.0})
     codes, (first, second) = in_team(2, refused)
     assert codes == [0, 0] and first == second and "task.lr: was 1.0, now 2.0" in first
-    (tmp_path / "run/settings.json").unlink()
-    (tmp_path / "run/metrics.json").write_text("{}")
+    begun(tmp_path / "other").finish({})
+    (tmp_path / "run").rename(tmp_path / "away"), (tmp_path / "other/run").rename(tmp_path / "run")
     assert in_team(2, found) == ([0, 0], [True, True])
     assert not (tmp_path / "elsewhere").exists()
-
-
-def test_settings_are_chosen_by_section_and_by_name():
-    assert settings_of(Config(), "segments", "run.seed") == {"segments.window": 300, "segments.stride": 200,
-                                                             "run.seed": 0}
-    assert settings_of(Config(), "task").keys() == {f"task.{name}" for name in vars(Config().task)}
-
-
-def test_a_missing_input_is_named_with_the_command_that_makes_it():
-    config = Config()
-    config.run.source = "configs/mine.yaml"
-    refusal = missing("runs/x/last.pt", "python x.py", config)
-    assert isinstance(refusal, ValueError)
-    assert str(refusal) == "runs/x/last.pt not found; make it with: python x.py --config configs/mine.yaml"
 
 
 # ---- Checkpoints
@@ -159,7 +186,7 @@ def test_the_last_whole_checkpoint_is_resumed_and_a_damaged_one_is_named(tmp_pat
     assert "last.pt: not a whole, plain checkpoint" in said and "trying the one before" in said
     damage(run.folder / "previous.pt")
     with pytest.raises(ValueError, match="run: no checkpoint here is whole; put a copy in its place, "
-                                         "or delete the folder"):
+                                         "or begin a run of its own"):
         run.resume({})
     said = capsys.readouterr().out
     assert "last.pt" in said and "previous.pt" in said
@@ -184,25 +211,36 @@ def test_a_checkpoint_that_another_process_cannot_read_is_used_by_none(tmp_path,
             run_folder.read_checkpoint = read
         return run.resume({})
 
-    run = opened(tmp_path)
+    run = begun(tmp_path)
     for epoch in (1, 2):
         run.write("last.pt", {"epoch": epoch})
-    run.lock.close()
     assert in_team(2, work) == ([0, 0], [{"epoch": 1}, {"epoch": 1}])
     assert "last.pt: not every process can read it" in capfd.readouterr().out
 
 
 def test_other_data_than_a_run_began_with_or_than_the_first_machine_has_is_refused(tmp_path):
-    run = opened(tmp_path)
-    run.write("last.pt", {"data": {"frames": 5}})
-    assert run.resume({"frames": 5}) == {"data": {"frames": 5}}
-    with pytest.raises(ValueError, match=r"run: began with {'frames': 5}, found now {'frames': 4}; "
-                                         "bring back what it began with"):
-        run.resume({"frames": 4})
-    run.team = type("Elsewhere", (), {"agree": staticmethod(lambda value: {"frames": 5})})
-    with pytest.raises(ValueError, match="this machine has other data than the first one: "
-                                         "{'frames': 4}, there {'frames': 5}"):
-        run.resume({"frames": 4})
+    began = {"training": "5 frames", "videos": ["a", "b"]}
+    run = begun(tmp_path, data=began)
+    assert run.resume(began)["epoch"] == 0
+    with pytest.raises(ValueError) as refusal:
+        run.resume({"training": "4 frames", "videos": ["a", "c", "d"]})
+    assert str(refusal.value).split("\n") == [
+        f"{run.folder} was made from other data:", "  training: was 5 frames, now 4 frames",
+        "  videos: 1 fewer ['b'], 2 more ['c', 'd']",
+        "two ways on: bring back what it began with, or begin a run of its own, --set run.name=NEW --set "
+        "run.base=, which takes over the stages before it that stay the same"]
+    run.team = type("Elsewhere", (), {"agree": staticmethod(lambda value: began)})
+    with pytest.raises(ValueError, match="this machine has other data than the first one:\n"
+                                         "  training: there 5 frames, here 4 frames"):
+        run.resume({"training": "4 frames", "videos": ["a", "b"]})
+
+
+def test_a_finished_result_is_compared_with_the_data_that_its_record_tells_of(tmp_path):
+    run = begun(tmp_path, data={"training": "5 frames"})
+    run.finish({})
+    run.refuse_other_data({"training": "5 frames"})
+    with pytest.raises(ValueError, match="training: was 5 frames, now 6 frames"):
+        run.refuse_other_data({"training": "6 frames"})
 
 
 def test_a_write_that_fails_leaves_a_checkpoint_to_resume_from(tmp_path):

@@ -1,5 +1,8 @@
-"""Whole videos: overlapping segments averaged, and each labelled frame scored once, by one process."""
+"""Whole videos: overlapping segments averaged, and each labelled frame scored once, by one process; which
+checkpoints may be scored."""
 
+import contextlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +10,12 @@ import pytest
 import torch
 
 import scoring
+from config import Config
 from distributed import Team
-from labels import EXPR, TASKS, VA
+from labels import AU, EXPR, TASKS, VA
 from metrics import binary_f1, ccc, class_f1
-from scoring import predict, score, shared_out
+from scoring import (check_checkpoint, check_task, find_features, load_segment_model, predict, score,
+                     shared_out, stage_of)
 from segments import SegmentData, Video, read_features, segments
 from temporal import SegmentModel
 
@@ -149,7 +154,9 @@ def test_every_frame_of_every_video_is_scored_once_by_one_process(tmp_path, worl
     total = 0
     for rank in range(world):
         mine = shared_out(videos, Team(rank, world, torch.device("cpu")))
-        total = total + score(Telltale(), mine, VA, 10, 7, 2, ALONE)
+        total = total + score(Telltale(), mine, videos, VA, 10, 7, 2, ALONE)
+    assert total[:, 0, 0].tolist() == [5, 40, 12, 33]                       # frames of each video
+    total = total.sum(axis=0)
     assert np.array_equal(total[:, 0], [90, 90])
     frames, truth = [np.arange(n) for n in (5, 40, 12, 33)], [each.labels[:, 0] for each in videos]
     expected = ccc(np.concatenate(frames), np.concatenate(truth))
@@ -172,9 +179,12 @@ def test_the_score_is_the_metric_of_the_labelled_frames_of_all_videos(tmp_path, 
     for k, part in enumerate(parts):
         np.save(tmp_path / f"{k}.npy", outputs[part].astype(np.float16))
         videos.append(Video(f"{k}", tmp_path / f"{k}.npy", labels[part]))
-    sums = score(Identity(), iter(videos), task, 20, 15, 2, ALONE)          # videos may come one at a time
+    sums = score(Identity(), iter(videos), videos, task, 20, 15, 2, ALONE)  # videos may come one at a time
     expected = alone(task, outputs.astype(np.float16), labels)
-    assert task.metric.score(sums) == pytest.approx(expected, abs=1e-6)
+    assert task.metric.score(sums.sum(axis=0)) == pytest.approx(expected, abs=1e-6)
+    for video, part, one in zip(videos, parts, sums):
+        expected = alone(task, outputs[part].astype(np.float16), video.labels)
+        assert task.metric.score(one) == pytest.approx(expected, abs=1e-6)
 
 
 class Identity(torch.nn.Module):
@@ -186,17 +196,18 @@ class Identity(torch.nn.Module):
 
 @of_each_task
 def test_the_sums_of_all_processes_are_added_and_a_process_without_videos_adds_nothing(task, monkeypatch):
-    empty = score(Identity(), [], task, 10, 7, 2, ALONE)
-    shape = {"va": (2, 6), "expr": (8, 8), "au": (12, 4)}[task.name]
+    videos = [Video(name, Path(name), np.zeros(3)) for name in "ab"]
+    empty = score(Identity(), [], videos, task, 10, 7, 2, ALONE)
+    shape = {"va": (2, 2, 6), "expr": (2, 8, 8), "au": (2, 12, 4)}[task.name]
     assert empty.shape == shape and empty.dtype == np.float64 and not empty.any()
     monkeypatch.setattr(scoring, "all_sum", lambda sums: sums + 3)                  # another process has 3
-    assert np.array_equal(score(Identity(), [], task, 10, 7, 2, ALONE), np.full(shape, 3))
+    assert np.array_equal(score(Identity(), [], videos, task, 10, 7, 2, ALONE), np.full(shape, 3))
 
 
 def test_scoring_turns_dropout_off_and_on_again(tmp_path):
     model = SegmentModel(1, 2, **SMALL, dropout=0.9)
     clip = video(tmp_path, "v", np.zeros((30, 2), np.float32))
-    a, b = (score(model, [clip], VA, 10, 7, 2, ALONE) for _ in range(2))
+    a, b = (score(model, [clip], [clip], VA, 10, 7, 2, ALONE) for _ in range(2))
     assert np.array_equal(a, b) and model.training
 
 
@@ -209,7 +220,8 @@ def test_outputs_that_are_not_finite_are_not_scored(tmp_path, task):
         return x.masked_fill(x == x.max(), float("nan"))
     model.eval = model.train = lambda: None
     with pytest.raises(ValueError, match="outputs are not finite"):
-        score(model, [Video("v", tmp_path / "v.npy", labels)], task, 10, 7, 2, ALONE)
+        clip = Video("v", tmp_path / "v.npy", labels)
+        score(model, [clip], [clip], task, 10, 7, 2, ALONE)
 
 
 @of_each_task
@@ -226,12 +238,91 @@ def test_a_small_model_learns_a_handful_of_videos_and_the_score_shows_it(tmp_pat
     torch.manual_seed(0)
     model = SegmentModel(8, len(task.outputs), **SMALL, dropout=0.0)
     clips = SegmentData(videos, task, 20, 15)
-    before = task.metric.score(score(model, videos, task, 20, 15, 2, ALONE)).mean()
+    before = task.metric.score(score(model, videos, videos, task, 20, 15, 2, ALONE).sum(axis=0)).mean()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     x, target, valid, frames = clips.collate([clips[i] for i in range(len(clips))])
     for _ in range(60):
         optimizer.zero_grad()
         task.loss(model(x.float(), frames), target, valid).backward()
         optimizer.step()
-    after = task.metric.score(score(model, videos, task, 20, 15, 2, ALONE)).mean()
+    after = task.metric.score(score(model, videos, videos, task, 20, 15, 2, ALONE).sum(axis=0)).mean()
     assert before < 0.6 and after > 0.9
+
+
+# ---- Folders and checkpoints
+
+def test_a_task_has_a_run_folder_for_each_fold_and_reads_the_runs_features_or_given_ones(tmp_path):
+    config, made = Config(), tmp_path / "mine/features"
+    config.run.out, config.run.name, config.run.source = str(tmp_path), "mine", "my.yaml"
+    made.mkdir(parents=True)
+    with pytest.raises(ValueError, match="features/metrics.json not found; make it with: "
+                                         "python .*extract_features.py --config my.yaml"):
+        find_features(config, ALONE)
+    record = {"stage": "features", "settings": {}, "input": None, "data": {}, "from": None}
+    (made / "made_of.json").write_text(json.dumps(record))
+    (made / "metrics.json").touch()
+    assert stage_of(config, AU) == "task_au" and find_features(config, ALONE) == (made, record)
+    (tmp_path / "elsewhere").mkdir()
+    config.task.fold, config.task.features = 3, str(tmp_path / "elsewhere")
+    assert stage_of(config, VA) == "task_va_fold3"
+    assert find_features(config, ALONE) == (tmp_path / "elsewhere", {"file": str(tmp_path / "elsewhere")})
+
+
+def small_config():
+    config = Config()
+    for name, value in SMALL.items():
+        setattr(config.temporal, name, value)
+    return config
+
+
+@pytest.mark.parametrize("wrap", [lambda weights: {"model": weights}, lambda weights: weights],
+                         ids=["our checkpoint", "weights alone"])
+def test_the_weights_of_a_checkpoint_are_loaded_and_those_of_other_sizes_are_refused(wrap):
+    model = SegmentModel(5, 12, **SMALL)
+    saved = wrap(model.state_dict())
+    loaded = load_segment_model("best.pt", saved, small_config(), AU, 5, ALONE)
+    pairs = zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    shapes = r"(?s)best.pt: a checkpoint of another architecture.*file \(8, 5, 3\), model \(8, 6, 3\)"
+    with pytest.raises(ValueError, match=shapes):
+        load_segment_model("best.pt", saved, small_config(), AU, 6, ALONE)
+    with pytest.raises(ValueError, match="another architecture"):
+        load_segment_model("best.pt", saved, small_config(), VA, 5, ALONE)
+
+
+def test_a_checkpoint_of_another_task_is_refused_and_one_that_does_not_tell_is_not():
+    for stage in ("task_au", "task_au_fold2"):
+        saved = {"made_of": {"stage": stage}}
+        check_task("best.pt", saved, AU)
+        with pytest.raises(ValueError, match=f"best.pt: trained for {stage}, not for --task va"):
+            check_task("best.pt", saved, VA)
+    check_task("best.pt", {"model": {}}, VA)
+
+
+def trained(on, fold=0, vit=7):
+    """A checkpoint that was trained on these videos, with features of a ViT of this checksum."""
+    return {"made_of": {"stage": "task_au", "settings": {"task.fold": fold}, "from": features_of(vit),
+                        "data": {"training videos": on}}}
+
+
+def features_of(vit):
+    return {"stage": "features", "settings": {}, "from": {"stage": "finetune", "checksum": vit}}
+
+
+@pytest.mark.parametrize("given, fits", [(features_of(7), True), (features_of(8), False),
+                                         ({"file": "features"}, True)], ids=["same", "other", "unknown"])
+def test_a_model_takes_features_of_the_vit_it_was_trained_on_or_of_an_unknown_one(given, fits):
+    refused = pytest.raises(ValueError, match=r"of another ViT, features from finetune \(checksum 7\), not "
+                                              r"features from finetune \(checksum 8\), .*--set task.features")
+    with contextlib.nullcontext() if fits else refused:
+        check_checkpoint("best.pt", trained(["a"]), given, [])
+
+
+def test_a_model_is_not_scored_on_scenes_that_it_was_trained_on():
+    def on(*names):
+        return [Video(name, Path(name), np.zeros(3)) for name in names]
+    check_checkpoint("best.pt", trained(["a", "b_left"]), features_of(7), on("c", "d"))
+    with pytest.raises(ValueError, match=r"best.pt: trained on 2 of the 3 videos that would be scored "
+                                         r"\(a, b_right\); its fold is 1, give --set task.fold="):
+        check_checkpoint("best.pt", trained(["a", "b_left"], 1), features_of(7), on("a", "b_right", "c"))
+    check_checkpoint("best.pt", {"model": {}}, features_of(7), on("a"))        # nothing is known of it

@@ -12,8 +12,8 @@ import torch
 
 import segments as module
 from labels import AU, EXPR, TASKS, VA
-from segments import (SegmentData, checkpoint_of, feature_shape, noface_path, open_videos, pad, read_features,
-                      segments)
+from segments import (SegmentData, Video, feature_shape, fingerprint, labelled_faces, noface_path,
+                      open_videos, pad, read_features, reasons, segments)
 
 # ---- Cutting
 
@@ -145,24 +145,68 @@ def test_the_mask_of_frames_without_a_face_lies_beside_the_features(name):
     assert noface_path(f"runs/features/{name}.npy") == Path(f"runs/features/{name}.noface.npy")
 
 
-def test_the_checkpoint_of_a_folder_of_features_is_known_only_where_it_was_written_down(tmp_path):
-    assert checkpoint_of(tmp_path) is None                                   # made by another program
-    (tmp_path / "settings.json").write_text(json.dumps({"vit.dim": 8}))
-    assert checkpoint_of(tmp_path) is None
-    (tmp_path / "settings.json").write_text(json.dumps({"vit.dim": 8, "checkpoint checksum": 77}))
-    assert checkpoint_of(str(tmp_path)) == 77
-
-
 # ---- Labelled videos
 
-def test_videos_without_features_or_without_frames_are_left_out_by_name(tmp_path):
+def test_of_features_made_elsewhere_videos_without_features_or_without_labels_are_left_out(tmp_path):
     features_of(tmp_path, 5, name="clip.v2"), features_of(tmp_path, 5, name="empty")
     files = {}
     for name, n in (("clip.v2", 5), ("empty", 0), ("faceless", 1)):
         files |= labelled(tmp_path, EXPR, [1] * n, name)
-    (video,), without, dim = open_videos(files, tmp_path, EXPR)
+    (video,), left_out, dim = open_videos(files, tmp_path, EXPR)
     assert (video.name, video.features, dim) == ("clip.v2", tmp_path / "clip.v2.npy", 3)
-    assert video.labels.tolist() == [1] * 5 and without == ["empty", "faceless"]
+    assert video.labels.tolist() == [1] * 5
+    assert left_out == {"empty": "no labels", "faceless": "no features"}
+
+
+def extracted(root, **faces):
+    """videos.json as the extraction leaves it: the number of faces of each video."""
+    (root / "videos.json").write_text(json.dumps({name: {"faces": n} for name, n in faces.items()}))
+
+
+def test_a_video_without_a_face_is_left_out_and_one_whose_file_is_gone_is_refused(tmp_path):
+    files = {}
+    for name in ("a", "b", "faceless", "late", "lost"):
+        files |= labelled(tmp_path, EXPR, [1] * 5, name)
+    for name in ("a", "b", "lost"):
+        features_of(tmp_path, 5, name=name)
+        np.save(noface_path(tmp_path / f"{name}.npy"), np.zeros(5, bool))
+    extracted(tmp_path, a=5, b=4, faceless=0, lost=2)
+    videos, left_out, _ = open_videos(files, tmp_path, EXPR)
+    assert [video.name for video in videos] == ["a", "b", "lost"]
+    assert left_out == {"faceless": "no readable face", "late": "no frames when features were extracted"}
+    for gone in ("lost.npy", "b.noface.npy"):
+        (tmp_path / gone).rename(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match=f"files of 1 videos that were extracted are gone: {gone[:-4]}"
+                                             .replace(".noface", "")
+                                             + "; run extract_features.py, which makes what is missing"):
+            open_videos(files, tmp_path, EXPR)
+        (tmp_path / "elsewhere").rename(tmp_path / gone)
+
+
+def test_what_is_left_out_is_told_by_its_reason():
+    assert reasons({"a": "no labels", "b": "no readable face", "c": "no labels"}) == (
+        "a, c (no labels); b (no readable face)")
+    assert reasons({}) == ""
+
+
+def test_other_labels_or_other_videos_have_another_fingerprint(tmp_path):
+    def of(*named):
+        return fingerprint([Video(name, tmp_path / name, np.array(labels)) for name, labels in named])
+    one = of(("a", [1, 2]), ("b", [3]))
+    assert one.startswith("2 videos, 3 frames, checksum ") and one == of(("a", [1, 2]), ("b", [3]))
+    others = [of(("a", [1, 2])), of(("a", [1, 3]), ("b", [3])), of(("a", [1, 2]), ("c", [3])),
+              of(("b", [3]), ("a", [1, 2]))]
+    assert len({one, *others}) == 5
+
+
+@pytest.mark.parametrize("task, count", [(VA, 2), (EXPR, 3), (AU, 2)], ids=TASKS)
+def test_labelled_frames_with_a_face_are_counted(tmp_path, task, count):
+    """Fully labelled are the frames 0, 3, 4 of VA, 0, 2, 3, 4 of Expr, 0, 3, 4 of the AUs; 3 has no face."""
+    features_of(tmp_path, 7)
+    videos = open_videos(labelled(tmp_path, task, LABELS[task.name]), tmp_path, task)[0]
+    assert labelled_faces(videos, task) == count + 1                # nothing is known of faces
+    np.save(tmp_path / "v.noface.npy", np.arange(7) == 3)
+    assert labelled_faces(videos, task) == count
 
 
 @pytest.mark.parametrize("frames, width", [(4, 3), (5, 4)], ids=["fewer frames than labels", "another width"])
@@ -170,7 +214,7 @@ def test_features_that_do_not_fit_labels_or_each_other_are_refused(tmp_path, fra
     features_of(tmp_path, 5, name="a"), features_of(tmp_path, frames, width, name="b")
     files = labelled(tmp_path, EXPR, [1] * 5, "a") | labelled(tmp_path, EXPR, [1] * 5, "b")
     message = (rf"b\.npy: features are {frames} x {width}, expected at least 5 frames "
-               r"\(as .*b\.txt has\) x 3; delete")
+               r"\(as .*b\.txt has\) x 3; run extract_features.py again")
     with pytest.raises(ValueError, match=message):
         open_videos(files, tmp_path, EXPR)
 
@@ -181,9 +225,9 @@ def test_features_that_do_not_fit_labels_or_each_other_are_refused(tmp_path, fra
 def test_segments_are_padded_with_masked_zeros_and_invalid_codes_are_not_valid(tmp_path, task):
     array = features_of(tmp_path, 7)                # two frames more than labels: images past the last label
     codes = LABELS[task.name]
-    videos, without, dim = open_videos(labelled(tmp_path, task, codes), tmp_path, task)
+    videos, left_out, dim = open_videos(labelled(tmp_path, task, codes), tmp_path, task)
     segment_data = SegmentData(videos, task, window=4, stride=3)
-    assert (len(segment_data), dim, without) == (2, 3, []) and segment_data.where(1) == "v frames 4 to 5"
+    assert (len(segment_data), dim, left_out) == (2, 3, {}) and segment_data.where(1) == "v frames 4 to 5"
     codes = np.array(codes, np.float32)
     for i, (start, end) in enumerate([(0, 4), (3, 5)]):
         x, target, valid, frames = segment_data[i]

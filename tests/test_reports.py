@@ -1,8 +1,6 @@
-"""What is reported of a score: the table beside the paper's numbers, the checkpoint it is of, the picture of
-a video."""
+"""What is reported of a score: the table beside the paper's numbers, which videos it is of, the picture of a
+video."""
 
-import contextlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,51 +8,38 @@ import pytest
 import torch
 from PIL import Image
 
-import scoring
-from checkpoints import write_file
+import reports
 from config import Config
 from distributed import Team
 from labels import AU, EXPR, TASKS, VA, targets
-from scoring import (check_features, draw_timeline, features_of, load_segment_model, predict, report,
-                     score_table, stage_of)
+from reports import Scored, draw_timeline, report, score_table, to_score
+from scoring import predict
 from segments import Video, segments
-from temporal import SegmentModel
 
 ALONE = Team(0, 1, torch.device("cpu"))
-SMALL = dict(channels=(8, 8), kernels=(3, 3), dilations=(1, 2), width=16, layers=1, heads=2, hidden=16,
-             head=8)
 of_each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
-def sums_of(task):
+def sums_of(task, seed=0):
     """The sums of 300 random frames, a fifth of the labels invalid."""
-    rng, K = np.random.default_rng(0), len(task.outputs)
+    rng, K = np.random.default_rng(seed), len(task.outputs)
     labels = {"va": rng.uniform(-1, 1, (300, K)), "expr": rng.integers(0, 7, 300),
               "au": rng.random((300, K)) < 0.3}[task.name].astype(task.dtype)
     labels[rng.random(labels.shape) < 0.2] = task.invalid
     return task.metric.count(rng.normal(size=(300, K)), *targets(labels, task))
 
 
-# ---- Folders and reports
+# ---- The table
 
-def test_a_task_has_a_run_folder_for_each_fold_and_reads_the_runs_features_or_given_ones(tmp_path):
-    config, made = Config(), tmp_path / "mine/features"
-    config.run.out, config.run.name, config.run.source = str(tmp_path), "mine", "my.yaml"
-    made.mkdir(parents=True)
-    with pytest.raises(ValueError, match="features/metrics.json not found; make it with: "
-                                         "python extract_features.py --config my.yaml"):
-        features_of(config)
-    (made / "metrics.json").touch()
-    assert stage_of(config, AU) == "task_au" and features_of(config) == made
-    config.task.fold, config.task.features = 3, "elsewhere/features"
-    assert stage_of(config, VA) == "task_va_fold3" and features_of(config) == Path("elsewhere/features")
+def cells(table: str) -> list[list[str]]:
+    return [line.split() for line in table.splitlines()]
 
 
 @of_each_task
 def test_the_table_has_a_line_per_class_and_the_means_beside_the_papers(task):
     sums = sums_of(task)
     ours, chance = task.metric.score(sums), task.metric.chance(sums)
-    header, *lines, mean = [line.split() for line in score_table(task, sums).splitlines()]
+    header, *lines, mean = cells(score_table(task, sums))
     assert header == [*task.metric.name.split(), "ours", "chance", "paper", "baseline"]
     assert [line[0] for line in lines] == list(task.outputs) and mean[0] == "mean"
     assert [line[1:3] for line in lines] == [[f"{a:.3f}", f"{b:.3f}"] for a, b in zip(ours, chance)]
@@ -72,7 +57,7 @@ def test_the_table_has_a_line_per_class_and_the_means_beside_the_papers(task):
     (AU, 2, ["-"] * 12 + ["0.502"]), (AU, 4, ["-"] * 12 + ["0.582"])],
     ids=["va 1", "va 4", "expr 2", "expr 3", "au 2", "au 4"])
 def test_a_fold_is_compared_with_its_own_column_of_table_1_and_with_no_baseline(task, fold, column):
-    lines = [line.split() for line in score_table(task, sums_of(task), fold).splitlines()[1:]]
+    lines = cells(score_table(task, sums_of(task), fold=fold))[1:]
     assert [line[3] for line in lines] == column
     assert all(line[4] == "-" for line in lines)             # the challenge's is on the official split alone
 
@@ -80,77 +65,84 @@ def test_a_fold_is_compared_with_its_own_column_of_table_1_and_with_no_baseline(
 def test_the_columns_of_a_table_stand_below_each_other():
     sums = np.zeros((2, 6))
     assert score_table(VA, sums) == """\
-CCC               ours  chance   paper  baseline
-valence          0.000   0.000   0.538     0.240
-arousal          0.000   0.000   0.622     0.200
-mean             0.000   0.000   0.580     0.220"""
+CCC                 ours    chance     paper  baseline
+valence            0.000     0.000     0.538     0.240
+arousal            0.000     0.000     0.622     0.200
+mean               0.000     0.000     0.580     0.220"""
 
 
-@pytest.mark.parametrize("synthetic, without", [(True, []), (False, ["ghost", "136_left"])])
-def test_a_report_says_which_checkpoint_which_videos_and_what_is_left_out(synthetic, without):
-    config, sums = Config(), sums_of(VA)
-    config.data.synthetic, config.task.fold = synthetic, 2
-    videos = [Video(f"{n}", Path(), np.zeros((n, 2))) for n in (1000, 234)]
-    lines = report(VA, sums, videos, without, Path("runs/best.pt"), config).splitlines()
-    data = "Aff-Wild2"
-    if synthetic:
-        data = "synthetic data; the paper's and the baseline's numbers are on Aff-Wild2"
-    assert lines[:2] == ["runs/best.pt", f"2 validation videos, 1,234 frames ({data})"]
-    assert lines[2:6] == score_table(VA, sums, fold=2).splitlines() and "0.547" in lines[5]
-    assert lines[6:] == (["left out, no features: ghost, 136_left"] if without else [])
+def test_the_score_on_unseen_videos_stands_beside_and_the_papers_only_where_it_can_be_compared():
+    sums, unseen = sums_of(AU), sums_of(AU, seed=1)
+    header, *lines, mean = cells(score_table(AU, sums, unseen, comparable=False))
+    assert header == ["mean", "F1", "ours", "unseen", "chance"]
+    assert [line[2] for line in lines] == [f"{f1:.3f}" for f1 in AU.metric.score(unseen)]
+    assert mean[2] == f"{AU.metric.score(unseen).mean():.3f}" != mean[1]
 
 
-# ---- Checkpoints
+# ---- The report
 
-def small_config():
+def scored(seen=(), left_out=None, data="Aff-Wild2", comparable=True) -> Scored:
+    """Two videos, of which `seen` show scenes on which the ViT was fine-tuned."""
+    videos = [Video(name, Path(), np.zeros((n, 2))) for name, n in (("a", 1000), ("b", 234))]
+    return Scored(videos, left_out or {}, np.array([video.name not in seen for video in videos]), data,
+                  comparable)
+
+
+def each_video():
+    return np.stack([sums_of(VA), sums_of(VA, seed=1)])
+
+
+def test_a_report_says_which_checkpoint_which_videos_and_what_is_left_out():
+    sums, left_out = each_video(), {"ghost": "no labels", "136_left": "no labels"}
+    lines = report(VA, sums, scored(left_out=left_out), Path("runs/best.pt"), 2).splitlines()
+    assert lines[:2] == ["runs/best.pt", "2 validation videos, 1,234 frames (Aff-Wild2)"]
+    assert lines[2:6] == score_table(VA, sums.sum(axis=0), fold=2).splitlines() and "0.547" in lines[5]
+    assert lines[6:] == ["left out: ghost, 136_left (no labels)"]
+
+
+def test_a_report_says_how_many_videos_the_vit_has_seen_and_scores_the_others_alone():
+    sums = each_video()
+    lines = report(VA, sums, scored(seen="a"), Path("best.pt"), 0).splitlines()
+    assert lines[2:6] == score_table(VA, sums.sum(axis=0), sums[1]).splitlines()
+    assert lines[6:] == ["1 of these 2 videos show scenes on which the ViT was fine-tuned; \"unseen\" is the "
+                         "score of the others alone"]
+    lines = report(VA, sums, scored(seen="ab"), Path("best.pt"), 0).splitlines()
+    assert "unseen" not in lines[2]
+    assert lines[6:] == ["2 of these 2 videos show scenes on which the ViT was fine-tuned, so the score is "
+                         "too high"]
+
+
+def to_score_of(tmp_path, frames, synthetic=False, tuned=()):
+    """`to_score` of videos a_left and b, of which all `frames` frames have labels and faces."""
     config = Config()
-    for name, value in SMALL.items():
-        setattr(config.temporal, name, value)
-    return config
+    config.data.synthetic = synthetic
+    videos = [Video(name, tmp_path / f"{name}.npy", np.zeros(n, np.int8)) for name, n in frames.items()]
+    origin = {"stage": "features", "from": {"stage": "finetune", "data": {"training videos": list(tuned)}}}
+    return to_score(videos[:1], {}, videos[1:], EXPR, origin, config)
 
 
-def saved(path, state):
-    write_file(path, lambda file: torch.save(state, file))
-    return path
+def test_the_papers_numbers_stand_only_beside_synthetic_data_and_a_complete_copy(tmp_path):
+    whole = EXPR.labelled_faces
+    assert whole == 585_317 + 280_532
+    for frames, comparable in ((whole, True), (whole - whole // 101, True), (whole - whole // 99, False),
+                               (2 * whole, False)):
+        found = to_score_of(tmp_path, {"a": 1, "b": frames - 1})
+        assert found.comparable == comparable
+        assert found.data == "Aff-Wild2" if comparable else "a complete Aff-Wild2 has 865,849" in found.data
+    found = to_score_of(tmp_path, {"a": 1, "b": 2}, synthetic=True)
+    assert found.comparable and found.data.startswith("synthetic data; the paper's")
 
 
-def test_a_checkpoint_of_another_task_or_size_is_refused(tmp_path):
-    config, model = small_config(), SegmentModel(5, 12, **SMALL)
-    path = saved(tmp_path / "best.pt", {"task": "au", "model": model.state_dict()})
-    loaded = load_segment_model(path, config, AU, 5, tmp_path, ALONE)
-    pairs = zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-    with pytest.raises(ValueError, match="best.pt: trained for --task au, not va"):
-        load_segment_model(path, config, VA, 5, tmp_path, ALONE)
-    shapes = r"(?s)best.pt: a checkpoint of another architecture.*file \(8, 5, 3\), model \(8, 6, 3\)"
-    with pytest.raises(ValueError, match=shapes):
-        load_segment_model(path, config, AU, 6, tmp_path, ALONE)
+def test_frames_without_a_face_do_not_count_towards_a_complete_copy(tmp_path):
+    np.save(tmp_path / "b.noface.npy", np.arange(EXPR.labelled_faces) % 2 == 0)
+    assert not to_score_of(tmp_path, {"a": 1, "b": EXPR.labelled_faces}).comparable
 
 
-def test_weights_alone_are_a_checkpoint_of_any_task_that_they_fit(tmp_path):
-    model = SegmentModel(5, 12, **SMALL)
-    path = saved(tmp_path / "weights.pt", model.state_dict())
-    loaded = load_segment_model(path, small_config(), AU, 5, tmp_path, ALONE)
-    assert torch.equal(loaded.head[2].weight, model.head[2].weight)
-    with pytest.raises(ValueError, match="another architecture"):
-        load_segment_model(path, small_config(), VA, 5, tmp_path, ALONE)
-
-
-@pytest.mark.parametrize("trained_on, given, fits", [(7, 7, True), (7, 8, False), (7, None, True),
-                                                     (None, 8, True), (None, None, True)])
-def test_a_model_takes_features_of_the_vit_it_was_trained_on_or_of_an_unknown_one(tmp_path, trained_on, given,
-                                                                                  fits):
-    """Unknown: features that were copied elsewhere, or that another program made."""
-    if given:
-        (tmp_path / "settings.json").write_text(json.dumps({"checkpoint checksum": given}))
-    weights = SegmentModel(5, 12, **SMALL).state_dict()
-    state = {"task": "au", "checkpoint checksum": trained_on, "model": weights}
-    path = saved(tmp_path / "best.pt", state)
-    for check in (lambda: load_segment_model(path, small_config(), AU, 5, tmp_path, ALONE),
-                  lambda: check_features(path, state, tmp_path)):
-        refused = pytest.raises(ValueError, match="another ViT .checksum 7, not 8.*--set task.features=")
-        with contextlib.nullcontext() if fits else refused:
-            check()
+def test_a_scene_counts_as_seen_whoever_of_it_the_vit_was_tuned_on(tmp_path):
+    frames = {"a_left": 1, "b": 2}
+    assert to_score_of(tmp_path, frames, tuned=["a_right"]).unseen.tolist() == [False]
+    assert to_score_of(tmp_path, frames, tuned=["a"]).unseen.tolist() == [False]
+    assert to_score_of(tmp_path, frames, tuned=["b", "a2"]).unseen.tolist() == [True]
 
 
 # ---- The picture of a video
@@ -178,7 +170,7 @@ def pictured(tmp_path, monkeypatch):
     """A call that draws the timeline of videos -> the arguments that `pictures.timeline` was given."""
     def draw(videos, task, team=ALONE, frames=(tmp_path / "frames",), **keywords):
         given, config = [], Config()
-        monkeypatch.setattr(scoring.pictures, "timeline", lambda *arguments: given.append(arguments))
+        monkeypatch.setattr(reports.pictures, "timeline", lambda *arguments: given.append(arguments))
         config.segments.window, config.segments.stride = 10, 7
         config.data.frames = [str(root) for root in frames]
         model = StartOfSegment()

@@ -1,0 +1,279 @@
+"""What a result was made of, so that nothing stale is used without a word.
+
+Every stage keeps a record beside its result (made_of.json), and in its checkpoints under the key made_of:
+
+    stage      "finetune"
+    settings   {"vit.dim": 768, "finetune.lr": 1e-4, ...}: those that the result depends on
+    data       what it has read, in names, numbers and checksums
+    input      {"setting": "finetune.start", "stage": "pretrain"}: where its input is looked for
+    from       the record of that input; so a record holds the whole chain, down to the data
+    checkpoint, checksum   of the weights that later stages read, since it is finished
+
+A result is used if its record agrees with today's settings and with the input that lies there now; otherwise
+it is stale, and refused. A run with another name may take the earlier stages of run.base, if they agree
+(`place`). Paths are not compared, only what they lead to. docs/made_of.md shows the chain.
+
+    python made_of.py RUN_FOLDER     # the chain behind a result; a checkpoint file will do as well
+"""
+
+import copy
+import dataclasses
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+from checkpoints import checksum, read_checkpoint, read_json
+from config import Config, typed
+
+PATHS = ("synthetic.root", "finetune.start", "features.checkpoint", "task.features")
+RANDOM = {"file": "random weights", "checksum": 0}           # what finetune.start=none begins with
+MADE = ("last.pt", "previous.pt", "best.pt", "metrics.json", "videos.json")      # files of work that was done
+
+
+# ---- Settings
+
+def value(config: Config, name: str):
+    """The setting "section.field", as JSON gives it back; None if there is none of this name.
+
+    Of a path to data only whether it is given, of a list of them how many: what lies there is compared.
+    """
+    section, field = name.split(".")
+    found = getattr(getattr(config, section, None), field, None)
+    if section == "data" and isinstance(found, (str, list)):
+        return len(found) if isinstance(found, list) else "given" if found else "not given"
+    return json.loads(json.dumps(found))
+
+
+def settings_of(config: Config, *names) -> dict:
+    """{"task.lr": 3e-5, ...} of sections or single "section.field"s, less the paths.
+
+    The section `synthetic` counts with synthetic data only.
+    """
+    chosen = {}
+    for section, fields in dataclasses.asdict(config).items():
+        for field in fields:
+            name = f"{section}.{field}"
+            unused = name in PATHS or section == "synthetic" and not config.data.synthetic
+            if (section in names or name in names) and not unused:
+                chosen[name] = value(config, name)
+    return chosen
+
+
+# ---- Records
+
+def finished(folder) -> bool:
+    """A stage writes metrics.json last."""
+    return (Path(folder) / "metrics.json").exists()
+
+
+def begun(folder) -> bool:
+    """Has the stage made anything here? A first attempt that failed earlier than that does not count."""
+    return any((Path(folder) / name).exists() for name in MADE)
+
+
+def read_record(folder) -> dict | None:
+    """The record in a run folder; None if there is none. Raises ValueError if it is damaged."""
+    return read_json(Path(folder) / "made_of.json")
+
+
+def given_record(path) -> dict:
+    """The record of a checkpoint, or of a folder of features, that a setting names."""
+    if path == "none":
+        return RANDOM
+    if Path(path).is_dir():
+        return {**(read_record(path) or {}), "file": str(path)}
+    known = read_checkpoint(path).get("made_of", {})
+    return {**known, "file": str(path), "checksum": checksum(path)}
+
+
+def same(a: dict, b: dict) -> bool:
+    """Are these records of one input? The checksum of a checkpoint tells. Features have none: they are the
+    same if they come from the same checkpoint with the same settings."""
+    if "checksum" in a or "checksum" in b:
+        return a.get("checksum") == b.get("checksum")
+    both_known = "settings" in a and "settings" in b
+    return not both_known or a["settings"] == b["settings"] and same(a["from"], b["from"])
+
+
+def chain(record: dict | None) -> list[dict]:
+    """A record, that of its input, and so on to the first stage."""
+    return [record, *chain(record.get("from"))] if record else []
+
+
+def tuned_on(record: dict | None) -> list[str]:
+    """The videos on which the ViT behind a result was fine-tuned; none for an MAE's or a foreign ViT."""
+    for link in chain(record):
+        if link.get("stage") == "finetune":
+            return link["data"]["training videos"]
+    return []
+
+
+# ---- Comparing
+
+def differences(record: dict, config: Config) -> dict[str, tuple]:
+    """{setting: (stage, was, now)} of a record and of all that it was made from, the earliest stage first.
+
+    What lies before a path that a setting names is that path's affair: `stale` compares its checksum.
+    """
+    changed, before = {}, record.get("from")
+    if before and "file" not in before and not value(config, record["input"]["setting"]):
+        changed = differences(before, config)
+    for name, was in record["settings"].items():
+        now = value(config, name)
+        if now != was:
+            changed.setdefault(name, (record["stage"], was, now))
+    return changed
+
+
+def listed(changed: dict) -> str:
+    return "".join(f"\n  {name}: was {was!r}, now {now!r} (of stage {stage})"
+                   for name, (stage, was, now) in changed.items())
+
+
+def other_run(config: Config) -> str:
+    """The way on that loses nothing, for messages."""
+    base = "" if config.run.base else f" --set run.base={config.run.name}"
+    return (f"a run of its own, --set run.name=NEW{base}, which takes over the stages before it that stay "
+            "the same")
+
+
+def place(config: Config, stage: str) -> Path:
+    """The folder of an earlier stage: this run's; or run.base's, if this run has made nothing there and that
+    of the base is finished, whole and not stale."""
+    own, base = config.folder(stage), Path(config.run.out) / config.run.base / stage
+    if not config.run.base or begun(own) or not finished(base) or stale(base, config):
+        return own
+    return base if (base / read_record(base).get("checkpoint", "")).exists() else own
+
+
+def check(folder: Path, config: Config):
+    """Raises ValueError if a result is stale."""
+    reason = stale(folder, config)
+    if reason:
+        raise ValueError(reason)
+
+
+def stale(folder: Path, config: Config) -> str:
+    """Why what lies in a run folder is not what `config` would make, with the ways on; "" if it is.
+
+    It was made with other settings, or from another input than lies there now; and so on down the chain. An
+    input that is gone is no longer needed.
+    """
+    record = read_record(folder)
+    if record is None:
+        return (f"{folder}: made_of.json is missing, so nobody knows what this was made of; put it back, or "
+                f"begin {other_run(config)}")
+    changed = differences(record, config)
+    if changed:
+        return (f"{folder} was made with other settings:{listed(changed)}\n"
+                f"two ways on: the earlier values, or {other_run(config)}")
+    if not record.get("input"):
+        return ""
+    setting, stage = record["input"]["setting"], record["input"]["stage"]
+    given = value(config, setting)
+    where = Path(given) if given else place(config, stage)
+    if given != "none" and not (where.exists() if given else finished(where)):
+        return ""
+    before, now = record["from"], given_record(given) if given else read_record(where)
+    if now is None or not same(before, now):
+        old, new = before.get("settings", {}), (now or {}).get("settings", {})
+        changed = {name: (stage, old[name], new.get(name)) for name in old if old[name] != new.get(name)}
+        return (f"{folder} was made from {named(before)}, but {where} is now "
+                f"{named(now) if now else 'without made_of.json'}{listed(changed)}\n"
+                f"two ways on: bring back what it was made from, or {other_run(config)}")
+    return "" if given else stale(where, config)
+
+
+def named(record: dict) -> str:
+    """A record in a few words: "finetune (checksum 123)", "features from finetune (checksum 123)"."""
+    if "checksum" in record:
+        return f"{record.get('file') or record['stage']} (checksum {record['checksum']})"
+    before = record.get("from")
+    return (record.get("file") or record["stage"]) + (f" from {named(before)}" if before else "")
+
+
+# ---- Finding
+
+def command(script: str, config: Config) -> str:
+    """What to type, in the folder where the user is, to run another script ("x.py --task au") as this one."""
+    return f"python {Path(sys.argv[0]).parent / script} --config {config.run.source}"
+
+
+def missing(path, script: str, config: Config) -> ValueError:
+    """The refusal of a stage whose input is not there: names it, and the command that makes it."""
+    return ValueError(f"{path} not found; make it with: {command(script, config)}")
+
+
+def find_input(config: Config, team, setting: str, stage: str, file: str, script: str) -> tuple[Path, dict]:
+    """The input of a stage, and its record: the path that `setting` gives, or `file` of an earlier stage.
+
+    Raises ValueError if it is missing (`script` makes it), gone, stale, or not the file that its stage
+    has written.
+    """
+    given = value(config, setting)
+    if given:
+        return Path(given), given_record(given)
+    folder = place(config, stage)
+    path = folder / file
+    if not finished(folder):
+        raise missing(path, script, config)
+    check(folder, config)
+    there(path, config)
+    record = read_record(folder)
+    now = team.agree(checksum(path) if team.rank == 0 and "checksum" in record else None)
+    if now != record.get("checksum"):
+        raise ValueError(f"{path}: not the file that the stage has written; put that back, or name this one "
+                         f"with --set {setting}={path}")
+    if folder != config.folder(stage):
+        team.say(f"  {stage}: taken from {folder} (run.base), made with the same settings")
+    return path, record
+
+
+def there(path: Path, config: Config):
+    """Raises ValueError if `path`, which a finished stage has written, is gone."""
+    if not path.exists():
+        raise ValueError(f"{path} is gone, though its stage is finished; put a copy back, or begin "
+                         f"{other_run(config)}")
+
+
+def like(record: dict | None, config: Config, source) -> tuple[Config, dict]:
+    """`config` with the settings that a checkpoint was made with, its features' and its ViT's too, and
+    {setting: (stage, was, now)} of those that differed. A checkpoint without a record changes nothing.
+
+    Raises ValueError if one of them was given with --set: it contradicts the checkpoint `source`.
+    """
+    if record is None:
+        return config, {}
+    changed = differences(record, config)
+    contradicting = {name: row for name, row in changed.items() if name in typed(config)}
+    if contradicting:
+        raise ValueError(f"{source} was made with other settings:{listed(contradicting)}\n"
+                         "leave them out, and the checkpoint's own are used")
+    config = copy.deepcopy(config)
+    for name, (_, was, _) in changed.items():
+        section, field = name.split(".")
+        setattr(getattr(config, section), field, was)
+    return config, changed
+
+
+def described(record: dict):
+    """Lines that tell of a record and of all that it was made from."""
+    for link in chain(record):
+        yield named({**link, "from": None})
+        data = {name: f"{len(entry)}" if isinstance(entry, list) else entry
+                for name, entry in link.get("data", {}).items()}
+        for title, entries in (("data", data), ("settings", link.get("settings", {}))):
+            if entries:
+                text = ", ".join(f"{name} {entry}" for name, entry in entries.items())
+                yield textwrap.fill(text, 100, initial_indent=f"  {title:10s}", subsequent_indent=" " * 12)
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        try:
+            record = read_record(path) if Path(path).is_dir() else read_checkpoint(path).get("made_of")
+            print("\n".join(described(record)) if record else f"{path}: tells nothing of what it was made of")
+        except (ValueError, OSError) as refusal:
+            print(f"refused: {refusal}", file=sys.stderr)
+            sys.exit(2)

@@ -1,0 +1,110 @@
+"""What is said of a score: a table beside the numbers to compare with, and a picture of one video (paper
+§4.2, Table 1).
+
+A score is compared with the paper's only on synthetic data, which says so, and on a complete copy of
+Aff-Wild2. Where the ViT was fine-tuned on scenes of the validation set, the score without them stands beside.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+import pictures
+from data import VideoFrames, find_videos, scene
+from distributed import Team
+from labels import Task, targets
+from made_of import tuned_on
+from scoring import predict
+from segments import Video, labelled_faces, read_features, reasons, segments
+
+
+class Scored(NamedTuple):
+    """The videos that are scored, and what their score can be compared with."""
+    videos: list[Video]
+    left_out: dict[str, str]     # {video: why it is not scored}
+    unseen: np.ndarray           # (videos,) bool: the ViT was not fine-tuned on this video's scene
+    data: str                    # what the report calls the data
+    comparable: bool             # with the paper's and the baseline's numbers
+
+
+def to_score(videos, left_out, other_videos, task: Task, origin: dict, config) -> Scored:
+    """`videos` of the validation set, `other_videos` of the training set; `origin`: the features' record."""
+    tuned = {scene(name) for name in tuned_on(origin)}
+    unseen = np.array([scene(video.name) not in tuned for video in videos])
+    if config.data.synthetic:
+        return Scored(videos, left_out, unseen, "synthetic data; the paper's and the baseline's numbers are "
+                      "on Aff-Wild2", True)
+    found, whole = labelled_faces([*videos, *other_videos], task), task.labelled_faces
+    complete = abs(found - whole) <= 0.01 * whole
+    data = "Aff-Wild2" if complete else (
+        f"{found:,} labelled frames with a face in both sets, a complete Aff-Wild2 has {whole:,}; "
+        "so the paper's numbers are left out")
+    return Scored(videos, left_out, unseen, data, complete)
+
+
+def score_table(task: Task, sums, unseen_sums=None, fold: int = 0, comparable: bool = True) -> str:
+    """Each output's score beside chance; that on unseen videos, if `unseen_sums` are given; and the paper's
+    (Table 1) and the challenge's baseline, if `comparable`."""
+    ours, chance = task.metric.score(sums), task.metric.chance(sums)
+    columns = {"ours": [*ours, ours.mean()]}
+    if unseen_sums is not None:
+        unseen = task.metric.score(unseen_sums)
+        columns["unseen"] = [*unseen, unseen.mean()]
+    columns["chance"] = [*chance, chance.mean()]
+    names = [*task.outputs, "mean"]
+    if comparable:
+        columns["paper"] = [task.paper[name][fold] if name in task.paper else None for name in names]
+        columns["baseline"] = [task.baseline.get(name) if fold == 0 else None for name in names]
+    lines = [f"{task.metric.name:14s}" + "".join(f"{title:>10s}" for title in columns)]
+    for i, name in enumerate(names):
+        cells = [column[i] for column in columns.values()]
+        lines.append(f"{name:14s}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>10s}"
+                                             for cell in cells))
+    return "\n".join(lines)
+
+
+def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
+    """The score table with what it is about: the checkpoint, the videos, those left out, those seen before.
+
+    Shape: sums (videos, ...), as `score` gives them.
+    """
+    seen, frames = int((~scored.unseen).sum()), sum(len(video.labels) for video in scored.videos)
+    some = 0 < seen < len(scored.videos)
+    unseen_sums = sums[scored.unseen].sum(axis=0) if some else None
+    lines = [str(checkpoint), f"{len(scored.videos)} validation videos, {frames:,} frames ({scored.data})",
+             score_table(task, sums.sum(axis=0), unseen_sums, fold, scored.comparable)]
+    if seen:
+        lines.append(seen_text(scored) + (", so the score is too high" if not some else
+                                          "; \"unseen\" is the score of the others alone"))
+    if scored.left_out:
+        lines.append(f"left out: {reasons(scored.left_out)}")
+    return "\n".join(lines)
+
+
+def seen_text(scored: Scored) -> str:
+    seen = int((~scored.unseen).sum())
+    return f"{seen} of these {len(scored.videos)} videos show scenes on which the ViT was fine-tuned"
+
+
+def draw_timeline(model, videos: list[Video], task: Task, config, team: Team, path, longest: int = 600):
+    """timeline.png: the video with most labels, at most its first `longest` frames. Rank 0 only."""
+    if team.rank:
+        return
+    labelled = {video.name: targets(video.labels[:longest], task)[1].sum() for video in videos}
+    video = max(videos, key=lambda video: labelled[video.name])
+    n, s = min(len(video.labels), longest), config.segments
+    features = read_features(video.features, 0, len(video.labels))
+    model.eval()
+    outputs = predict(model, features, s.window, s.stride, config.task.batch, team)[:n]
+    target, valid = targets(video.labels[:n], task)
+    faces = []
+    try:
+        frames = VideoFrames(find_videos(config.data.frames)[video.name], size=112)
+        shown = np.flatnonzero(frames.numbers <= n)
+        shown = shown[np.linspace(0, len(shown) - 1, min(40, len(shown))).astype(int)]
+        images, rows, _ = frames.collate([frames[i] for i in shown])                 # (B, 112, 112, 3), (B,)
+        faces = list(zip(rows.tolist(), images.numpy()))
+    except (ValueError, KeyError, OSError):
+        pass            # features are enough to score; where the frames lie elsewhere, the picture lacks them
+    pictures.timeline(task, faces, features[:n].astype(np.float32), segments(n, s.window, s.stride),
+                      np.where(valid, target, np.nan), outputs, path)
