@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import shlex
 import sys
 import typing
@@ -34,9 +35,10 @@ class Data:
     frames: list[str] = list_of()     # folders that hold a folder of face crops per video; merged
     labels: str = ""                  # Aff-Wild2's annotations: holds VA_Estimation_Challenge, ...
     affectnet_2017: str = ""          # AffectNet, first release: holds Manually_Annotated_Images, ...
+    affectnet_crop: bool = False      # of the 2017 release: cut each face out by the box in its list
     affectnet_2021: str = ""          # AffectNet, second release: holds train_set and val_set
     raf_db: str = ""                  # RAF-DB: holds basic
-    fer2013: str = ""                 # FER2013: holds fer2013.csv
+    fer2013: str = ""                 # FER2013: holds fer2013.csv, or train/angry, ..., test/angry, ...
     ferplus: str = ""                 # FER+: holds fer2013new.csv, new labels for FER2013's images
     folders: list[str] = list_of()    # any other folders of face images for pre-training
 
@@ -137,8 +139,7 @@ class Task:
     """Training the segment model on one task (§4.1.2)."""
     features: str = ""                # folder of features: "" = this run's features
     fold: int = 0                     # 0 = the official sets; 1 to 4 = a part of a 4-fold split (Table 1)
-    epochs: int = 0                   # passes over the segments. 0 = the task's own: VA 40, Expr 10, AU 30,
-                                      # the authors' code's (labels.py)
+    epochs: int = 0                   # passes over the segments. 0 = the task's own (labels.py): 40, 10, 30
     batch: int = 32                   # segments per optimiser step, over all processes (§4.1.2)
     lr: float = 3e-5                  # peak learning rate (§4.1.2)
     weight_decay: float = 1e-5        # AdamW's, on all parameters (§4.1.2)
@@ -151,15 +152,12 @@ class Run:
     name: str = ""                    # results go to <out>/<name>/<stage>; "" = the configuration file's name
     source: str = ""                  # filled in by `load`: the file and every --set, for suggested commands
     out: str = "runs"                 # folder of all runs; with several machines, one they share
-    base: str = ""                    # another run, whose finished earlier stages are taken where all their
-                                      # settings are this run's
+    base: str = ""                    # another run, whose stages are taken if made with these settings
     seed: int = 0                     # all randomness follows from it
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto = CUDA where there is a GPU, else the CPU
-    largest_piece: int = 0            # most samples in one forward pass of a process; 0 = as many as the
-                                      # device's memory is estimated to hold
+    largest_piece: int = 0            # most samples in a forward pass; 0 = what the memory seems to hold
     workers: int = 8                  # image decoders per training process; 0 = it decodes them itself
-    checkpoint_minutes: float = 10.0  # save at least this often; also after an epoch, as long as saving takes
-                                      # less than 2 % of the time
+    checkpoint_minutes: float = 10.0  # save at least this often; after an epoch too, if under 2 % of the time
 
 
 @dataclass
@@ -189,6 +187,8 @@ BELOW_ONE = ("mask_ratio", "dropout")
 AT_MOST_ONE = ("smallest_crop",)
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number",
          str: "text; put numbers in quotes"}
+# Where `~` becomes the home folder: in these settings and in all that begin with "data.".
+PATHS = ("data.", "synthetic.root", "run.out", "finetune.start", "features.checkpoint", "task.features")
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)     # ValueError: not UTF-8, or a date like 2024-13-45
 
 
@@ -213,7 +213,7 @@ def _typed(value, kind, name):
         value = ""
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{name}: got {value!r}, expected {KINDS[kind]}")
-    return value
+    return os.path.expanduser(value) if kind is str and name.startswith(PATHS) else value
 
 
 def _nearest(name, names):

@@ -1,6 +1,7 @@
-"""Aff-Wild2 on disk: label files, videos and their frames, splits and folds (paper §4.1.2, Table 1).
+"""Aff-Wild2: label files, splits and folds, frames with their labels (paper §4.1.2, Table 1).
 
-The still-face sets of pre-training are in `faces.py`, the features of whole videos in `segments.py`.
+The folders of the videos are found in `frames.py`; the still-face sets of pre-training are in `faces.py`, the
+features of whole videos in `segments.py`.
 Layouts, and counts to check a copy against: docs/data.md.
 
     python data.py --config my.yaml      # what is found in your copy: videos, frames, labels per class
@@ -11,13 +12,15 @@ import os
 import re
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from config import from_command_line
-from images import FaceImages, read_image, resize
+from frames import find_videos, frame_numbers, list_frames, video_folders    # the stages import the first two
+from images import FaceImages, listed, read_image, resize
 from labels import EXPR, TASKS, Task, read_labels, targets
 
 # ---- Labels
@@ -47,46 +50,6 @@ def label_files(root, task: Task) -> dict[str, dict[str, Path]]:
                              "the training and validation sets both need some")
         splits[name] = {file.name.removesuffix(".txt"): file for file in files}
     return splits
-
-
-# ---- Frames
-
-def find_videos(roots) -> dict[str, Path]:
-    """{video: folder of its frames}, sorted, over several roots. A nested cropped_aligned is entered.
-
-    A video that is in two roots is taken from the first that has frames of it.
-    Raises ValueError for a root that is missing, or when no video is found.
-    """
-    videos: dict[str, Path] = {}
-    for root in map(Path, roots):
-        if not root.is_dir():
-            raise ValueError(f"data.frames: {root} is no folder; "
-                             "expected one that holds a folder of face crops per video")
-        for nested in (root / root.name, root / "cropped_aligned"):
-            if nested.is_dir():
-                root = nested
-                break
-        folders = [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-        for folder in sorted(folders):
-            known = videos.get(folder.name)
-            if known is None or not len(frame_numbers(known)):
-                videos[folder.name] = folder
-    if not videos:
-        raise ValueError(f"data.frames: no video folders in {list(map(str, roots)) or 'an empty list'}; "
-                         "expected <video>/00001.jpg below it")
-    return dict(sorted(videos.items()))
-
-
-def frame_numbers(folder) -> np.ndarray:
-    """The numbers of the frames that have a face image, sorted: 00001.jpg is 1."""
-    names = [entry.name for entry in os.scandir(folder)]
-    numbers = sorted(int(name[:-4]) for name in names if re.fullmatch(r"\d{5}\.jpg|[1-9]\d{5,6}\.jpg", name))
-    return np.array([number for number in numbers if number > 0], dtype=np.int64)
-
-
-def frame_path(folder, number: int) -> Path:
-    """cropped_aligned/<video>/00001.jpg"""
-    return Path(folder) / f"{number:05d}.jpg"
 
 
 # ---- Splits and folds
@@ -140,7 +103,9 @@ class ExprFrames(FaceImages):
         self.videos, self.folders, self.without_frames, rows = [], [], [], []
         for video, file in files.items():
             labels = read_labels(file, EXPR)
-            numbers = frame_numbers(videos[video]) if video in videos else np.zeros(0, np.int64)
+            numbers = np.zeros(0, np.int64)
+            if video in videos:
+                numbers, names, _ = list_frames(videos[video])
             if not len(numbers):
                 self.without_frames.append(video)
                 continue
@@ -149,8 +114,8 @@ class ExprFrames(FaceImages):
             numbers, classes = numbers[classes != EXPR.invalid], classes[classes != EXPR.invalid]
             rows.append(np.stack([np.full(len(numbers), len(self.folders)), numbers, classes], axis=1))
             self.videos.append(video)
-            self.folders.append(str(videos[video]))
-        # (frames, 3): which folder, which number, which class. An array, because worker processes share it.
+            self.folders.append(names)
+        # (frames, 3): which video, which number, which class. An array, because worker processes share it.
         self.rows = np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 3), np.int32)
         if not len(self.rows):
             raise ValueError("no frame has both an expression label and an image: "
@@ -169,8 +134,8 @@ class ExprFrames(FaceImages):
         return self.rows[(i * self.every + self.epoch % self.every) % len(self.rows)]
 
     def where(self, i) -> str:
-        folder, number, _ = self.row(i)
-        return str(frame_path(self.folders[folder], number))
+        video, number, _ = self.row(i)
+        return self.folders[video].path(number)
 
     def item(self, i):
         image = read_image(self.where(i))
@@ -183,13 +148,13 @@ class VideoFrames(FaceImages):
 
     def __init__(self, folder, size: int):
         super().__init__(size, beside=torch.zeros(0, dtype=torch.long))
-        self.folder, self.numbers = folder, frame_numbers(folder)
+        self.numbers, self.files, _ = list_frames(folder)
 
     def __len__(self):
         return len(self.numbers)
 
     def where(self, i) -> str:
-        return str(frame_path(self.folder, self.numbers[i]))
+        return self.files.path(self.numbers[i])
 
     def item(self, i):
         return resize(read_image(self.where(i)), self.size), self.numbers[i] - 1
@@ -197,12 +162,40 @@ class VideoFrames(FaceImages):
 
 # ---- What is there
 
+def describe_frames(frames) -> tuple[dict[str, np.ndarray], list[str]]:
+    """{video: numbers of its frames} of all videos that have some, and lines about what was found.
+
+    Raises ValueError if no folder holds a frame.
+    """
+    videos, lines = video_folders(frames)
+    numbers, beside, unread = {}, Counter(), []
+    for video, folder in videos.items():
+        found, _, others = list_frames(folder)
+        beside.update(others)
+        if len(found):
+            numbers[video] = found
+        elif others:
+            unread.append(f"{video} ({listed(others, 3)})")
+    if beside:
+        lines.append(f"  not read, as no frame (00001.jpg, ...): {listed(beside)}")
+    if unread:
+        more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
+        lines.append(f"  folders without a frame that are not empty: {', '.join(unread[:5])}{more}")
+    if not numbers:
+        raise ValueError("\n".join([f"data.frames: {len(videos)} folders, none of which holds a frame; "
+                                    "expected <video>/00001.jpg", *lines]))
+    count = sum(map(len, numbers.values()))
+    return numbers, [f"{len(numbers)} videos with frames, {count:,} face images", *lines]
+
+
 def describe(frames, labels):
-    """Lines that tell what a copy of Aff-Wild2 holds, to compare with the counts in docs/data.md."""
-    numbers = {video: frame_numbers(folder) for video, folder in find_videos(frames).items()}
-    numbers = {video: found for video, found in numbers.items() if len(found)}
-    yield f"{len(numbers)} videos with frames, {sum(map(len, numbers.values())):,} face images"
-    tasks = [task for task in TASKS.values() if has_labels(labels, task)] or list(TASKS.values())
+    """Yield lines that tell what a copy of Aff-Wild2 holds, to compare with the counts in docs/data.md.
+
+    Raises ValueError, at its end, if no labelled frame has a face image.
+    """
+    numbers, lines = describe_frames(frames)
+    yield from lines
+    tasks, usable = [task for task in TASKS.values() if has_labels(labels, task)] or list(TASKS.values()), 0
     for task in tasks:
         for name, files in label_files(labels, task).items():
             rows, with_face = [], []
@@ -211,6 +204,7 @@ def describe(frames, labels):
                 with_face.append(np.isin(np.arange(1, len(rows[-1]) + 1), numbers.get(video, [])))
             rows, with_face = np.concatenate(rows), np.concatenate(with_face)
             valid = targets(rows, task)[1].reshape(-1, task.width).all(axis=1)     # (T, ...) -> (T,)
+            usable += (valid & with_face).sum()
             without_frames = sum(video not in numbers for video in files)
             yield (f"{task.name:5s}{name:15s}{len(files):4d} videos, {len(rows):9,d} frames, "
                    f"{valid.sum():9,d} fully labelled, {(valid & with_face).sum():9,d} of them with a face; "
@@ -219,12 +213,20 @@ def describe(frames, labels):
                 counts = [(rows == k).sum() if task.one_class else (rows[:, k] == 1).sum()
                           for k in range(len(task.outputs))]
                 yield "      " + ", ".join(f"{name} {count:,}" for name, count in zip(task.outputs, counts))
+    if not usable:
+        raise ValueError("no labelled frame has a face image, so there is nothing to train on; "
+                         "a label file is named after its video's folder")
 
 
 if __name__ == "__main__":
-    config = from_command_line(__doc__)[0]
+    config, lines, problem = from_command_line(__doc__)[0], [], ""
     try:
-        print("\n".join(describe(config.data.frames, config.data.labels)))
+        for line in describe(config.data.frames, config.data.labels):
+            lines.append(line)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        problem = f"error: {error}"
+    if lines:
+        print("\n".join(lines))                                      # in one piece, for `| head`
+    if problem:
+        print(problem, file=sys.stderr)
         sys.exit(2)

@@ -14,13 +14,14 @@ import errno
 import functools
 import io
 import os
+import struct
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 MEAN = (0.485, 0.456, 0.406)   # ImageNet, RGB, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
@@ -30,13 +31,24 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 # The error numbers of Pillow's own complaints, and of the system's when there is no such file.
 NO_IMAGE = (None, errno.EINVAL, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")    # of the files that a search for images finds
+# Of the files that a search for images finds, in capitals or not.
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked here, with a message that names the file
 
 
+def turn_upright(image: Image.Image) -> None:
+    """Turn a photograph as its EXIF orientation says: a phone stores it as its sensor lay. In place."""
+    image.load()
+    if any(key in image.info for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")):
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except (SyntaxError, ValueError, TypeError, struct.error):    # broken EXIF of a picture that is whole
+            pass
+
+
 def read_image(source) -> Image.Image:
-    """Decode one image as RGB.
+    """Decode one image as RGB, upright.
 
     `source` is a path, or the bytes of a file. The size is read from the header and checked before any pixel
     is decoded. Raises ValueError naming the file if it is missing, empty, truncated, no image, or larger than
@@ -49,6 +61,7 @@ def read_image(source) -> Image.Image:
         with Image.open(io.BytesIO(source) if in_memory else source, formats=FORMATS) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
+                turn_upright(image)
                 if image.mode.startswith("I;16"):       # 16-bit grey: Pillow would clip it at 255
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")
@@ -185,6 +198,13 @@ def find_images(root: Path, skipped: Counter, below: str = "") -> list[bytes]:
             else:
                 found.append(os.fsencode(path))
     return sorted(found)
+
+
+def listed(counts: Counter, most: int = 12) -> str:
+    """What was counted, in one line, the most frequent first: "3 hidden, 1 link to no file"."""
+    parts = [f"{count:,} {what}" for what, count in counts.most_common(most)]
+    more = [f"{len(counts) - most} more"] if len(counts) > most else []
+    return ", ".join(parts + more) or "nothing"
 
 
 if __name__ == "__main__":

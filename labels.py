@@ -83,10 +83,12 @@ def read_labels(path, task: Task) -> np.ndarray:
 
     -> (T, outputs), or (T,) where a label is one class; invalid codes stay in. CRLF and trailing blank
     lines are accepted. Raises ValueError naming file and line for a wrong header, a short or long row, text
-    for a number, and a value that the task does not have; OSError if the disk fails.
+    for a number, and a value that the task does not have; OSError naming the file if the disk fails.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:                            # in the middle of a file, the system does not name it
+        raise OSError(error.errno, error.strerror, str(path)) from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file; expected a label file with the header "
                          f"{','.join(task.outputs)}") from None

@@ -209,7 +209,7 @@ def check_paths(config) -> None:
         return
     root = os.path.abspath(config.synthetic.root)
     settings = dataclasses.asdict(config.data)
-    del settings["synthetic"]                                    # all others are paths or lists of them
+    del settings["synthetic"], settings["affectnet_crop"]        # all others are paths or lists of them
     for name, value in settings.items():
         paths = value if isinstance(value, list) else [value]
         for path in paths:

@@ -106,6 +106,15 @@ def fold(number):
     return lambda d: (tree()(d), data.split(d, VA, number))
 
 
+def frames_of(*names):
+    """What data.py says of a root that holds these files."""
+    def call(d):
+        for name in names:
+            put(d / "frames" / name)
+        return list(data.describe([d / "frames"], d))
+    return call
+
+
 def no_frames(d):
     (d / "frames/b").mkdir(parents=True)
     files = {"a": put(d / "a.txt", f"{EXPR_HEADER}\n0"), "b": put(d / "b.txt", f"{EXPR_HEADER}\n-1")}
@@ -164,6 +173,15 @@ TABLE = {
         lambda d: data.find_videos([d]),
         r"data\.frames: no video folders in .*; expected <video>/00001\.jpg below it"),
     "no root of frames": (lambda d: data.find_videos([]), r"data\.frames: no video folders in an empty list"),
+    "two files of one frame": (
+        frames_of("a/00001.jpg", "a/1.png"), r"frames/a: 00001\.jpg and 1\.png are both frame 1; remove one"),
+    "a video twice below one root": (
+        frames_of("cropped_aligned/a/1.jpg", "new/a/1.jpg"),
+        "cropped_aligned/a and .*new/a are frames of one video, both below .*frames; remove one, or"),
+    "folders of videos too deep": (
+        frames_of("1/2/3/4/a/00001.jpg"), "data.frames: 1 folders, none of which holds a frame; expected"),
+    "frames under names that are no numbers": (
+        frames_of("a/face_1.jpg"), r"(?s)none of which holds a frame.*not empty: a \(1 \.jpg\)"),
     "no frame with label and image": (
         no_frames, "no frame has both an expression label and an image: "
                    "2 label files, 2 of them without frames"),

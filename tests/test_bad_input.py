@@ -22,7 +22,7 @@ from distributed import Team
 from images import inside, read_image
 from run_folder import RunFolder
 
-AFFECTNET = ("subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,"
+COLUMNS = ("subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,"
              "valence,arousal")
 FER = "emotion,pixels,Usage"
 ALONE = Team(0, 1, torch.device("cpu"))
@@ -56,10 +56,10 @@ def listed(name):
     return call
 
 
-def affectnet(*rows, header=AFFECTNET):
+def affectnet(*rows, header=COLUMNS):
     def call(d):
         (d / "Manually_Annotated_Images").mkdir()
-        put(d / "training.csv", "\n".join([header, *rows])), put(d / "validation.csv", AFFECTNET)
+        put(d / "training.csv", "\n".join([header, *rows])), put(d / "validation.csv", COLUMNS)
         return faces.affectnet_2017(d)
     return call
 
@@ -172,6 +172,20 @@ TABLE = {
     "RAF-DB with text for a label": (
         raf("train_1.jpg five"), "line 1: got 'five', expected a whole number from 1 to 7"),
     "RAF-DB with a name that climbs out": (raf("train_/../../../x.jpg 5"), "line 1: .* " + LEAVES),
+    "a list of other images": (
+        affectnet(*[f"a/{i}.jpg,0,0,1,1,,0,0,0" for i in range(11)]),
+        r"training\.csv: 11 of the 11 images that it names are not there; looked for .*Images/a/0\.jpg"),
+    "RAF-DB's list without its images": (
+        raf("train_1.jpg 5"), r"label\.txt: 1 of the 1 images .* looked for .*aligned/train_1_aligned\.jpg"),
+    "a CSV without a header and with a wrong row": (
+        affectnet(header="a/b.jpg,0,0,1,1,,11,0,0"), r"training\.csv line 1: got '11', expected a whole"),
+    "a Windows name in a CSV that climbs out": (
+        affectnet("C:\\x\\..\\..\\b.jpg,0,0,1,1,,0,0,0"), r"training\.csv line 2: .* " + LEAVES),
+    "FER+ with class folders": (
+        lambda d: faces.fer2013(put(d / "happy/a.jpg").parents[1], d),
+        r"holds class folders of images, but FER\+ lists its labels in the order of fer2013\.csv"),
+    "a folder with neither FER2013 nor class folders": (
+        lambda d: faces.fer2013(put(d / "a.jpg").parent), r"looked for .*fer2013\.csv, which is not there"),
     "a face data set that is not there": (
         lambda d: faces.affectnet_2017(d / "none"), r"looked for .*none/training\.csv, which is not there"),
     "a face folder without images": (

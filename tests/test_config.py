@@ -142,6 +142,18 @@ def test_a_suggested_command_repeats_what_the_user_typed(file):
     assert words == [str(file), "--set", overrides[0], "--set", overrides[1]]
 
 
+def test_a_tilde_is_the_home_folder_in_every_path_and_in_nothing_else(file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = {name for name, field in FIELDS.items() if name.startswith("data.") and field.type is str}
+    paths |= {"synthetic.root", "run.out", "finetune.start", "features.checkpoint", "task.features"}
+    file.write_text("data: {frames: ['~/a', b~, ~/c], folders: ['~']}\nrun: {name: ~/mine}")
+    settings = load(file, [f"{name}=~/x" for name in paths])
+    assert {get(settings, name) for name in paths} == {"/home/me/x"}
+    assert settings.data.frames == ["/home/me/a", "b~", "/home/me/c"]
+    assert settings.data.folders == ["/home/me"]
+    assert settings.run.name == "~/mine" and "data.labels=~/x" in settings.run.source
+
+
 def test_what_is_written_as_yaml_reads_back_the_same(file):
     first = load(file, ["run.name='é [1]: x'", "task.lr=1e-7", "data.frames=['1e-4', ' x', 'no', 'null', '']",
                         "temporal.transformer=false", "finetune.start=none", "data.labels='2024-01-01'",

@@ -1,9 +1,9 @@
-"""Aff-Wild2 as it lies on disk: label files, frames in several roots, splits and folds, and single frames to
-train on."""
+"""Aff-Wild2 as it lies on disk: label files, splits and folds, and frames with their labels. The folders of
+the videos have a file of their own."""
 
+import pickle
 import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import (ExprFrames, VideoFrames, describe, find_videos, frame_numbers, frame_path, has_labels,
-                  label_files, scene, split)
+from data import ExprFrames, VideoFrames, describe, find_videos, has_labels, label_files, scene, split
 from distributed import Team
 from labels import AU, EXPR, TASKS, VA
 from training import Batches
@@ -55,42 +54,6 @@ def test_two_expr_folders_are_refused_because_one_of_them_would_be_ignored(tmp_p
     message = "both .*EXPR_Classification_Challenge and .*EXPR_Recognition_Challenge exist; keep one"
     with pytest.raises(ValueError, match=message):
         label_files(tmp_path, EXPR)
-
-
-# ---- Frames
-
-def test_videos_of_several_roots_are_merged_and_the_first_root_with_frames_wins(tmp_path):
-    first, second = tmp_path / "cropped_aligned", tmp_path / "cropped_aligned_new_50_vids"
-    for name in NAMES:
-        (first / name).mkdir(parents=True)
-    for name in ("136", "new_right", NAMES[0]):
-        (second / name).mkdir(parents=True)
-    for path in (first / "136/00001.jpg", second / "136/00001.jpg", second / NAMES[0] / "00001.jpg"):
-        path.touch()
-    (first / "readme.txt").write_text("no video")
-    (second / ".cache").mkdir()
-    videos = find_videos([first, str(second)])
-    assert list(videos) == sorted([*NAMES, "new_right"])
-    assert videos["136"] == first / "136" and videos["new_right"] == second / "new_right"
-    assert videos[NAMES[0]] == second / NAMES[0]
-
-
-@pytest.mark.parametrize("inner", ["cropped_aligned/cropped_aligned", "new_50_vids/new_50_vids",
-                                   "copy/cropped_aligned"])
-def test_a_nested_folder_of_frames_is_entered(tmp_path, inner):
-    for name in NAMES:
-        (tmp_path / inner / name).mkdir(parents=True)
-    videos = find_videos([tmp_path / inner.split("/")[0]])
-    assert videos == {name: tmp_path / inner / name for name in sorted(NAMES)}
-
-
-def test_frames_are_counted_from_1_by_their_five_digit_names_and_nothing_else_is(tmp_path):
-    for name in ("00002.jpg", "00010.jpg", "00001.jpg", "123456.jpg", "1234567.jpg", "3.jpg", "00003.png",
-                 "00000.jpg", "012345.jpg", "._00004.jpg", "00005.jpg.tmp", "mask.jpg", "9" * 30 + ".jpg"):
-        (tmp_path / name).touch()
-    assert frame_numbers(tmp_path).tolist() == [1, 2, 10, 123456, 1234567]
-    names = [frame_path("v", number).name for number in (1, 47434, 123456)]
-    assert names == ["00001.jpg", "47434.jpg", "123456.jpg"] and frame_path("v", 1).parent == Path("v")
 
 
 # ---- Splits and folds
@@ -183,6 +146,25 @@ def test_only_frames_with_label_and_image_are_taken(tmp_path):
     assert found == [("a_left/00001.jpg", 3), ("a_left/00004.jpg", 7), ("b/00002.jpg", 2)]
     assert frames.without_frames == ["ghost"]
     assert [frames[i][0].mean().round() for i in range(3)] == [10, 40, 20] and frames[0][0].shape == (8, 8, 3)
+
+
+def test_frames_of_any_name_are_read_and_their_names_take_no_memory(tmp_path):
+    """Three videos of 400 frames each: 00001.jpg, 1.PNG, and both."""
+    names = {"a": [f"{n:05d}.jpg" for n in range(1, 401)], "b": [f"{n}.PNG" for n in range(1, 401)]}
+    names["c"] = [*names["a"][:200], *names["b"][200:]]
+    files = {}
+    for video in names:
+        files[video] = label_file(tmp_path / f"labels/{video}.txt", EXPR, *[4] * 400)
+        (tmp_path / "frames" / video).mkdir(parents=True)
+        for name in names[video]:
+            (tmp_path / "frames" / video / name).touch()
+    frames = ExprFrames(files, find_videos([tmp_path / "frames"]), size=8)
+    paths = [f"{tmp_path}/frames/{video}/{name}" for video in names for name in names[video]]
+    assert [frames.where(i) for i in range(1200)] == paths
+    assert [len(pickle.dumps(part)) < 300 for part in frames.folders] == [True, True, False]
+    assert pickle.loads(pickle.dumps(frames)).where(1199) == paths[1199]     # as a spawned process gets them
+    video = VideoFrames(tmp_path / "frames/c", size=8)
+    assert [video.where(i) for i in range(400)] == paths[800:] and video.numbers[-1] == 400
 
 
 @pytest.mark.parametrize("count, every", [(12, 1), (12, 4), (3, 5), (1, 1), (11, 3), (13, 5)])
@@ -329,7 +311,9 @@ def test_a_copy_whose_label_files_hold_no_frames_is_described_too(tmp_path):
     frame(tmp_path / "frames/a", 1)
     for part in ("Train_Set", "Validation_Set"):
         label_file(tmp_path / AU.folders[0] / part / "a.txt", AU)
-    lines = list(describe([tmp_path / "frames"], tmp_path))
+    lines = []
+    with pytest.raises(ValueError, match="no labelled frame has a face image, so there is nothing to train"):
+        lines.extend(describe([tmp_path / "frames"], tmp_path))
     assert "1 videos,         0 frames,         0 fully labelled" in lines[1]
 
 
@@ -337,6 +321,21 @@ def test_a_copy_without_labels_is_refused_with_what_was_looked_for(tmp_path):
     frame(tmp_path / "frames/a", 1)
     with pytest.raises(ValueError, match="data.labels: no VA_Estimation_Challenge in"):
         list(describe([tmp_path / "frames"], tmp_path))
+
+
+def test_what_lies_beside_the_frames_is_counted_by_kind_and_full_folders_without_a_frame_are_named(tmp_path):
+    (frames,), labels = a_copy(tmp_path, TASKS.values())
+    for name in ("a/notes.txt", "a/B.TXT", "b/Thumbs.db", "nobody/face1.jpg", "nobody/face2.jpg",
+                 "nobody/1.jpg2", "a/00000.jpg", "a/.hidden", "a/README"):
+        (frames / name).touch()
+    (frames / "a/landmarks").mkdir()
+    first, beside, unread, *others = describe([frames], labels)
+    heading, kinds = beside.split(": ")
+    assert heading == "  not read, as no frame (00001.jpg, ...)"
+    assert sorted(kinds.split(", ")) == ["1 .db", "1 .jpg2", "1 folders", "1 hidden", "1 with number 0",
+                                         "1 without extension", "2 .jpg", "2 .txt"]
+    assert unread == "  folders without a frame that are not empty: nobody (2 .jpg, 1 .jpg2)"
+    assert [first, *others] == DESCRIBED
 
 
 def test_the_script_prints_the_description_or_one_line_of_refusal(tmp_path, monkeypatch, capsys):

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from faces import affectnet_2017, affectnet_2021, image_folder, load_faces, raf_db
+from affectnet import affectnet_2017, affectnet_2021
+from face_set import image_folder
+from faces import load_faces
 from labels import EXPRESSIONS
+from raf_db import raf_db
 
 AFFECTNET_HEADER = ("subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,"
                     "expression,valence,arousal")
@@ -29,9 +32,10 @@ def write(path, *lines, end="\n"):
 
 
 def settings(**given):
-    data = dict(affectnet_2017="", affectnet_2021="", raf_db="", fer2013="", ferplus="", folders=[])
+    data = dict(affectnet_2017="", affectnet_crop=False, affectnet_2021="", raf_db="", fer2013="", ferplus="",
+                folders=[])
     for name, value in given.items():
-        data[name] = value if name == "folders" else str(value)
+        data[name] = str(value) if isinstance(value, os.PathLike) else value
     return SimpleNamespace(**data)
 
 
@@ -341,5 +345,8 @@ def test_no_set_at_all_and_a_set_without_images_are_refused(tmp_path):
     (tmp_path / "Manually_Annotated_Images").mkdir()
     write(tmp_path / "training.csv", AFFECTNET_HEADER, affectnet_row("1/a.jpg", 1))
     write(tmp_path / "validation.csv", AFFECTNET_HEADER)
-    with pytest.raises(ValueError, match="data.affectnet_2017: no image found .*'image not on disk': 1"):
+    with pytest.raises(ValueError, match="data.affectnet_2017: .*training.csv: 1 of the 1 images"):
+        load_faces(settings(affectnet_2017=tmp_path))
+    write(tmp_path / "training.csv", AFFECTNET_HEADER, affectnet_row("1/a.jpg", 10))
+    with pytest.raises(ValueError, match="data.affectnet_2017: no image found .*'not a face': 1"):
         load_faces(settings(affectnet_2017=tmp_path))

@@ -9,7 +9,8 @@ import pytest
 from test_faces import level, make_fer2013, settings, write
 from torch.utils.data import DataLoader, Dataset
 
-from faces import FER2013_COUNTS, fer2013, load_faces
+from faces import load_faces
+from fer2013 import FER2013_COUNTS, fer2013
 from labels import EXPRESSIONS
 
 FERPLUS_HEADER = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"

@@ -15,8 +15,10 @@ import faces
 import synthetic
 import synthetic_acting
 import synthetic_stills
+from affectnet import AFFECTNET_COLUMNS
 from config import Config, Data, Synthetic
 from distributed import Team
+from fer2013 import FERPLUS
 from labels import AUS, EXPRESSIONS, TASKS
 from synthetic import check_paths, draw, draw_video, index, is_complete, make, videos
 from synthetic_acting import LABEL_LAG, STILL, TRAIN, VAL, act, annotate, spoil
@@ -200,18 +202,18 @@ def test_the_lists_of_static_faces_have_the_real_columns_and_the_rows_nobody_can
     monkeypatch.setattr(synthetic_stills, "draw_face", lambda p, state, rng: Image.new("RGB", (SIDE, SIDE)))
     index(tmp_path, Synthetic(faces=1500))
     rows = [*csv.DictReader(open(tmp_path / "AffectNet-2017/training.csv"))]
-    assert list(rows[0]) == faces.AFFECTNET_COLUMNS
+    assert list(rows[0]) == AFFECTNET_COLUMNS
     assert {row["expression"] for row in rows} >= {"7", "8", "9", "10"}
     assert all((row["valence"] == "-2") == (int(row["expression"]) >= 8) for row in rows)
     fer = [*csv.DictReader(open(tmp_path / "FER2013/fer2013.csv"))]
     plus = [*csv.DictReader(open(tmp_path / "FERPlus/fer2013new.csv"))]
     assert list(fer[0]) == ["emotion", "pixels", "Usage"] and len(fer[0]["pixels"].split()) == 48 * 48
-    assert list(plus[0]) == ["Usage", "Image name", *faces.FERPLUS]
+    assert list(plus[0]) == ["Usage", "Image name", *FERPLUS]
     assert [row["Usage"] for row in fer] == [row["Usage"] for row in plus]
     assert {row["Usage"] for row in fer} == {"Training", "PublicTest", "PrivateTest"}
     nameless = [row for row in plus if not row["Image name"]]
     assert nameless and all(row["NF"] == "10" for row in nameless)
-    assert all(sum(int(row[name]) for name in faces.FERPLUS) == 10 for row in plus)
+    assert all(sum(int(row[name]) for name in FERPLUS) == 10 for row in plus)
 
 
 # ---- What is seen, and what is written about it.
