@@ -139,7 +139,7 @@ class Task:
     """Training the segment model on one task (§4.1.2)."""
     features: str = ""                # folder of features: "" = this run's features
     fold: int = 0                     # 0 = the official sets; 1 to 4 = a part of a 4-fold split (Table 1)
-    epochs: int = 0                   # passes over the segments. 0 = the task's own (labels.py): 40, 10, 30
+    epochs: int = 0                   # passes over the segments. 0: VA 40, Expr 10, AU 30 (labels.py)
     batch: int = 32                   # segments per optimiser step, over all processes (§4.1.2)
     lr: float = 3e-5                  # peak learning rate (§4.1.2)
     weight_decay: float = 1e-5        # AdamW's, on all parameters (§4.1.2)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from config import from_command_line
-from frames import find_videos, frame_numbers, list_frames, video_folders    # the stages import the first two
+from frames import list_frames, video_folders
 from images import FaceImages, listed, read_image, resize
 from labels import EXPR, TASKS, Task, read_labels, targets
 
@@ -126,6 +126,12 @@ class ExprFrames(FaceImages):
         """Which frames with which labels, for made_of.py."""
         crc = zlib.crc32(self.rows.tobytes(), zlib.crc32("\n".join(self.videos).encode()))
         return f"{len(self.rows):,} frames of {len(self.videos)} videos, checksum {crc:08x}"
+
+    def summary(self) -> str:
+        """How many frames of how many videos, and which videos are left out."""
+        left_out = f"; left out, no frames: {', '.join(self.without_frames)}" if self.without_frames else ""
+        return (f"{len(self.rows):,} labelled frames with a face image in {len(self.folders)} videos"
+                f"{left_out}")
 
     def __len__(self):
         return math.ceil(len(self.rows) / self.every)    # rounded up, so that the last few have their turn

@@ -26,7 +26,8 @@ from torch.utils.data import BatchSampler
 
 from checkpoints import load_vit, read_json, write_array, write_text
 from config import from_command_line
-from data import VideoFrames, find_videos, frame_numbers, has_labels, label_files
+from data import VideoFrames, has_labels, label_files
+from frames import find_videos, frame_numbers
 from images import normalise
 from labels import TASKS, read_labels
 from made_of import find_input, other_run, settings_of

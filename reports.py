@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 import pictures
-from data import VideoFrames, find_videos, scene
+from data import VideoFrames, scene
 from distributed import Team
+from frames import find_videos
 from labels import Task, targets
 from made_of import tuned_on
 from scoring import predict

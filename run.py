@@ -170,7 +170,7 @@ class Run(RunFolder):
 
     @property
     def shown(self) -> bool:
-        """Is this epoch told of? Each tenth of the run, and the last; besides, each that is the best so far."""
+        """Is this epoch told of? Each tenth of the run is, and the last, and each that is the best so far."""
         return (self.epoch + 1) % max(1, self.epochs // 10) == 0 or self.epoch + 1 == self.epochs
 
     def end_epoch(self, text: str = "", **columns):

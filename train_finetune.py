@@ -27,8 +27,9 @@ from torch.utils.data import BatchSampler
 
 from checkpoints import load_vit, load_weights, read_checkpoint
 from config import from_command_line
-from data import ExprFrames, find_videos, split
+from data import ExprFrames, split
 from distributed import all_sum
+from frames import find_videos
 from images import normalise, random_crop
 from labels import EXPR
 from made_of import find_input, settings_of
@@ -82,10 +83,7 @@ def main(config, team):
              "training videos": train.videos}
     if run.still_finished(found):
         return
-    for name, part in (("training", train), ("validation", val)):
-        left_out = f"; left out, no frames: {', '.join(part.without_frames)}" if part.without_frames else ""
-        team.say(f"  {name}: {len(part.rows):,} labelled frames with a face image "
-                 f"in {len(part.folders)} videos{left_out}")
+    team.say(f"  training: {train.summary()}\n  validation: {val.summary()}")
 
     # model and optimiser
     start, origin = find_input(config, team, *source, "last.pt", "train_pretrain.py")

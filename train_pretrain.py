@@ -32,7 +32,7 @@ from training import (adamw, effective_batch, generator, gradient_norm, in_piece
 
 
 SETS = ("data.affectnet_2017", "data.affectnet_2021", "data.raf_db", "data.fer2013", "data.ferplus",
-        "data.folders")
+        "data.folders", "data.affectnet_crop")
 
 
 class Faces(FaceImages):
@@ -84,8 +84,8 @@ def main(config, team):
     if run.still_finished(found):
         return
     for s in sets:
-        left_out = "".join(f", {count:,} left out: {reason}" for reason, count in s.skipped.items())
-        team.say(f"  {s.name:16s}{len(s):9,d} images{left_out}")
+        left_out = "".join(f", {count:,} left out: {reason}" for reason, count in s.skipped.items() if count)
+        team.say(f"  {s.name:24s}{len(s):9,d} images{left_out}")
 
     # model and optimiser
     torch.manual_seed(seed)

@@ -18,6 +18,7 @@ import extract_features
 import segments
 from config import Config
 from distributed import Team
+from frames import find_videos
 from labels import AU, EXPR, VA, read_labels
 from run_folder import RunFolder
 
@@ -118,7 +119,7 @@ def frames_of(*names):
 def no_frames(d):
     (d / "frames/b").mkdir(parents=True)
     files = {"a": put(d / "a.txt", f"{EXPR_HEADER}\n0"), "b": put(d / "b.txt", f"{EXPR_HEADER}\n-1")}
-    return data.ExprFrames(files, data.find_videos([d / "frames"]), 8)
+    return data.ExprFrames(files, find_videos([d / "frames"]), 8)
 
 
 PLAIN = r"v\.npy: not a plain feature array .*; delete it and run extract_features.py again"
@@ -168,11 +169,11 @@ TABLE = {
         tree(val=()), r"Validation_Set: no label files \(<video>\.txt\); "
                       "the training and validation sets both need some"),
     "a root of frames that is not there": (
-        lambda d: data.find_videos([d / "none"]), r"data\.frames: .*none is no folder"),
+        lambda d: find_videos([d / "none"]), r"data\.frames: .*none is no folder"),
     "a root of frames without videos": (
-        lambda d: data.find_videos([d]),
+        lambda d: find_videos([d]),
         r"data\.frames: no video folders in .*; expected <video>/00001\.jpg below it"),
-    "no root of frames": (lambda d: data.find_videos([]), r"data\.frames: no video folders in an empty list"),
+    "no root of frames": (lambda d: find_videos([]), r"data\.frames: no video folders in an empty list"),
     "two files of one frame": (
         frames_of("a/00001.jpg", "a/1.png"), r"frames/a: 00001\.jpg and 1\.png are both frame 1; remove one"),
     "a video twice below one root": (
@@ -248,7 +249,7 @@ def test_a_name_in_any_language_and_of_any_length_works_from_labels_to_features(
     (tmp_path / "frames" / name).mkdir(parents=True)
     for n in (1, 3):
         Image.new("RGB", (8, 8), (50 * n,) * 3).save(tmp_path / "frames" / name / f"{n:05d}.jpg")
-    videos, files = data.find_videos([tmp_path / "frames"]), data.split(tmp_path, EXPR, 0)[0]
+    videos, files = find_videos([tmp_path / "frames"]), data.split(tmp_path, EXPR, 0)[0]
     assert list(videos) == list(files) == [name]
     assert data.ExprFrames(files, videos, 8)[1][1] == 2
 

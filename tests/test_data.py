@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import ExprFrames, VideoFrames, describe, find_videos, has_labels, label_files, scene, split
+from data import ExprFrames, VideoFrames, describe, has_labels, label_files, scene, split
+from frames import find_videos
 from distributed import Team
 from labels import AU, EXPR, TASKS, VA
 from training import Batches

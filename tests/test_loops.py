@@ -99,7 +99,7 @@ def test_pre_training_is_the_plain_loop(made, tmp_path):
     numbers = sum(p.numel() for p in plain.model.parameters())
     assert loop_lines(said) == plain.lines
     assert not not_said(
-        said, "  faces/a                 9 images", "  faces/b                14 images",
+        said, "  faces/a                         9 images", "  faces/b                        14 images",
         f"MAE of {numbers:,} parameters on 23 faces, 21 epochs; "
         "effective batch 10 = 4 x 3 accumulation x 1 processes, on cpu",
         f"pre-training is finished: loss {loss:.4f}, 3 unreadable images in the last epoch; "
