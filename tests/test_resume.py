@@ -7,8 +7,8 @@ import signal
 import pytest
 
 import tiny
-from tiny import (EACH_STEP, ROOT, STAGES, TINY, TRAIN_AU, Job, apart, assert_same, done, log_numbers, ready,
-                  run, stop, weights)
+from tiny import (EACH_STEP, QUICK_OR_SLOW, ROOT, STAGES, TINY, TRAIN_AU, Job, apart, assert_same, done,
+                  log_numbers, ready, run, stop, weights)
 
 
 # ---- Killed
@@ -58,7 +58,7 @@ MOMENTS = {"before the first checkpoint": stop("run.Run.end_step", 1, after=Fals
            "before the metrics": stop("run_folder.RunFolder.finish", 1, after=False)}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", QUICK_OR_SLOW)
 def test_killed_at_any_moment_and_started_again_a_run_ends_with_the_same_bits(undisturbed, tmp_path, stage):
     """One folder for each moment, all at work at the same time."""
     places = {moment: ready(undisturbed, tmp_path / moment.replace(" ", "_"), stage) for moment in MOMENTS}
@@ -92,7 +92,7 @@ def test_the_whole_pipeline_killed_in_every_stage_ends_with_the_same_bits(undist
 
 # ---- Another number of processes or workers
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", QUICK_OR_SLOW)
 def test_a_run_may_go_on_with_another_number_of_processes(finished, tmp_path, stage):
     folder, place = ready(finished, tmp_path, stage)
     command = [*STAGES[stage], *TINY, *EACH_STEP]

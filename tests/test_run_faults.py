@@ -14,7 +14,8 @@ import torch
 
 import checkpoints
 import tiny
-from tiny import EACH_STEP, STAGES, TINY, TRAIN_AU, Job, assert_same, content, done, ready, run, stop
+from tiny import (EACH_STEP, QUICK_OR_SLOW, STAGES, TINY, TRAIN_AU, Job, assert_same, content, done, ready,
+                  run, stop)
 
 
 # ---- A second run in the same folder
@@ -119,7 +120,7 @@ def full_disk(buffered, fits=4):
 
 
 @pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "not buffered"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", QUICK_OR_SLOW)
 def test_a_full_disk_stops_the_run_with_a_message_and_the_last_checkpoint_goes_on(
         undisturbed, tmp_path, stage, buffered):
     folder, place = ready(undisturbed, tmp_path, stage)

@@ -10,7 +10,8 @@ from functools import partial
 import pytest
 
 import tiny
-from tiny import STAGES, TINY, TRAIN_AU, apart, assert_same, copied, done, ready, run, stop, weights
+from tiny import (QUICK_OR_SLOW, STAGES, TINY, TRAIN_AU, apart, assert_same, copied, done, ready, run, stop,
+                  weights)
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
@@ -23,7 +24,7 @@ def only(rank, hook):
 
 # ---- In a step, and between two epochs
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", QUICK_OR_SLOW)
 def test_a_stopped_run_saves_says_so_and_goes_on_to_the_same_bits(undisturbed, tmp_path, stage):
     """SIGTERM and SIGINT, in a step, in the last step of an epoch, and between two epochs; without
     checkpoints of its own."""
@@ -41,7 +42,7 @@ def test_a_stopped_run_saves_says_so_and_goes_on_to_the_same_bits(undisturbed, t
     assert_same(place, undisturbed / "runs/tiny" / stage)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", QUICK_OR_SLOW)
 def test_stopped_in_the_last_step_of_an_epoch_a_run_goes_on_to_the_same_bits(undisturbed, tmp_path, stage):
     folder, place = ready(undisturbed, tmp_path, stage)
     command = [*STAGES[stage], *TINY]

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 import yaml
 
@@ -35,6 +36,8 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 120                 # after which processes that do not end are killed, and the test fails
 STAGES = {"pretrain": ["train_pretrain.py"], "finetune": ["train_finetune.py"],
           "task_au": ["train_task.py", "--task", "au"]}
+# The trainings share what they promise (run.py), so one of them in the quick suite, all in the slow one.
+QUICK_OR_SLOW = [pytest.param(stage, marks=[] if stage == "task_au" else pytest.mark.slow) for stage in STAGES]
 TINY = ["--config", "tiny.yaml"]
 TRAIN_AU = [*STAGES["task_au"], *TINY]
 EACH_STEP = ["--set", "run.checkpoint_minutes=1e-9"]       # a checkpoint after every step
