@@ -253,6 +253,8 @@ def like(record: dict | None, config: Config, source) -> tuple[Config, dict]:
     config = copy.deepcopy(config)
     for name, (_, was, _) in changed.items():
         section, field = name.split(".")
+        if section == "data" and type(was) is not bool:      # paths to data of pre-training, of which `value`
+            was = [""] * was if type(was) is int else was.replace("not given", "")        # told only so much
         setattr(getattr(config, section), field, was)
     return config, changed
 

@@ -197,6 +197,21 @@ def test_the_settings_of_a_checkpoint_take_the_place_of_those_that_were_not_type
     assert like(None, config, "foreign.pt") == (config, {})
 
 
+def with_data(config, **data):
+    """With other data in the configuration file, which is no contradiction."""
+    for name, path in data.items():
+        setattr(config.data, name, path)
+    return config
+
+
+def test_the_data_of_pre_training_is_not_needed_to_use_a_checkpoint(tmp_path):
+    sets = ["data.raf_db", "data.fer2013", "data.folders", "data.affectnet_crop"]
+    there = config_of(tmp_path, "data.raf_db=/sets/raf", "data.folders=[/a,/b]", "data.affectnet_crop=true")
+    record = {"stage": "pretrain", "settings": settings_of(there, *sets), "from": None}
+    config, changed = like(record, with_data(config_of(tmp_path), fer2013="/sets/fer"), "best.pt")
+    assert changed.keys() == set(sets) and differences(record, config) == {}
+
+
 # ---- Whole runs
 
 @pytest.mark.parametrize("changed, was, stage", [

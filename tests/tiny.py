@@ -37,7 +37,8 @@ SECONDS = 120                 # after which processes that do not end are killed
 STAGES = {"pretrain": ["train_pretrain.py"], "finetune": ["train_finetune.py"],
           "task_au": ["train_task.py", "--task", "au"]}
 # The trainings share what they promise (run.py), so one of them in the quick suite, all in the slow one.
-QUICK_OR_SLOW = [pytest.param(stage, marks=[] if stage == "task_au" else pytest.mark.slow) for stage in STAGES]
+QUICK_OR_SLOW = [pytest.param(stage, marks=[] if stage == "task_au" else pytest.mark.slow)
+                 for stage in STAGES]
 TINY = ["--config", "tiny.yaml"]
 TRAIN_AU = [*STAGES["task_au"], *TINY]
 EACH_STEP = ["--set", "run.checkpoint_minutes=1e-9"]       # a checkpoint after every step
