@@ -260,12 +260,14 @@ def like(record: dict | None, config: Config, source) -> tuple[Config, dict]:
 
 
 def described(record: dict):
-    """Lines that tell of a record and of all that it was made from."""
+    """Lines that tell of a record and of all that it was made from; a setting with its first stage only."""
     for link in chain(record):
         yield named({**link, "from": None})
+        earlier = {name for before in chain(link.get("from")) for name in before.get("settings", {})}
+        settings = {name: entry for name, entry in link.get("settings", {}).items() if name not in earlier}
         data = {name: f"{len(entry)}" if isinstance(entry, list) else entry
                 for name, entry in link.get("data", {}).items()}
-        for title, entries in (("data", data), ("settings", link.get("settings", {}))):
+        for title, entries in (("data", data), ("settings", settings)):
             if entries:
                 text = ", ".join(f"{name} {entry}" for name, entry in entries.items())
                 yield textwrap.fill(text, 100, initial_indent=f"  {title:10s}", subsequent_indent=" " * 12)

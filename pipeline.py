@@ -30,7 +30,7 @@ MAIN = {"synthetic": synthetic.make,
         "extract_features": extract_features.main,
         "train_task": train_task.main,
         "evaluate": evaluate.main}
-DEMO_SECONDS = {"synthetic": 21, "train_pretrain": 140, "train_finetune": 69, "extract_features": 9,
+DEMO_SECONDS = {"synthetic": 13, "train_pretrain": 139, "train_finetune": 66, "extract_features": 6,
                 "train_task": 21}                                   # measured by benchmark.py on two cores
 
 

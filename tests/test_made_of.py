@@ -3,18 +3,20 @@ stages of another that stay the same; a checkpoint is scored as it was trained."
 
 import json
 import re
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import tiny
 from checkpoints import checksum
 from config import Config, load
 from data import label_files, scene
 from labels import EXPR
-from made_of import (RANDOM, begun, chain, check, differences, find_input, finished, given_record, like,
-                     named, place, read_record, same, settings_of, tuned_on)
+from made_of import (RANDOM, begun, chain, check, described, differences, find_input, finished,
+                     given_record, like, named, place, read_record, same, settings_of, tuned_on)
 from processes import ALONE
 from stages import overriding
 from tiny import TINY, TRAIN_AU, content, copied, done, run
@@ -126,6 +128,22 @@ def test_the_whole_chain_on_disk_is_checked(tmp_path):
                                          rf"{record['from']['checksum']}\), but .*pretrain is now pretrain "
                                          r"\(checksum 1\)\ntwo ways on: bring back what it was made"):
         check(config.folder("features"), config)
+
+
+def test_the_chain_is_printed_with_each_setting_once(tmp_path, monkeypatch, capsys):
+    config = config_of(tmp_path)
+    record = two_stages(config)
+    lines = list(described(record))
+    assert lines[0] == f"finetune (checksum {record['checksum']})" and "training videos 2" in lines[1]
+    assert lines[3] == f"pretrain (checksum {record['from']['checksum']})"
+    assert "pretrain.lr 0.0005" in lines[4].replace("\n" + " " * 12, " ") and len(lines) == 5
+    twice = {**record, "settings": {**record["settings"], "pretrain.lr": 0.0005}}
+    assert list(described(twice)) == lines
+    monkeypatch.setattr("sys.argv", ["made_of.py", str(config.folder("finetune")),
+                                     str(config.folder("finetune") / "best.pt")])
+    runpy.run_path(str(tiny.ROOT / "made_of.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert said.startswith("\n".join(lines)) and said.count("pretrain.lr 0.0005") == 2
 
 
 # ---- Finding the input
