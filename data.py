@@ -231,8 +231,7 @@ if __name__ == "__main__":
             lines.append(line)
     except (ValueError, OSError) as error:
         problem = f"error: {error}"
-    if lines:
-        print("\n".join(lines))                                      # in one piece, for `| head`
+    print("".join(f"{line}\n" for line in lines), end="")            # in one piece, for `| head`
     if problem:
         print(problem, file=sys.stderr)
         sys.exit(2)

@@ -51,7 +51,7 @@ def main(config, team, task):
     if run.still_finished(found):
         return team.say("\n" + (run.folder / "scores.txt").read_text())
     scored = to_score(val_videos, val_left_out, videos, task, origin, config)
-    team.say(f"  features: {features}\n{data_text(videos, train_left_out, scored)}")
+    team.say(data_text(videos, train_left_out, scored))
 
     # model and optimiser
     torch.manual_seed(seed)

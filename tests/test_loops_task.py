@@ -200,7 +200,6 @@ def test_a_task_training_says_what_it_trains_on(trained):
     segments = len(SegmentData(trained.train, task, 20, 12))
     lines = [f"{task.name}: {numbers:,} parameters, {segments} segments, {plain.epochs} epochs of "
              f"{plain.steps} steps; effective batch 4 = 4 x 1 accumulation x 1 processes, on cpu"]
-    lines.append("  features: runs/tiny/features")
     for title, files, videos in (("training", trained.files[0], trained.train),
                                  ("validation", trained.files[1], trained.val)):
         missing, frames = left_out(files), sum(len(video.labels) for video in videos)
