@@ -8,7 +8,6 @@ Layouts, and counts to check a copy against: docs/data.md.
 """
 
 import math
-import os
 import re
 import sys
 import zlib
@@ -20,7 +19,7 @@ import torch
 
 from config import from_command_line
 from frames import list_frames, video_folders
-from images import FaceImages, listed, read_image, resize
+from images import FaceImages, listed, read_image, resize, sizes
 from labels import EXPR, TASKS, Task, read_labels, targets
 
 # ---- Labels
@@ -123,9 +122,11 @@ class ExprFrames(FaceImages):
                              "check data.labels and data.frames")
 
     def fingerprint(self) -> str:
-        """Which frames with which labels, for made_of.py."""
+        """Which frames with which labels, for made_of.py; of the images the size of each video's first."""
         crc = zlib.crc32(self.rows.tobytes(), zlib.crc32("\n".join(self.videos).encode()))
-        return f"{len(self.rows):,} frames of {len(self.videos)} videos, checksum {crc:08x}"
+        _, first = np.unique(self.rows[:, 0], return_index=True)             # the first row of each video
+        images = sizes(self.folders[video].path(number) for video, number, _ in self.rows[first])
+        return f"{len(self.rows):,} frames of {len(self.videos)} videos, checksum {crc:08x}, sizes {images}"
 
     def summary(self) -> str:
         """How many frames of how many videos, and which videos are left out."""

@@ -34,15 +34,26 @@ def main(config, team, task, checkpoint=""):
     config, changed = like(saved.get("made_of"), config, path)
     for name, (_, was, now) in changed.items():
         team.say(f"  {name}={was} as in the checkpoint; the configuration has {now}")
-    features, origin = find_features(config, team)
+    try:
+        features, origin = find_features(config, team)
+    except ValueError as refusal:
+        raise ValueError(f"{refusal}\n  or name the features that {path} was trained on: "
+                         "--set task.features=...") from None
     train_files, val_files = split(config.data.labels, task, config.task.fold)
     videos, left_out, dim = open_videos(val_files, features, task)
-    other_videos, _, _ = open_videos(train_files, features, task)
+    try:
+        other_videos, _, _ = open_videos(train_files, features, task)
+    except ValueError:                                       # those of the validation are enough to score
+        other_videos = []
     check_checkpoint(path, saved, origin, videos)
     model = load_segment_model(path, saved, config, task, dim, team)
     s = config.segments
     sums = score(model, shared_out(videos, team), videos, task, s.window, s.stride, config.task.batch, team)
     scored = to_score(videos, left_out, other_videos, task, origin, config)
+    if "made_of" not in saved:
+        scored = scored._replace(comparable=False)
+        team.say(f"  warning: {path} does not tell what it was made of; "
+                 "it may have been trained on these videos")
     team.say(report(task, sums, scored, path, config.task.fold))
 
 

@@ -27,10 +27,10 @@ from torch.utils.data import BatchSampler
 from checkpoints import load_vit, read_json, write_array, write_text
 from config import from_command_line
 from data import VideoFrames, has_labels, label_files
-from frames import find_videos, frame_numbers
-from images import normalise
+from frames import find_videos, list_frames
+from images import normalise, sizes
 from labels import TASKS, read_labels
-from made_of import find_input, other_run, settings_of
+from made_of import begun, find_input, other_run, settings_of
 from run import clock, rate
 from run_folder import RunFolder
 from segments import noface_path
@@ -39,16 +39,17 @@ from vit import VisionTransformer
 
 
 def count_frames(labels, videos) -> dict[str, dict]:
-    """What there is to extract: {video: {"frames", "images", "names"}}, videos without any frame left out.
+    """What there is to extract: {video: {"frames", "images", "names", "sizes"}}, less videos without a frame.
 
     `frames`: its longest label file or its last image, whichever is later. `images`: how many there are.
-    `names`: a checksum of their numbers.
+    `names`: a checksum of their numbers. `sizes`: one of the sizes of the first and the last file.
     """
     table = {}
     for video, folder in videos.items():
-        numbers = frame_numbers(folder)
+        numbers, files, _ = list_frames(folder)
+        ends = [files.path(number) for number in (*numbers[:1], *numbers[-1:])]
         table[video] = {"frames": int(numbers.max(initial=0)), "images": len(numbers),
-                        "names": zlib.crc32(numbers.tobytes())}
+                        "names": zlib.crc32(numbers.tobytes()), "sizes": sizes(ends)}
     for task in TASKS.values():
         if not has_labels(labels, task):
             continue
@@ -115,9 +116,9 @@ def main(config, team):
     videos = find_videos(config.data.frames)
     table = count_frames(config.data.labels, videos)
     run.same_on_all_machines(table)
-    known = team.agree(read_json(run.folder / "videos.json") or {})
-    gone = sorted(known.keys() - table.keys())
-    if gone and not run.finished:
+    known = team.agree(begun(run.folder) and read_json(run.folder / "videos.json") or {})
+    gone = sorted(video for video in known.keys() - table.keys() if "faces" not in known[video])
+    if gone:                                        # not yet extracted, or not known to be
         raise ValueError(f"{run.folder}: {len(gone)} videos were there when this began and are gone: "
                          f"{', '.join(gone[:5])}; bring them back, or begin {other_run(config)}")
     order = sorted(table, key=lambda video: (-table[video]["frames"], video))      # longest first
@@ -131,7 +132,7 @@ def main(config, team):
     keys = load_vit(vit, checkpoint)
     vit = vit.to(team.device).eval()
     known |= {video: table[video] for video in left}
-    begin(run, known, left, origin)
+    start(run, known, left, origin)
 
     # loop: what is left is shared anew, longest first, so that no process waits long for another's last video
     mine = left[team.rank::team.world]
@@ -157,7 +158,7 @@ def main(config, team):
     finish(run, known)
 
 
-def begin(run, table: dict, left: list[str], origin: dict):
+def start(run, table: dict, left: list[str], origin: dict):
     """Take away what is out of date, and write down what is to be made. Rank 0 only."""
     run.remember({}, origin)
     if run.team.rank == 0:

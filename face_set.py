@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
-from images import find_images, inside, read_image
+from images import find_images, inside, read_image, sizes
 from labels import EXPRESSIONS
 
 # If more than this share of the images that a list names is missing, it is not the list of this folder.
@@ -50,9 +50,11 @@ class FaceSet:
         return len(self.training)
 
     def fingerprint(self) -> str:
-        """Number, names and boxes of the faces, for made_of.py: other ones have another."""
+        """Number, names and boxes of the faces, and the sizes of some files, for made_of.py: other faces have
+        another."""
         boxes = b"" if self.boxes is None else self.boxes.tobytes()
-        return f"{len(self):,} images, names {crc32(boxes, crc32(self.paths.tobytes())):08x}"
+        some = sizes(self.where(i) for i in range(0, len(self), 1 + len(self) // 100))
+        return f"{len(self):,} images, names {crc32(boxes, crc32(self.paths.tobytes())):08x}, sizes {some}"
 
     def where(self, i) -> str:
         return os.path.join(self.root, os.fsdecode(self.paths[i]))

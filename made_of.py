@@ -7,10 +7,11 @@ Every stage keeps a record beside its result (made_of.json), and in its checkpoi
     data       what it has read, in names, numbers and checksums
     input      {"setting": "finetune.start", "stage": "pretrain"}: where its input is looked for
     from       the record of that input; so a record holds the whole chain, down to the data
+    base       run.base: where earlier stages may have been taken from
     checkpoint, checksum   of the weights that later stages read, since it is finished
 
-A result is used if its record agrees with today's settings and with the input that lies there now; otherwise
-it is stale, and refused. A run with another name may take the earlier stages of run.base, if they agree
+A result is used if its record agrees with today's settings and with its input's record of today; otherwise it
+is stale, and refused. A run with another name may take the earlier stages of run.base, if they are not stale
 (`place`). Paths are not compared, only what they lead to. docs/made_of.md shows the chain.
 
     python made_of.py RUN_FOLDER     # the chain behind a result; a checkpoint file will do as well
@@ -26,9 +27,10 @@ from pathlib import Path
 from checkpoints import checksum, read_checkpoint, read_json
 from config import Config, typed
 
-PATHS = ("synthetic.root", "finetune.start", "features.checkpoint", "task.features")
+LEFT_OUT = ("synthetic.root", "finetune.start", "features.checkpoint", "task.features")            # paths
+WAYS_ON = "\ntwo ways on: "
 RANDOM = {"file": "random weights", "checksum": 0}           # what finetune.start=none begins with
-MADE = ("last.pt", "previous.pt", "best.pt", "metrics.json", "videos.json")      # files of work that was done
+MADE = ("last.pt", "previous.pt", "best.pt", "metrics.json", "*.npy")            # files of work that was done
 
 
 # ---- Settings
@@ -48,13 +50,15 @@ def value(config: Config, name: str):
 def settings_of(config: Config, *names) -> dict:
     """{"task.lr": 3e-5, ...} of sections or single "section.field"s, less the paths.
 
-    The section `synthetic` counts with synthetic data only.
+    `synthetic` is whether the data is, and if so, the section of that name.
     """
+    if "synthetic" in names:
+        names = (*names, "data.synthetic")
     chosen = {}
     for section, fields in dataclasses.asdict(config).items():
         for field in fields:
             name = f"{section}.{field}"
-            unused = name in PATHS or section == "synthetic" and not config.data.synthetic
+            unused = name in LEFT_OUT or section == "synthetic" and not config.data.synthetic
             if (section in names or name in names) and not unused:
                 chosen[name] = value(config, name)
     return chosen
@@ -69,18 +73,24 @@ def finished(folder) -> bool:
 
 def begun(folder) -> bool:
     """Has the stage made anything here? A first attempt that failed earlier than that does not count."""
-    return any((Path(folder) / name).exists() for name in MADE)
+    return any(True for name in MADE for _ in Path(folder).glob(name))
 
 
 def read_record(folder) -> dict | None:
     """The record in a run folder; None if there is none. Raises ValueError if it is damaged."""
-    return read_json(Path(folder) / "made_of.json")
+    path = Path(folder) / "made_of.json"
+    record = read_json(path)
+    if record is not None and not (isinstance(record, dict) and "settings" in record):
+        raise ValueError(f"{path}: not the record that a stage has written; put a copy back")
+    return record
 
 
 def given_record(path) -> dict:
     """The record of a checkpoint, or of a folder of features, that a setting names."""
     if path == "none":
         return RANDOM
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such checkpoint or folder")
     if Path(path).is_dir():
         return {**(read_record(path) or {}), "file": str(path)}
     known = read_checkpoint(path).get("made_of", {})
@@ -89,11 +99,12 @@ def given_record(path) -> dict:
 
 def same(a: dict, b: dict) -> bool:
     """Are these records of one input? The checksum of a checkpoint tells. Features have none: they are the
-    same if they come from the same checkpoint with the same settings."""
+    same if they come from the same checkpoint with the same settings, or if nothing is known of either."""
     if "checksum" in a or "checksum" in b:
         return a.get("checksum") == b.get("checksum")
-    both_known = "settings" in a and "settings" in b
-    return not both_known or a["settings"] == b["settings"] and same(a["from"], b["from"])
+    if "settings" in a and "settings" in b:
+        return a["settings"] == b["settings"] and same(a["from"], b["from"])
+    return "settings" not in a and "settings" not in b
 
 
 def chain(record: dict | None) -> list[dict]:
@@ -103,10 +114,8 @@ def chain(record: dict | None) -> list[dict]:
 
 def tuned_on(record: dict | None) -> list[str]:
     """The videos on which the ViT behind a result was fine-tuned; none for an MAE's or a foreign ViT."""
-    for link in chain(record):
-        if link.get("stage") == "finetune":
-            return link["data"]["training videos"]
-    return []
+    tunings = [link for link in chain(record) if link.get("stage") == "finetune"]
+    return [video for link in tunings for video in link["data"]["training videos"]]
 
 
 # ---- Comparing
@@ -133,18 +142,43 @@ def listed(changed: dict) -> str:
 
 def other_run(config: Config) -> str:
     """The way on that loses nothing, for messages."""
-    base = "" if config.run.base else f" --set run.base={config.run.name}"
-    return (f"a run of its own, --set run.name=NEW{base}, which takes over the stages before it that stay "
-            "the same")
+    return (f"a run of its own, --set run.name=NEW --set run.base={config.run.name}, which takes over the "
+            "stages before it that stay the same")
+
+
+def bases(config: Config):
+    """Yield the folder of run.base, that of the run which this one was based on, and so on."""
+    name, seen = config.run.base, [config.run.name]
+    while name and name not in seen:
+        folder = Path(config.run.out) / name
+        yield folder
+        seen.append(name)
+        records = [read_record(path.parent) for path in sorted(folder.glob("*/made_of.json"))]
+        name = next((record["base"] for record in records if record.get("base")), "")
 
 
 def place(config: Config, stage: str) -> Path:
-    """The folder of an earlier stage: this run's; or run.base's, if this run has made nothing there and that
-    of the base is finished, whole and not stale."""
-    own, base = config.folder(stage), Path(config.run.out) / config.run.base / stage
-    if not config.run.base or begun(own) or not finished(base) or stale(base, config):
-        return own
-    return base if (base / read_record(base).get("checkpoint", "")).exists() else own
+    """The folder of an earlier stage: this run's; or that of a base, if this run has made nothing there."""
+    own = config.folder(stage)
+    if not begun(own):
+        for base in bases(config):
+            if not why_not(base / stage, config):
+                return base / stage
+    return own
+
+
+def why_not(folder: Path, config: Config) -> str:
+    """Why an earlier stage of another run is not taken over; "" if it is."""
+    if not finished(folder):
+        return f"{folder} is not finished" if folder.exists() else f"there is no {folder}"
+    weights = (read_record(folder) or {}).get("checkpoint", "")
+    return stale(folder, config) or ("" if (folder / weights).exists() else f"{folder / weights} is gone")
+
+
+def not_taken(config: Config, stage: str) -> str:
+    """Why the base's result of a stage is not used, in lines for messages; "" without a base."""
+    base = next(bases(config), None)
+    return f"\n  run.base: {why_not(base / stage, config).partition(WAYS_ON)[0]}" if base else ""
 
 
 def check(folder: Path, config: Config):
@@ -166,22 +200,25 @@ def stale(folder: Path, config: Config) -> str:
                 f"begin {other_run(config)}")
     changed = differences(record, config)
     if changed:
-        return (f"{folder} was made with other settings:{listed(changed)}\n"
-                f"two ways on: the earlier values, or {other_run(config)}")
+        return (f"{folder} was made with other settings:{listed(changed)}"
+                f"{WAYS_ON}the earlier values, or {other_run(config)}")
     if not record.get("input"):
         return ""
-    setting, stage = record["input"]["setting"], record["input"]["stage"]
+    setting, stage, before = record["input"]["setting"], record["input"]["stage"], record["from"]
     given = value(config, setting)
     where = Path(given) if given else place(config, stage)
+    if not given and "file" in before and not finished(where):
+        return (f"{folder} was made from {named(before)}, but {setting} is now not given"
+                f"{WAYS_ON}give it, or {other_run(config)}")
     if given != "none" and not (where.exists() if given else finished(where)):
         return ""
-    before, now = record["from"], given_record(given) if given else read_record(where)
+    now = given_record(given) if given else read_record(where)
     if now is None or not same(before, now):
         old, new = before.get("settings", {}), (now or {}).get("settings", {})
         changed = {name: (stage, old[name], new.get(name)) for name in old if old[name] != new.get(name)}
         return (f"{folder} was made from {named(before)}, but {where} is now "
-                f"{named(now) if now else 'without made_of.json'}{listed(changed)}\n"
-                f"two ways on: bring back what it was made from, or {other_run(config)}")
+                f"{named(now) if now else 'without made_of.json'}{listed(changed)}"
+                f"{WAYS_ON}bring back what it was made from, or {other_run(config)}")
     return "" if given else stale(where, config)
 
 
@@ -217,7 +254,7 @@ def find_input(config: Config, team, setting: str, stage: str, file: str, script
     folder = place(config, stage)
     path = folder / file
     if not finished(folder):
-        raise missing(path, script, config)
+        raise ValueError(f"{missing(path, script, config)}{not_taken(config, stage)}")
     check(folder, config)
     there(path, config)
     record = read_record(folder)
@@ -228,6 +265,11 @@ def find_input(config: Config, team, setting: str, stage: str, file: str, script
     if folder != config.folder(stage):
         team.say(f"  {stage}: taken from {folder} (run.base), made with the same settings")
     return path, record
+
+
+def input_there(config: Config, setting: str, stage: str) -> bool:
+    """Is there something that `find_input` would find, or refuse?"""
+    return bool(value(config, setting)) or finished(place(config, stage))
 
 
 def there(path: Path, config: Config):
@@ -253,6 +295,8 @@ def like(record: dict | None, config: Config, source) -> tuple[Config, dict]:
     config = copy.deepcopy(config)
     for name, (_, was, _) in changed.items():
         section, field = name.split(".")
+        if name == "data.synthetic":                         # says what lies there, not how it was made
+            continue
         if section == "data" and type(was) is not bool:      # paths to data of pre-training, of which `value`
             was = [""] * was if type(was) is int else was.replace("not given", "")        # told only so much
         setattr(getattr(config, section), field, was)
@@ -274,6 +318,8 @@ def described(record: dict):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.exit("give a run folder or a checkpoint: python made_of.py RUN_FOLDER")
     for path in sys.argv[1:]:
         try:
             record = read_record(path) if Path(path).is_dir() else read_checkpoint(path).get("made_of")

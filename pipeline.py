@@ -33,6 +33,8 @@ MAIN = {"synthetic": synthetic.make,
 DEMO_SECONDS = {"synthetic": 13, "train_pretrain": 139, "train_finetune": 66, "extract_features": 6,
                 "train_task": 21}                                   # measured by benchmark.py on two cores
 
+LENT = ("train_pretrain", "train_finetune", "extract_features")     # run.base lends the results of these
+
 
 def needs(stage: str, config, checkpoint: str = "") -> list[str]:
     """The stages whose results `stage` reads, in order. A path in the settings takes the place of a stage."""
@@ -71,9 +73,10 @@ def make_inputs(stage: str, config, team, task=None, checkpoint: str = ""):
         make_inputs(need, config, team, task)
         arguments = [task] if need == "train_task" else []
         script = f"{need}.py" + (f" --task {task.name}" if arguments else "")
-        team.say(f"\n{result(need, config, task)} is missing, so it is made first. The demo takes about "
-                 f"{DEMO_SECONDS[need]} s for that on two cores. Only this step: "
-                 f"{made_of.command(script, config)}")
+        path = result(need, config, task)
+        why = made_of.not_taken(config, path.parent.name) if need in LENT else ""
+        team.say(f"\n{path} is missing, so it is made first. The demo takes about {DEMO_SECONDS[need]} s "
+                 f"for that on two cores. Only this step: {made_of.command(script, config)}{why}")
         began = time.time()
         MAIN[need](config, team, *arguments)
         team.say(f"made in {time.time() - began:.0f} s\n")
@@ -97,5 +100,7 @@ if __name__ == "__main__":
     rows = [(stage, None) for stage in ("synthetic", "train_pretrain", "train_finetune", "extract_features")]
     rows += [("train_task", task) for task in TASKS.values()]
     for stage, task in rows:
-        state = "finished" if finished(stage, config, task) else "to be made"
-        print(f"{stage + (f' {task.name}' if task else ''):18s}{state:12s}{result(stage, config, task)}")
+        path, state = result(stage, config, task), "to be made"
+        if finished(stage, config, task):
+            state = "stale" if stage != "synthetic" and made_of.stale(path.parent, config) else "finished"
+        print(f"{stage + (f' {task.name}' if task else ''):18s}{state:12s}{path}")

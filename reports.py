@@ -5,6 +5,7 @@ A score is compared with the paper's only on synthetic data, which says so, and 
 Aff-Wild2. Where the ViT was fine-tuned on scenes of the validation set, the score without them stands beside.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -101,6 +102,11 @@ def numbers(task: Task, sums, scored: Scored) -> dict:
     return {"metric": task.metric.name, "score": scores.mean(), **dict(zip(task.outputs, scores.tolist())),
             "chance": chance.mean(), "validation_videos": len(scored.videos),
             "seen_videos": int((~scored.unseen).sum()), "left_out": scored.left_out}
+
+
+def stored_scores(run_folder: Path) -> str:
+    """The report of a finished task."""
+    return (run_folder / "scores.txt").read_text()
 
 
 def seen_text(scored: Scored) -> str:

@@ -34,7 +34,7 @@ class RunFolder:
 
     def __init__(self, stage: str, config, team: Team, settings: dict, source: tuple[str, str] | None = None):
         self.folder, self.team, self.config, self.damaged = config.folder(stage), team, config, False
-        self.record = {"stage": stage, "settings": settings, "input": None}
+        self.record = {"stage": stage, "settings": settings, "input": None, "base": config.run.base}
         if source:
             self.record["input"] = {"setting": source[0], "stage": source[1]}
         problem = ""

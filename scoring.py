@@ -89,7 +89,7 @@ def score(model, mine, videos: list[Video], task: Task, window: int, stride: int
 
 def check_checkpoint(path, saved: dict, features_record: dict, videos: list[Video]):
     """Raises ValueError if a checkpoint was trained on features of another ViT than these, or on scenes that
-    would be scored."""
+    would be scored. One without a record cannot be checked."""
     record = saved.get("made_of")
     if record is None:
         return
@@ -101,8 +101,7 @@ def check_checkpoint(path, saved: dict, features_record: dict, videos: list[Vide
     known = [video.name for video in videos if scene(video.name) in trained]
     if known:
         raise ValueError(f"{path}: trained on {len(known)} of the {len(videos)} videos that would be scored "
-                         f"({', '.join(known[:5])}); its fold is {record['settings']['task.fold']}, give "
-                         "--set task.fold=... and the labels that it was trained with")
+                         f"({', '.join(known[:5])}); give the labels that it was trained with")
 
 
 def check_task(path, saved: dict, task: Task):

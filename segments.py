@@ -87,6 +87,19 @@ class Video:
     labels: np.ndarray                 # as `read_labels` gives them
 
 
+def extracted_videos(features) -> dict | None:
+    """videos.json of a folder of features: {video: what it was extracted from}; None if they were made
+    elsewhere. Raises ValueError if it is gone, or the extraction has not ended."""
+    path = Path(features) / "videos.json"
+    table = read_json(path)
+    if table is None and (path.parent / "made_of.json").exists():
+        raise ValueError(f"{path} is gone; put a copy back, or run extract_features.py for another "
+                         "--set run.name=...")
+    if table is not None and not all("faces" in row for row in table.values()):
+        raise ValueError(f"{path.parent}: the extraction has not ended; run extract_features.py to go on")
+    return table
+
+
 def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Video], dict[str, str], int]:
     """One split's videos with labels and features. -> videos, {name: why it is left out}, D.
 
@@ -94,7 +107,7 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
     one that was extracted is gone (videos.json tells), or if no video is left.
     """
     videos, left_out, lost, dim = [], {}, [], None
-    extracted = read_json(Path(features) / "videos.json")             # None: features made elsewhere
+    extracted = extracted_videos(features)
     for name, file in files.items():
         labels, path = read_labels(file, task), Path(features) / f"{name}.npy"
         if not len(labels):
@@ -113,7 +126,7 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
             if width != dim or frames < len(labels):
                 raise ValueError(f"{path}: features are {frames} x {width}, expected at least {len(labels)} "
                                  f"frames (as {file} has) x {dim}; "
-                                 "run extract_features.py again, as a run of another --set run.name=...")
+                                 "run extract_features.py, which extracts changed videos anew")
             videos.append(Video(name, path, labels))
     if lost:
         raise ValueError(f"{features}: files of {len(lost)} videos that were extracted are gone: "
@@ -133,10 +146,21 @@ def reasons(left_out: dict[str, str]) -> str:
 
 
 def fingerprint(videos: list[Video]) -> str:
-    """Which videos with which labels, for made_of.py."""
-    crc = 0
+    """Which videos with which labels and features, for made_of.py.
+
+    Of features that are not from `extract_features.py` the first and the last frame tell. Those from there
+    are told by what they were extracted from: made again, they may differ in the last digit.
+    """
+    crc, tables = 0, {}
     for video in videos:
-        crc = zlib.crc32(video.name.encode() + video.labels.tobytes(), crc)
+        folder = video.features.parent
+        if folder not in tables:
+            tables[folder] = extracted_videos(folder) or {}
+        made_from = repr(tables[folder].get(video.name)).encode()
+        if video.name not in tables[folder]:
+            array = np.load(video.features, mmap_mode="r", allow_pickle=False)
+            made_from = array[:1].tobytes() + array[-1:].tobytes()
+        crc = zlib.crc32(video.name.encode() + video.labels.tobytes() + made_from, crc)
     frames = sum(len(video.labels) for video in videos)
     return f"{len(videos)} videos, {frames:,} frames, checksum {crc:08x}"
 

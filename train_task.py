@@ -24,8 +24,8 @@ from checkpoints import read_checkpoint, write_text
 from config import from_command_line
 from data import split
 from labels import TASKS
-from made_of import settings_of
-from reports import data_text, draw_timeline, numbers, report, to_score
+from made_of import input_there, settings_of
+from reports import data_text, draw_timeline, numbers, report, stored_scores, to_score
 from run import Run
 from scoring import FEATURES, find_features, load_segment_model, score, shared_out, stage_of
 from segments import SegmentData, fingerprint, open_videos
@@ -40,6 +40,8 @@ def main(config, team, task):
     settings = settings_of(config, "synthetic", "segments", "temporal", "task", "run.seed")
     run = Run(stage_of(config, task), config, team, settings, FEATURES)
     best = run.folder / "best.pt"
+    if run.finished and not input_there(config, *FEATURES):
+        return team.say(f"{run.folder} is finished; its features are gone\n\n{stored_scores(run.folder)}")
 
     # data
     features, origin = find_features(config, team)
@@ -49,7 +51,7 @@ def main(config, team, task):
     found = {"training": fingerprint(videos), "validation": fingerprint(val_videos),
              "training videos": [video.name for video in videos]}
     if run.still_finished(found):
-        return team.say("\n" + (run.folder / "scores.txt").read_text())
+        return team.say(f"\n{stored_scores(run.folder)}")
     scored = to_score(val_videos, val_left_out, videos, task, origin, config)
     team.say(data_text(videos, train_left_out, scored))
 

@@ -5,6 +5,7 @@ Each refusal is a ValueError, which the scripts print as one line and exit code 
 test_bad_input.py.
 """
 
+import json
 import os
 import pickle
 
@@ -216,7 +217,7 @@ TABLE = {
         cut_videos, r"videos\.json: not the JSON that a stage has written"),
     "features of another width": (
         two_videos(5, 4),
-        r"b\.npy: features are 5 x 4, expected at least 5 frames .* x 3; run extract_features.py again"),
+        r"b\.npy: features are 5 x 4, expected at least 5 frames .* x 3; run extract_features.py, which"),
     "fewer features than labels": (
         two_videos(4, 3),
         r"b\.npy: features are 4 x 3, expected at least 5 frames \(as .*b\.txt has\) x 3"),
@@ -263,6 +264,7 @@ def test_a_name_in_any_language_and_of_any_length_works_from_labels_to_features(
     run.write("last.pt", {"video": name, "made_of": run.record})
     assert np.load(segments.noface_path(path)).tolist() == [False, True, False]
     assert run.resume({})["video"] == name
+    put(run.folder / "videos.json", json.dumps({name: {"faces": 2}}))
     (video,), left_out, dim = segments.open_videos(files, run.folder, EXPR)
     part = segments.SegmentData([video], EXPR, 4, 3)
     x, target, valid, real = part[0]

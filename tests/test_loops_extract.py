@@ -254,10 +254,18 @@ def test_the_pipeline_tells_which_stages_are_finished(tmp_path, ran):
     rows = stages.start(tmp_path, "pipeline.py").splitlines()
     assert [row.split() for row in rows] == [
         ["synthetic", "finished", "data/complete.json"],
-        ["train_pretrain", "finished", "runs/tiny/pretrain/last.pt"],
-        ["train_finetune", "finished", "runs/tiny/finetune/best.pt"],
-        ["extract_features", "finished", "runs/tiny/features/metrics.json"],
+        ["train_pretrain", "stale", "runs/tiny/pretrain/last.pt"],             # it left no record
+        ["train_finetune", "stale", "runs/tiny/finetune/best.pt"],
+        ["extract_features", "stale", "runs/tiny/features/metrics.json"],
         *(["train_task", task, "to", "be", "made", f"runs/tiny/task_{task}/best.pt"] for task in TASKS)]
+
+
+def test_the_pipeline_tells_what_is_stale(extracted):
+    def states(*options):
+        rows = stages.start(extracted.folder, "pipeline.py", *stages.overriding(options)).splitlines()
+        return [row.split()[1] for row in rows[1:4]]
+    assert states() == ["finished"] * 3
+    assert states("finetune.lr=1") == ["finished", "stale", "stale"]
 
 
 @pytest.mark.parametrize("stage, missing, maker", [

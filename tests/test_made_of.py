@@ -7,6 +7,7 @@ import runpy
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ import tiny
 from checkpoints import checksum
 from config import Config, load
 from data import label_files, scene
-from labels import EXPR
+from labels import AU, EXPR
 from made_of import (RANDOM, begun, chain, check, described, differences, find_input, finished,
                      given_record, like, named, place, read_record, same, settings_of, tuned_on)
 from processes import ALONE
@@ -38,7 +39,7 @@ def made(config, stage: str, sections=(), source=None, before=None, data=None, c
     folder = config.folder(stage)
     folder.mkdir(parents=True)
     record = {"stage": stage, "settings": settings_of(config, *sections), "input": source,
-              "data": data or {}, "from": before}
+              "base": config.run.base, "data": data or {}, "from": before}
     if checkpoint:
         torch.save({"model": {}, "made_of": record, "stage": stage}, folder / checkpoint)
         record |= {"checkpoint": checkpoint, "checksum": checksum(folder / checkpoint)}
@@ -61,7 +62,7 @@ def test_settings_are_chosen_by_section_and_by_name_without_paths():
         {f"task.{name}" for name in vars(Config().task)} - {"task.features"})
     assert settings_of(Config(), "data.raf_db", "data.folders") == {"data.raf_db": "not given",
                                                                     "data.folders": 0}
-    assert settings_of(Config(), "synthetic") == {}                # real data does not depend on them
+    assert settings_of(Config(), "synthetic") == {"data.synthetic": False}      # the rest does not matter
     synthetic = Config()
     synthetic.data.synthetic = True
     assert settings_of(synthetic, "synthetic")["synthetic.seed"] == 0
@@ -73,6 +74,8 @@ def test_a_record_tells_of_the_whole_chain(tmp_path):
     assert [link["stage"] for link in chain(record)] == ["finetune", "pretrain"]
     features = {"stage": "features", "settings": {}, "from": record}
     assert tuned_on(features) == ["a", "b_left"] and tuned_on(record["from"]) == tuned_on(None) == []
+    twice = {"stage": "finetune", "data": {"training videos": ["c"]}, "from": record}
+    assert tuned_on(twice) == ["c", "a", "b_left"]                 # fine-tuned, and then fine-tuned again
     assert named(record) == f"finetune (checksum {record['checksum']})"
     assert named(features) == f"features from finetune (checksum {record['checksum']})"
 
@@ -84,7 +87,8 @@ def test_checkpoints_are_the_same_by_their_checksum_and_features_by_what_they_we
     assert same(features, {**features, "data": {"more": 1}})
     assert not same(features, {**features, "from": b})
     assert not same(features, {**features, "settings": {"finetune.token": "mean"}})
-    assert same(features, {"file": "made/elsewhere"})              # nothing is known of those
+    foreign = {"file": "made/elsewhere"}
+    assert not same(features, foreign) and same(foreign, {"file": "moved"})        # nothing is known of those
 
 
 def test_differences_are_named_with_their_stage_the_earliest_first(tmp_path):
@@ -107,6 +111,26 @@ def test_a_start_that_a_setting_names_is_compared_by_its_checksum_not_by_its_set
             check(config.folder("finetune"), config_of(tmp_path, start))
     (tmp_path / "mae.pth").unlink()                                # no longer needed
     check(config.folder("finetune"), config_of(tmp_path, *given))
+
+
+def test_a_start_that_is_no_longer_given_is_missed(tmp_path):
+    """Also if the stage whose place it took has never been made."""
+    config = config_of(tmp_path)
+    start = {"setting": "finetune.start", "stage": "pretrain"}
+    made(config, "finetune", ["finetune"], start, RANDOM, checkpoint="best.pt")
+    check(config.folder("finetune"), config_of(tmp_path, "finetune.start=none"))
+    with pytest.raises(ValueError, match=r"finetune was made from random weights \(checksum 0\), but "
+                                         "finetune.start is now not given\ntwo ways on: give it, or"):
+        check(config.folder("finetune"), config)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3"])
+def test_a_record_that_no_stage_has_written_is_refused(tmp_path, text):
+    config = config_of(tmp_path)
+    two_stages(config)
+    (config.folder("finetune") / "made_of.json").write_text(text)
+    with pytest.raises(ValueError, match="made_of.json: not the record that a stage has written"):
+        found(config)
 
 
 def test_an_earlier_stage_that_is_gone_is_no_reason_to_refuse_a_later_one(tmp_path):
@@ -201,6 +225,25 @@ def test_a_run_takes_over_what_agrees_and_is_whole_in_its_base(tmp_path, capsys)
     assert place(new, "finetune") == new.folder("finetune")        # its own has begun
     (base.folder("pretrain") / "last.pt").unlink()
     assert place(new, "pretrain") == new.folder("pretrain")        # not whole
+
+
+def test_a_base_may_have_a_base(tmp_path):
+    first = config_of(tmp_path, "run.name=first")
+    two_stages(first)
+    second = config_of(tmp_path, "run.name=second", "run.base=first")
+    made(second, "task_au")
+    third = config_of(tmp_path, "run.name=third", "run.base=second")
+    assert place(third, "finetune") == first.folder("finetune")
+
+
+def test_why_nothing_is_taken_from_a_base_is_said(tmp_path):
+    two_stages(config_of(tmp_path, "run.name=base"))
+    for settings, why in ((["run.base=bass"], r"run.base: there is no .*/bass/finetune"),
+                          (["run.base=base", "finetune.lr=1"],
+                           r"run.base: .*/base/finetune was made with other settings:\n  finetune.lr: was ")):
+        with pytest.raises(ValueError, match=rf"(?s)best.pt not found; make it with: .*\n  {why}") as refusal:
+            found(config_of(tmp_path, "run.name=new", *settings))
+        assert "two ways on" not in str(refusal.value)
 
 
 def test_the_settings_of_a_checkpoint_take_the_place_of_those_that_were_not_typed(tmp_path):
@@ -390,3 +433,90 @@ def test_the_official_split_too_tells_which_videos_the_vit_has_seen(finished, tm
     text = (folder / "runs/tiny/task_au/scores.txt").read_text()
     assert re.search(r"mean F1 +ours +unseen +chance +paper +baseline\n", text)
     assert done(folder, *EVALUATE_AU).endswith(text)
+
+
+def test_what_was_made_from_synthetic_data_is_not_taken_for_real_data(finished, tmp_path):
+    folder, real = copied(finished, tmp_path), ["--set", "data.synthetic=false"]
+    codes, said = run(folder, *TRAIN_AU, *real)
+    assert codes == [2] and "data.synthetic: was True, now False (of stage pretrain)" in said
+    codes, said = run(folder, "extract_features.py", *TINY, *real, "--set", "run.name=mine", "--set",
+                      "run.base=tiny")
+    assert codes == [2]
+    assert "runs/mine/finetune/best.pt not found" in said and "run.base: runs/tiny/finetune was made" in said
+
+
+def test_other_images_under_the_same_names_are_other_data(finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    for path in (folder / "data/Aff-Wild2/cropped_aligned").rglob("*.jpg"):
+        path.write_bytes(path.read_bytes() + b" " * 10)
+    codes, said = run(folder, "train_finetune.py", *TINY)
+    assert codes == [2] and "runs/tiny/finetune was made from other data:\n  training: was " in said
+    assert "extracting 8 numbers per frame from 7 of 7 videos" in done(folder, "extract_features.py", *TINY)
+    for path in (folder / "data/RAF-DB").rglob("*.jpg"):
+        path.write_bytes(path.read_bytes() + b" " * 10)
+    codes, said = run(folder, "train_pretrain.py", *TINY)
+    assert codes == [2] and "data.raf_db: was 15 images, names " in said
+
+
+def test_a_task_notices_that_the_features_of_its_videos_were_made_anew_from_other_images(finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    video = sorted(label_files(folder / "data/Aff-Wild2/annotations", AU)["Validation_Set"])[0]
+    for path in sorted((folder / "data/Aff-Wild2/cropped_aligned" / video).iterdir())[::2]:
+        path.unlink()
+    assert "from 1 of 7 videos" in done(folder, "extract_features.py", *TINY)
+    codes, said = run(folder, *TRAIN_AU)
+    assert codes == [2]
+    assert "runs/tiny/task_au was made from other data:\n  validation: was 3 videos, " in said
+
+
+def test_features_that_another_program_made_are_not_taken_for_ours_and_are_compared_by_value(
+        finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    foreign = folder / "foreign"
+    foreign.mkdir()
+    for path in (folder / "runs/tiny/features").glob("*.npy"):
+        if "noface" not in path.name:
+            np.save(foreign / path.name, np.ones_like(np.load(path)))
+    given = ["--set", "task.features=foreign"]
+    codes, said = run(folder, *TRAIN_AU, *given)
+    assert codes == [2] and "runs/tiny/task_au was made from features from finetune (checksum " in said
+    codes, said = run(folder, *EVALUATE_AU, *given)
+    assert codes == [2] and "trained on features of another ViT" in said
+    done(folder, *TRAIN_AU, *given, "--set", "run.name=f")
+    np.save(foreign / path_of_one(folder), np.zeros_like(np.load(foreign / path_of_one(folder))))
+    codes, said = run(folder, *TRAIN_AU, *given, "--set", "run.name=f")
+    assert codes == [2] and "runs/f/task_au was made from other data:" in said
+
+
+def path_of_one(folder) -> str:
+    """The feature file of a training video."""
+    return sorted(label_files(folder / "data/Aff-Wild2/annotations", AU)["Train_Set"])[0] + ".npy"
+
+
+def test_a_checkpoint_that_tells_nothing_is_scored_with_a_warning_and_without_the_papers_numbers(
+        finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    weights = torch.load(folder / "runs/tiny/task_au/best.pt", weights_only=True)["model"]
+    torch.save({"model": weights}, folder / "bare.pt")
+    said = done(folder, *EVALUATE_AU, "--checkpoint", "bare.pt")
+    assert "warning: bare.pt does not tell what it was made of; it may have been trained on" in said
+    assert re.search(r"mean F1 +ours +chance\n", said)
+
+
+def test_the_features_of_validation_videos_are_enough_to_score(finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    given = folder / "given"
+    given.mkdir()
+    for video in label_files(folder / "data/Aff-Wild2/annotations", AU)["Validation_Set"]:
+        for end in (".npy", ".noface.npy"):
+            shutil.copy(folder / f"runs/tiny/features/{video}{end}", given)
+    for name in ("made_of.json", "videos.json"):
+        shutil.copy(folder / "runs/tiny/features" / name, given)
+    expected = (folder / "runs/tiny/task_au/scores.txt").read_text()
+    assert done(folder, *EVALUATE_AU, "--set", "task.features=given").endswith(expected)
+
+
+def test_a_finished_task_tells_its_score_though_its_features_are_gone(finished, tmp_path):
+    folder = copied(finished, tmp_path, ["features"])
+    said = done(folder, *TRAIN_AU)
+    assert "runs/tiny/task_au is finished; its features are gone" in said and "mean F1" in said

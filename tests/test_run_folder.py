@@ -51,7 +51,8 @@ def test_a_run_folder_keeps_its_configuration_and_opens_again(tmp_path):
     assert opened(tmp_path, settings, config).finished
     assert json.loads((run.folder / "metrics.json").read_text()) == {"score": 0.5}
     assert json.loads((run.folder / "made_of.json").read_text()) == {
-        "stage": "run", "settings": settings, "input": None, "data": {"videos": 3}, "from": None}
+        "stage": "run", "settings": settings, "input": None, "base": "", "data": {"videos": 3},
+        "from": None}
 
 
 def test_a_folder_in_use_is_refused_to_another_process_and_free_after_its_run_is_killed(tmp_path, capfd):

@@ -190,13 +190,36 @@ def test_what_is_left_out_is_told_by_its_reason():
 
 
 def test_other_labels_or_other_videos_have_another_fingerprint(tmp_path):
+    for name in "abc":
+        features_of(tmp_path, 5, name=name)
+
     def of(*named):
-        return fingerprint([Video(name, tmp_path / name, np.array(labels)) for name, labels in named])
+        return fingerprint([Video(name, tmp_path / f"{name}.npy", np.array(labels))
+                            for name, labels in named])
     one = of(("a", [1, 2]), ("b", [3]))
     assert one.startswith("2 videos, 3 frames, checksum ") and one == of(("a", [1, 2]), ("b", [3]))
     others = [of(("a", [1, 2])), of(("a", [1, 3]), ("b", [3])), of(("a", [1, 2]), ("c", [3])),
               of(("b", [3]), ("a", [1, 2]))]
     assert len({one, *others}) == 5
+    features_of(tmp_path, 6, name="b")                              # its last frame is another
+    assert of(("a", [1, 2]), ("b", [3])) != one
+    extracted(tmp_path, a=5, b=5)                                   # of ours, what they were made from tells
+    ours = of(("a", [1, 2]), ("b", [3]))
+    features_of(tmp_path, 5, name="b")
+    assert of(("a", [1, 2]), ("b", [3])) == ours
+    extracted(tmp_path, a=5, b=4)
+    assert of(("a", [1, 2]), ("b", [3])) != ours
+
+
+def test_features_whose_extraction_has_not_ended_or_whose_list_is_gone_are_refused(tmp_path):
+    features_of(tmp_path, 5, name="a")
+    files = labelled(tmp_path, EXPR, [1] * 5, "a")
+    (tmp_path / "videos.json").write_text('{"a": {"frames": 5}}')
+    with pytest.raises(ValueError, match="the extraction has not ended; run extract_features.py to go"):
+        open_videos(files, tmp_path, EXPR)
+    (tmp_path / "videos.json").rename(tmp_path / "made_of.json")
+    with pytest.raises(ValueError, match="videos.json is gone; put a copy back"):
+        open_videos(files, tmp_path, EXPR)
 
 
 @pytest.mark.parametrize("task, count", [(VA, 2), (EXPR, 3), (AU, 2)], ids=TASKS)
@@ -214,7 +237,7 @@ def test_features_that_do_not_fit_labels_or_each_other_are_refused(tmp_path, fra
     features_of(tmp_path, 5, name="a"), features_of(tmp_path, frames, width, name="b")
     files = labelled(tmp_path, EXPR, [1] * 5, "a") | labelled(tmp_path, EXPR, [1] * 5, "b")
     message = (rf"b\.npy: features are {frames} x {width}, expected at least 5 frames "
-               r"\(as .*b\.txt has\) x 3; run extract_features.py again")
+               r"\(as .*b\.txt has\) x 3; run extract_features.py, which")
     with pytest.raises(ValueError, match=message):
         open_videos(files, tmp_path, EXPR)
 
