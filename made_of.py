@@ -191,8 +191,8 @@ def check(folder: Path, config: Config):
 def stale(folder: Path, config: Config) -> str:
     """Why what lies in a run folder is not what `config` would make, with the ways on; "" if it is.
 
-    It was made with other settings, or from another input than lies there now; and so on down the chain. An
-    input that is gone is no longer needed.
+    It was made with other settings, or from another input than the settings lead to now; and so on down the
+    chain. An earlier stage that is gone is no longer needed; then its record, which is kept here, tells.
     """
     record = read_record(folder)
     if record is None:
@@ -202,32 +202,37 @@ def stale(folder: Path, config: Config) -> str:
     if changed:
         return (f"{folder} was made with other settings:{listed(changed)}"
                 f"{WAYS_ON}the earlier values, or {other_run(config)}")
-    if not record.get("input"):
-        return ""
-    setting, stage, before = record["input"]["setting"], record["input"]["stage"], record["from"]
-    given = value(config, setting)
-    where = Path(given) if given else place(config, stage)
-    if not given and "file" in before and not finished(where):
-        return (f"{folder} was made from {named(before)}, but {setting} is now not given"
-                f"{WAYS_ON}give it, or {other_run(config)}")
-    if given != "none" and not (where.exists() if given else finished(where)):
-        return ""
-    now = given_record(given) if given else read_record(where)
-    if now is None or not same(before, now):
-        old, new = before.get("settings", {}), (now or {}).get("settings", {})
-        changed = {name: (stage, old[name], new.get(name)) for name in old if old[name] != new.get(name)}
-        return (f"{folder} was made from {named(before)}, but {where} is now "
-                f"{named(now) if now else 'without made_of.json'}{listed(changed)}"
-                f"{WAYS_ON}bring back what it was made from, or {other_run(config)}")
-    return "" if given else stale(where, config)
+    made = str(folder)
+    while record.get("input"):
+        setting, stage, before = record["input"]["setting"], record["input"]["stage"], record["from"]
+        given = value(config, setting)
+        where = Path(given) if given else place(config, stage)
+        now = before                                         # if there is nothing to compare it with
+        if given and (given == "none" or where.exists()):
+            now = given_record(given)
+        elif finished(where):
+            now = read_record(where) or {}
+        elif not given and "file" in before:
+            return (f"{made} was made from {named(before)}, but {setting} is now not given"
+                    f"{WAYS_ON}give it, or {other_run(config)}")
+        if not same(before, now):
+            old, new = before.get("settings", {}), now.get("settings", {})
+            changed = {name: (stage, old[name], new.get(name)) for name in old if old[name] != new.get(name)}
+            return (f"{made} was made from {named(before)}, but {where} is now {named(now)}{listed(changed)}"
+                    f"{WAYS_ON}bring back what it was made from, or {other_run(config)}")
+        if given:
+            break                                            # what lies before it is its own affair
+        record, made = now, str(where)
+    return ""
 
 
 def named(record: dict) -> str:
     """A record in a few words: "finetune (checksum 123)", "features from finetune (checksum 123)"."""
-    if "checksum" in record:
-        return f"{record.get('file') or record['stage']} (checksum {record['checksum']})"
+    what = record.get("file") or record.get("stage") or "something without made_of.json"
     before = record.get("from")
-    return (record.get("file") or record["stage"]) + (f" from {named(before)}" if before else "")
+    if "checksum" in record:
+        return f"{what} (checksum {record['checksum']})"
+    return what + (f" from {named(before)}" if before else "")
 
 
 # ---- Finding

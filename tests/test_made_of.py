@@ -113,6 +113,18 @@ def test_a_start_that_a_setting_names_is_compared_by_its_checksum_not_by_its_set
     check(config.folder("finetune"), config_of(tmp_path, *given))
 
 
+def test_an_input_that_is_gone_is_told_by_its_record(tmp_path):
+    """Features whose ViT came from an MAE, and settings that ask for one without: though the ViT is gone."""
+    config = config_of(tmp_path)
+    record = two_stages(config)
+    made(config, "features", [], {"setting": "features.checkpoint", "stage": "finetune"}, record)
+    shutil.rmtree(config.folder("finetune"))
+    check(config.folder("features"), config)
+    with pytest.raises(ValueError, match=r"finetune was made from pretrain \(checksum \d+\), but none is now "
+                                         r"random weights \(checksum 0\)"):
+        check(config.folder("features"), config_of(tmp_path, "finetune.start=none"))
+
+
 def test_a_start_that_is_no_longer_given_is_missed(tmp_path):
     """Also if the stage whose place it took has never been made."""
     config = config_of(tmp_path)
@@ -323,6 +335,15 @@ def test_a_new_idea_about_the_temporal_model_takes_over_all_stages_before_it(fin
     said = done(folder, *TRAIN_AU, *idea)
     assert "pretrain: taken from runs/tiny/pretrain" in said
     assert {path.name for path in (folder / "runs/e1").iterdir()} == {"finetune", "features", "task_au"}
+
+
+def test_a_run_without_pre_training_takes_nothing_that_was_made_from_it(finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    settings = ["run.name=scratch", "run.base=tiny", "finetune.start=none"]
+    done(folder, *TRAIN_AU, *overriding(settings))
+    assert {path.name for path in (folder / "runs/scratch").iterdir()} == {"finetune", "features", "task_au"}
+    made_of = read_record(folder / "runs/scratch/task_au")
+    assert chain(made_of)[-1] == RANDOM
 
 
 def test_a_checkpoint_is_scored_with_the_settings_it_was_trained_with(finished, tmp_path):
