@@ -46,7 +46,7 @@ from features import build, feature_settings, video_features
 from frames import below, has_frames, list_frames
 from images import FaceImages, find_images, listed, normalise, read_image, resize
 from labels import EXPR, TASKS
-from made_of import command, find_input, finished, like, missing
+from made_of import command, find_input, finished, like, missing, there
 from run import Progress
 from scoring import check_checkpoint, check_task, load_segment_model, predict, stage_of
 from table import Table
@@ -59,9 +59,12 @@ TOGETHER = 1000            # with --still, images that are written together
 # ---- Models
 
 def trained(config) -> dict[str, Path]:
-    """{task name: its best.pt} of the run's tasks that are finished."""
+    """{task name: its best.pt} of the run's tasks that are finished. Raises ValueError if one is gone."""
     paths = {task.name: config.folder(stage_of(config, task)) / "best.pt" for task in TASKS.values()}
-    return {name: path for name, path in paths.items() if finished(path.parent) and path.exists()}
+    paths = {name: path for name, path in paths.items() if finished(path.parent)}
+    for path in paths.values():
+        there(path, config)
+    return paths
 
 
 def load_task(path, task, config, origin: dict, team) -> tuple:

@@ -175,6 +175,15 @@ def test_a_task_that_is_not_trained_has_no_columns_and_that_is_said(trained, tmp
     assert found == [{name: value for name, value in row.items() if name not in gone} for row in rows]
 
 
+def test_videos_are_cut_as_the_checkpoint_was_trained_whatever_the_configuration_says(trained, tmp_path, rows,
+                                                                                      capsys):
+    folder = tiny.copied(trained, tmp_path)
+    tiny.write(folder, **stages.SETTINGS, segments={"window": 9, "stride": 4})
+    assert read(start(folder, frames="frames/6", out="six.csv", fps=8.0)) == of_video(rows, "6")
+    said = capsys.readouterr().out
+    assert "segments.window=20 as in runs/tiny/task_va/best.pt; the configuration has 9" in said
+
+
 @pytest.mark.parametrize("k", [1, 2, 7, 100])
 def test_smoothing_is_the_mean_over_k_frames_on_both_sides(k):
     values = np.random.default_rng(k).normal(size=(23, 3)).astype(np.float32)
@@ -231,6 +240,10 @@ def no_vit(folder):
     (folder / "runs/tiny/finetune/metrics.json").unlink()
 
 
+def lost_task(folder):
+    (folder / "runs/tiny/task_va/best.pt").unlink()
+
+
 def other_vit(folder):
     shutil.rmtree(folder / "runs/tiny/task_au")
     before = read_record(folder / "runs/tiny/features")
@@ -255,6 +268,7 @@ def other_table(folder):
     (None, {"still": True, "smooth": 1}, r"--still takes each image for itself; leave out --smooth"),
     (no_task, {}, r"task_au/best.pt not found; make it with: python .*train_task.py --task au --config"),
     (no_vit, {}, r"finetune/best.pt not found; make it with: python .*train_finetune.py --config"),
+    (lost_task, {}, r"task_va/best.pt is gone, though its stage is finished; put a copy back, or begin"),
     (other_vit, {}, r"task_au/best.pt: trained on features of another ViT, features from finetune \(checksum "
                     r"7\), not features from finetune .* or their ViT, --set features.checkpoint=..."),
     (foreign_table, {}, r"all.csv exists, and no all.csv.json tells what it was made of; delete it, or give"),
