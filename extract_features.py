@@ -17,24 +17,21 @@ a frame with ViT-B, and the images that the workers (`run.workers`) read ahead: 
 
 import dataclasses
 import json
-import time
 import zlib
 
 import numpy as np
-import torch
-from torch.utils.data import BatchSampler
 
 from checkpoints import load_vit, read_json, write_array, write_text
 from config import from_command_line
 from data import VideoFrames, has_labels, label_files
+from features import feature_settings, video_features
 from frames import find_videos, list_frames
-from images import normalise, sizes
+from images import sizes
 from labels import TASKS, read_labels
-from made_of import begun, find_input, other_run, settings_of
-from run import clock, rate
+from made_of import begun, find_input, other_run
+from run import Progress
 from run_folder import RunFolder
 from segments import noface_path
-from training import loader
 from vit import VisionTransformer
 
 
@@ -69,38 +66,13 @@ def is_extracted(folder, video: str, row: dict, known: dict) -> bool:
     return before.get("faces") == 0 or path.exists() and noface_path(path).exists()
 
 
-def fill_gaps(features: np.ndarray, noface: np.ndarray):
-    """Give each frame without a face the feature of the last frame before it that has one; at the start, of
-    the first that has one. In place. Shape: features (T, D), noface (T,), not all True."""
-    last = np.flatnonzero(~noface)[0]
-    for t in range(len(features)):
-        if noface[t]:
-            features[t] = features[last]
-        else:
-            last = t
-
-
-@torch.no_grad()
-def extract(vit, frames: VideoFrames, length: int, path, config, team):
+def extract(vit, frames: VideoFrames, length: int, path, config, team, progress):
     """Write a video's features to `path`, and beside it the mask (T,) of frames without a face.
 
     Nothing is written for a video in which no frame has a readable face.
     """
-    noface, problems = np.ones(length, bool), []
-    features = np.zeros((length, config.vit.dim), np.float16)
-    batches = BatchSampler(range(len(frames)), config.features.batch, drop_last=False)
-    for images, rows, unreadable in loader(frames, batches, config.run.workers, team):
-        problems += unreadable
-        if len(rows):
-            with team.autocast():
-                f = vit.features(normalise(images.to(team.device)), config.finetune.token)      # (B, D)
-            features[rows] = f.half().cpu().numpy()
-            noface[rows] = False
-    if problems:
-        more = f" and {len(problems) - 1} more of this video" if len(problems) > 1 else ""
-        print(f"  left out: {problems[0]}{more}", flush=True)
+    features, noface = video_features(vit, frames, length, config, team, progress)
     if not noface.all():
-        fill_gaps(features, noface)
         write_array(noface_path(path), noface)
         write_array(path, features)
 
@@ -109,7 +81,7 @@ def main(config, team):
     """Extract the features of all videos, or of those that are left, new or changed."""
     # configuration
     source = "features.checkpoint", "finetune"
-    settings = settings_of(config, "synthetic", "vit", "finetune.token")
+    settings = feature_settings(config)
     run = RunFolder("features", config, team, settings, source)
 
     # data: what is there now, and what was when this began
@@ -142,16 +114,10 @@ def main(config, team):
              f"{sum(table[video]['frames'] for video in left):,} frames, on {team.device}; "
              f"at most {ahead:,.0f} MB of images wait in each process")
     team.say(f"  ViT from {checkpoint}; {keys}")
-    began = printed = time.time()
-    done, total = 0, sum(table[video]["frames"] for video in mine)
+    progress = Progress(sum(table[video]["frames"] for video in mine), "frames", team)
     for video in mine:
-        length = table[video]["frames"]
-        extract(vit, VideoFrames(videos[video], size), length, run.folder / f"{video}.npy", config, team)
-        done += length
-        if time.time() - printed > 5:
-            printed, seconds = time.time(), time.time() - began
-            left_over = clock((total - done) * seconds / done)
-            team.say(f"  {done:,} of {total:,} frames  {rate(done, seconds)} frames/s  {left_over} left")
+        length, path = table[video]["frames"], run.folder / f"{video}.npy"
+        extract(vit, VideoFrames(videos[video], size), length, path, config, team, progress)
     team.wait()
 
     # finish

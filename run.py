@@ -41,6 +41,23 @@ def rate(count: float, seconds: float) -> str:
     return f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
 
 
+class Progress:
+    """A line every 5 seconds: how much of `total` is done (by this process), how fast, how long it takes."""
+
+    def __init__(self, total: int, unit: str, team: Team):
+        self.total, self.unit, self.team, self.done = total, unit, team, 0
+        self.began = self.printed = time.time()
+
+    def add(self, count: int):
+        self.done += count
+        now = time.time()
+        if now - self.printed > 5:
+            self.printed, seconds = now, now - self.began
+            left = clock((self.total - self.done) * seconds / max(self.done, 1))
+            self.team.say(f"  {self.done:,} of {self.total:,} {self.unit}  {rate(self.done, seconds)} "
+                          f"{self.unit}/s  {left} left")
+
+
 class Signals:
     """SIGTERM and Ctrl-C in a training: the first asks it to save and end, a later one ends it at once.
 

@@ -96,7 +96,7 @@ def check_checkpoint(path, saved: dict, features_record: dict, videos: list[Vide
     if not same(record["from"], features_record):
         raise ValueError(f"{path}: trained on features of another ViT, {named(record['from'])}, not "
                          f"{named(features_record)}, which mean something else; give those it was trained "
-                         "on, --set task.features=...")
+                         "on, --set task.features=..., or their ViT, --set features.checkpoint=...")
     trained = {scene(name) for name in record["data"]["training videos"]}
     known = [video.name for video in videos if scene(video.name) in trained]
     if known:

@@ -16,19 +16,18 @@ of the validation videos, every `finetune.every`-th; `val_unreadable` frames of 
 decoded; `gradient_norm`, `unreadable`, `lr`, `seconds` as in train_pretrain.py.
 """
 
-import dataclasses
 import math
 from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import BatchSampler
 
 from checkpoints import load_vit, load_weights, read_checkpoint
 from config import from_command_line
 from data import ExprFrames, split
 from distributed import all_sum
+from features import build
 from frames import find_videos
 from images import normalise, random_crop
 from labels import EXPR
@@ -36,27 +35,6 @@ from made_of import find_input, settings_of
 from run import Run
 from training import (adamw, effective_batch, generator, gradient_norm, in_pieces, loader, pieces,
                       seed_dropout, set_learning_rate, vit_bytes)
-from vit import VisionTransformer
-
-
-class ExprClassifier(nn.Module):
-    """ViT -> one feature per face -> fully connected layers -> 8 logits: (B, 3, H, W) -> (B, 8)."""
-
-    def __init__(self, vit: VisionTransformer, token: str, hidden: int, dropout: float):
-        super().__init__()
-        self.vit, self.token = vit, token
-        dim, classes = vit.norm.normalized_shape[0], len(EXPR.outputs)
-        self.head = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout),
-                                  nn.Linear(hidden, classes))
-
-    def forward(self, images):
-        return self.head(self.vit.features(images, self.token))        # (B, 3, H, W) -> (B, D) -> (B, 8)
-
-
-def build(config) -> ExprClassifier:
-    """The classifier of a configuration, with random weights."""
-    f = config.finetune
-    return ExprClassifier(VisionTransformer(**dataclasses.asdict(config.vit)), f.token, f.hidden, f.dropout)
 
 
 def augment(image, sample, epoch, size, seed, smallest_crop):

@@ -26,9 +26,9 @@ import run
 import tiny
 from checkpoints import checksum
 from config import load
+from features import build as classifier
 from labels import TASKS
 from made_of import settings_of
-from train_finetune import build as classifier
 from train_pretrain import build as autoencoder
 
 STEP_SECONDS = 6              # of an optimiser step, by the tests' clock; a progress line comes after 5

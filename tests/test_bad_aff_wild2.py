@@ -21,6 +21,7 @@ from config import Config
 from distributed import Team
 from frames import find_videos
 from labels import AU, EXPR, VA, read_labels
+from run import Progress
 from run_folder import RunFolder
 
 VA_HEADER, EXPR_HEADER = "valence,arousal", "Neutral,Anger,Disgust,Fear,Happiness,Sadness,Surprise,Other"
@@ -259,7 +260,7 @@ def test_a_name_in_any_language_and_of_any_length_works_from_labels_to_features(
     config.run.out, config.run.name = str(tmp_path / "runs"), name
     run = RunFolder("features", config, ALONE, {"run.name": name})
     frames, path = data.VideoFrames(videos[name], 8), run.folder / f"{name}.npy"
-    extract_features.extract(Brightness(), frames, 3, path, config, ALONE)
+    extract_features.extract(Brightness(), frames, 3, path, config, ALONE, Progress(3, "frames", ALONE))
     run.remember({}, None)
     run.write("last.pt", {"video": name, "made_of": run.record})
     assert np.load(segments.noface_path(path)).tolist() == [False, True, False]

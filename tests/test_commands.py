@@ -45,6 +45,7 @@ EXAMPLES = {"images.py FILE": "data/Aff-Wild2/cropped_aligned/1-30-1280x720/0000
             "faces.py FOLDER": "data/RAF-DB",
             "checkpoints.py FILE": "some.pt",
             "evaluate.py FILE": "some.pt",
+            "predict.py FOLDER": "data/Aff-Wild2/cropped_aligned",
             "made_of.py FILE": "some.pt",
             "made_of.py RUN_FOLDER": "runs/demo/task_au",
             "pictures.py RUN_FOLDER": "runs/some"}
@@ -131,7 +132,7 @@ def start(place, script: str, arguments: list[str]) -> tuple[object, str, bool]:
     work = [mock.patch.object(pipeline, "run"),
             mock.patch.object(shutil, "rmtree"),                     # benchmark.py begins anew
             mock.patch.object(subprocess, "run", side_effect=SystemExit(0))]
-    if script == "synthetic.py" and "--sheet" not in arguments:
+    if script == "predict.py" or script == "synthetic.py" and "--sheet" not in arguments:
         work.append(mock.patch.object(distributed, "launch"))
     code = 0
     with contextlib.ExitStack() as stack:

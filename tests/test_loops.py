@@ -11,6 +11,7 @@ import torch
 
 import pictures
 import stages
+from features import ExprClassifier
 from images import normalise, random_crop, read_image, resize
 from labels import EXPR, read_labels
 from mae import MaskedAutoencoder
@@ -18,7 +19,6 @@ from metrics import class_f1
 from plain import Plain, adamw, batches, crop_rng, loop_lines, not_said, seed_dropout
 from stages import BROKEN_FACES, FACES, FILMS, checkpoint, is_drawn, log_lines, metrics, settings
 from tiny import same
-from train_finetune import ExprClassifier
 from vit import VisionTransformer
 
 SIZE = (16, 16)

@@ -10,12 +10,13 @@ import torch
 
 import extract_features
 import pipeline
+import run
 import stages
 import synthetic
 import tiny
 from images import normalise, read_image, resize
 from labels import TASKS
-from stages import FILMS, STEP_SECONDS, Clock, checkpoint, metrics, settings
+from stages import FILMS, SETTINGS, STEP_SECONDS, checkpoint, metrics, settings
 from vit import VisionTransformer
 
 LENGTHS = {"1": 43, "2_left": 23, "2_right": 20, "3": 8, "4": 33, "5": 16, "6": 45, "7": 19, "9": 7, "96": 3}
@@ -34,16 +35,15 @@ class Extracted:
     """All videos, extracted once, each in STEP_SECONDS on the tests' clock."""
 
     def __init__(self, folder):
-        self.folder, self.out, clock = folder, folder / "runs/tiny/features", Clock()
+        self.folder, self.out = folder, folder / "runs/tiny/features"
         stages.clean(self.out)
         extract = extract_features.extract
 
         def slowly(*arguments):
-            clock.tick()
+            run.time.tick()                                        # the clock of `stages.start`
             return extract(*arguments)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(extract_features, "time", clock)
             patch.setattr(extract_features, "extract", slowly)
             self.said = stages.start(folder, "extract_features.py").splitlines()
 
@@ -102,15 +102,16 @@ def test_an_extraction_says_what_it_reads_what_it_leaves_out_and_how_long_it_tak
     order = sorted(LENGTHS, key=lambda name: (-LENGTHS[name], name))              # the longest first
     total, done, lines = sum(LENGTHS.values()), 0, []
     for count, name in enumerate(order, 1):
+        first_batch = min(SETTINGS["features"]["batch"], len(FILMS[name].images)) or LENGTHS[name]
+        seconds, known = STEP_SECONDS * count, done + first_batch
+        minutes, left = divmod(int((total - known) * seconds / known), 60)
+        lines.append(f"  {known} of {total} frames  {known / seconds:.1f} frames/s  "
+                     f"0:{minutes:02d}:{left:02d} left")
         if FILMS[name].broken:
             first, *others = FILMS[name].broken
             more = f" and {len(others)} more of this video" if others else ""
             lines.append(f"  left out: frames/{name}/{first:05d}.jpg{more}")
         done += LENGTHS[name]
-        seconds = STEP_SECONDS * count
-        minutes, left = divmod(int((total - done) * seconds / done), 60)
-        lines.append(f"  {done} of {total} frames  {done / seconds:.1f} frames/s  "
-                     f"0:{minutes:02d}:{left:02d} left")
     faces = sum(len(readable(name)) for name in LENGTHS)
     said = []
     for line in extracted.said:

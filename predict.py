@@ -1,0 +1,313 @@
+"""One's own faces -> a table: valence, arousal, expression and action units of each frame (paper §3.2, §3.3).
+
+    python predict.py --frames FOLDER --out predictions.csv                        # the demo's models
+    torchrun --nproc_per_node=2 predict.py --config my.yaml --frames FOLDER --out predictions.csv --fps 25
+    python predict.py --config my.yaml --frames FOLDER --out faces.jsonl --still   # each image for itself
+
+FOLDER holds the face crops of one video (00001.jpg, ...; numbers may be missing), or a folder of them per
+video. Labels are not needed, only the run's fine-tuned ViT and its trained tasks; a task that is missing has
+no columns. A row per frame, as CSV, or as JSON lines where the output's name ends in .jsonl:
+
+    video               the folder's path below FOLDER; FOLDER's own name if the frames lie in it
+    frame               from 1 to the last number, also where the image is missing
+    time                seconds since frame 1; empty without --fps
+    face                1, or 0 where there is no readable image: then the face before it counts (at the
+                        start: the one after it); if the video has none at all, what follows is empty
+    valence, arousal    unpleasant to pleasant, calm to excited: about -1 to 1, not clipped
+    expression          the most probable of the eight that follow
+    Neutral, ... Other  probabilities of the eight expressions: 0 to 1, their sum is 1
+    AU1, ... AU26       probability that the action unit is active: 0 to 1, for each by itself
+
+--smooth k takes the mean over k frames before and after each one. --still takes each image below FOLDER for
+itself, whatever its name, and lets the fine-tuned ViT tell its expression. Then `file`, the path below
+FOLDER, stands in place of video, frame and time. Valence, arousal and action units, which need a video, are
+left out. Of an image that cannot be read, all but file and face is empty.
+
+predictions.csv.json tells what the table was made of. The same command goes on with a killed run. In memory
+are the features of one video, as in extract_features.py.
+"""
+
+import dataclasses
+import math
+import os
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler
+
+from checkpoints import checksum, load_vit, load_weights, read_checkpoint
+from config import from_command_line
+from data import VideoFrames
+from distributed import all_sum, launch
+from features import build, feature_settings, video_features
+from frames import below, has_frames, list_frames
+from images import FaceImages, find_images, listed, normalise, read_image, resize
+from labels import EXPR, TASKS
+from made_of import command, find_input, finished, like, missing, there
+from run import Progress
+from scoring import check_checkpoint, check_task, load_segment_model, predict, stage_of
+from table import Table
+from training import loader
+from vit import VisionTransformer
+
+TOGETHER = 1000            # with --still, images that are written together
+
+
+# ---- Models
+
+def trained(config) -> dict[str, Path]:
+    """{task name: its best.pt} of the run's tasks that are finished. Raises ValueError if one is gone."""
+    paths = {task.name: config.folder(stage_of(config, task)) / "best.pt" for task in TASKS.values()}
+    paths = {name: path for name, path in paths.items() if finished(path.parent)}
+    for path in paths.values():
+        there(path, config)
+    return paths
+
+
+def load_task(path, task, config, origin: dict, team) -> tuple:
+    """A task's segment model, the configuration that it was trained with, and what it is, for the table's
+    record. `origin`: the record of the ViT. Raises ValueError if it needs another ViT's features."""
+    saved = read_checkpoint(path)
+    check_task(path, saved, task)
+    features = {"stage": "features", "settings": feature_settings(config), "from": origin}
+    check_checkpoint(path, saved, features, videos=[])
+    own, changed = like(saved.get("made_of"), config, path)
+    for name, (_, was, now) in changed.items():
+        team.say(f"  {name}={was} as in {path}; the configuration has {now}")
+    model = load_segment_model(path, saved, own, task, config.vit.dim, team).eval()
+    return model, own, {"file": str(path), "checksum": checksum(path), "window": own.segments.window,
+                        "stride": own.segments.stride}
+
+
+# ---- Values
+
+def in_units(outputs: np.ndarray, task) -> np.ndarray:
+    """A model's outputs as the table has them: VA as they are, else probabilities. Shape: (T, K)"""
+    if task.one_class:
+        return torch.from_numpy(outputs).softmax(dim=1).numpy()
+    return torch.from_numpy(outputs).sigmoid().numpy() if task.dtype is np.int8 else outputs
+
+
+def smoothed(values: np.ndarray, k: int) -> np.ndarray:
+    """The mean over each frame and the k before and after it, fewer at the ends. Shape: (T, K)"""
+    if k == 0:
+        return values
+    t = np.arange(len(values))
+    first, end = np.maximum(t - k, 0), np.minimum(t + k + 1, len(values))
+    sums = np.cumsum(values, axis=0, dtype=np.float64)
+    sums = np.concatenate([np.zeros_like(sums[:1]), sums])                     # (T, K) -> (T + 1, K)
+    return ((sums[end] - sums[first]) / (end - first)[:, None]).astype(np.float32)
+
+
+def columns(tasks) -> list[str]:
+    """The names of these tasks' columns, in order."""
+    return [name for task in tasks for name in (["expression"] if task.one_class else []) + [*task.outputs]]
+
+
+def cells(tasks, values: list) -> list:
+    """What stands in `columns` for one frame. values: for each task (K,)."""
+    row = []
+    for task, of_task in zip(tasks, values):
+        row += [task.outputs[of_task.argmax()]] if task.one_class else []
+        row += of_task.tolist()
+    return row
+
+
+# ---- Videos
+
+class Videos:
+    """The videos of a folder, each a part of the table: `sizes` are their frames. Raises ValueError if there
+    is no frame."""
+    unit = "frames"
+
+    def __init__(self, folder: Path, options):
+        self.options, self.names, self.folders, self.sizes = options, [], [], []
+        empty, beside, crc, images = [], Counter(), 0, 0
+        itself = has_frames(folder)
+        for path in [folder] if itself else below(folder):
+            name = folder.resolve().name if itself else str(path.relative_to(folder))
+            numbers, _, others = list_frames(path)
+            beside.update(others)
+            if not len(numbers):
+                empty.append(name)
+                continue
+            self.names.append(name)
+            self.folders.append(path)
+            self.sizes.append(int(numbers[-1]))
+            crc, images = zlib.crc32(numbers.tobytes(), crc), images + len(numbers)
+        lines = [f"  not read, as no frame (00001.jpg, ...): {listed(beside)}"] if beside else []
+        if empty:
+            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+            lines.append(f"  left out, no frames: {', '.join(empty[:5])}{more}")
+        if not self.names:
+            lines.insert(0, f"--frames: no frame in {folder}; expected 00001.jpg, ... in it or in a folder "
+                            "per video; images with other names need --still")
+            raise ValueError("\n".join(lines))
+        self.found = {"videos": self.names, "images": f"{images:,}, checksum of their numbers {crc:08x}"}
+        self.text = "\n".join([f"{folder}: {len(self.names)} videos, {images:,} images", *lines])
+
+    def load(self, config, team) -> dict:
+        """The ViT and the segment models. -> what they are, for the table's record"""
+        paths = trained(config)
+        if not paths:
+            raise missing(config.folder(stage_of(config, TASKS["au"])) / "best.pt",
+                          "train_task.py --task au", config)
+        path, origin = find_vit(config, team)
+        vit = VisionTransformer(**dataclasses.asdict(config.vit))
+        team.say(f"  ViT from {path}; {load_vit(vit, path)}")
+        self.vit, self.config, self.team, self.models = vit.to(team.device).eval(), config, team, []
+        record = {"vit": {"file": str(path), "checksum": checksum(path), "token": config.finetune.token}}
+        for task in TASKS.values():
+            if task.name in paths:
+                *model, record[task.name] = load_task(paths[task.name], task, config, origin, team)
+                self.models.append((task, *model))
+            else:
+                team.say(f"  no columns of {task.name}, which is not trained; to train it: "
+                         + command(f"train_task.py --task {task.name}", config))
+        self.tasks = [task for task, _, _ in self.models]
+        self.header = ["video", "frame", "time", "face", *columns(self.tasks)]
+        return record
+
+    def rows(self, number: int, progress):
+        """One video. -> its rows, one after the other, and noface (T,)"""
+        length, o = self.sizes[number], self.options
+        frames = VideoFrames(self.folders[number], self.config.vit.image_size)
+        features, noface = video_features(self.vit, frames, length, self.config, self.team, progress)
+        values = []
+        for task, model, own in self.models if not noface.all() else []:
+            s = own.segments
+            outputs = predict(model, features, s.window, s.stride, own.task.batch, self.team)        # (T, K)
+            values.append(smoothed(in_units(outputs, task), o.smooth))
+        nothing = [None] * (len(self.header) - 4)
+        return ([self.names[number], t + 1, t / o.fps if o.fps else None, int(not noface[t]),
+                 *(cells(self.tasks, [v[t] for v in values]) or nothing)] for t in range(length)), noface
+
+
+# ---- Single images
+
+class Stills(FaceImages):
+    """All images below a folder, each for itself; a part of the table are TOGETHER of them. Item: uint8 image
+    (size, size, 3), its number. Raises ValueError if there is no image."""
+    unit = "images"
+    header = ["file", "face", *columns([EXPR])]
+
+    def __init__(self, folder: Path, options):
+        skipped = Counter()
+        self.folder, self.files = folder, find_images(folder, skipped)
+        if not self.files:
+            raise ValueError(f"--frames: no image below {folder}, only {listed(skipped)}")
+        firsts = range(0, len(self.files), TOGETHER)
+        self.sizes = [min(TOGETHER, len(self.files) - first) for first in firsts]
+        crc = zlib.crc32(b"\n".join(self.files))
+        self.found = {"images": f"{len(self.files):,}, checksum of their names {crc:08x}"}
+        lines = [f"  not read: {listed(skipped)}"] if skipped else []
+        self.text = "\n".join([f"{folder}: {len(self.files):,} images", *lines])
+
+    def load(self, config, team) -> dict:
+        """The fine-tuned classifier. -> what it is, for the table's record"""
+        path, _ = find_vit(config, team)
+        saved = read_checkpoint(path)
+        config, _ = like(saved.get("made_of"), config, path)
+        super().__init__(config.vit.image_size, beside=torch.zeros(0, dtype=torch.long))
+        self.config, self.team, self.classifier = config, team, build(config)
+        load_weights(self.classifier, saved.get("model", saved), path)
+        self.classifier.to(team.device).eval()
+        team.say(f"  expressions by {path}; no columns of va and au, which need a video")
+        return {"vit": {"file": str(path), "checksum": checksum(path), "token": config.finetune.token}}
+
+    def __len__(self):
+        return len(self.files)
+
+    def where(self, i) -> str:
+        return os.path.join(self.folder, os.fsdecode(self.files[i]))
+
+    def item(self, i):
+        return resize(read_image(self.where(i)), self.size), i
+
+    @torch.no_grad()
+    def rows(self, number: int, progress):
+        """One part. -> its rows, one after the other, and noface (T,)"""
+        first = number * TOGETHER
+        taken = range(first, first + self.sizes[number])
+        values, noface = np.zeros((len(taken), len(EXPR.outputs)), np.float32), np.ones(len(taken), bool)
+        batches = BatchSampler(taken, self.config.features.batch, drop_last=False)
+        for images, numbers, unreadable in loader(self, batches, self.config.run.workers, self.team):
+            for problem in unreadable:
+                print(f"  left out: {problem}", flush=True)
+            if len(numbers):
+                with self.team.autocast():
+                    logits = self.classifier(normalise(images.to(self.team.device)))                 # (B, 8)
+                values[numbers - first] = in_units(logits.float().cpu().numpy(), EXPR)
+                noface[numbers - first] = False
+            progress.add(len(numbers) + len(unreadable))
+        nothing = [None] * len(columns([EXPR]))
+        return ([os.fsdecode(self.files[i]), int(not noface[i - first]),
+                 *(nothing if noface[i - first] else cells([EXPR], [values[i - first]]))]
+                for i in taken), noface
+
+
+# ---- The script
+
+def find_vit(config, team) -> tuple[Path, dict]:
+    """The fine-tuned checkpoint, as extract_features.py finds it, and its record (made_of.py)."""
+    return find_input(config, team, "features.checkpoint", "finetune", "best.pt", "train_finetune.py")
+
+
+def check_options(options):
+    """Raises ValueError for options that make no sense, alone or together."""
+    if not Path(options.frames).is_dir():
+        raise ValueError(f"--frames: {options.frames} is no folder; expected one that holds the face crops "
+                         "of a video, 00001.jpg, ..., or a folder of them per video")
+    if options.smooth < 0:
+        raise ValueError(f"--smooth: got {options.smooth}, expected 0 frames or more")
+    if options.fps is not None and not 0 < options.fps < math.inf:
+        raise ValueError(f"--fps: got {options.fps}, expected frames per second, more than 0")
+    if options.still and (options.smooth or options.fps):
+        raise ValueError("--still takes each image for itself; leave out --smooth and --fps, which need a "
+                         "video")
+
+
+def main(config, team, options):
+    """Write the table, or go on with it, until it is finished."""
+    check_options(options)
+    source = (Stills if options.still else Videos)(Path(options.frames), options)
+    team.say(source.text)
+    record = {**source.load(config, team), "still": options.still, "smooth": options.smooth,
+              "fps": options.fps, **source.found}
+    table = Table(options.out, source.header, record, team)
+    if table.finished:
+        return team.say(f"{options.out} is finished; nothing to do")
+
+    # loop: what is left is shared out, longest first, so that no process waits long for another's last video
+    sizes, unit = source.sizes, source.unit
+    order = sorted(range(len(sizes)), key=lambda number: (-sizes[number], number))
+    left = team.agree([number for number in order if not table.part(number).exists()])
+    mine = left[team.rank::team.world]
+    team.say(f"predicting {sum(sizes[number] for number in left):,} of {sum(sizes):,} {unit}, "
+             f"on {team.device}")
+    progress, without = Progress(sum(sizes[number] for number in mine), unit, team), 0
+    for number in mine:
+        rows, noface = source.rows(number, progress)
+        table.write(number, rows)
+        without += int(noface.sum())
+
+    # finish
+    without = int(all_sum(torch.tensor(without)))                  # when it is known, all parts are written
+    table.join(len(sizes))
+    team.wait()
+    team.say(f"{options.out} is finished: {sum(sizes):,} rows; {without:,} of those made now are of {unit} "
+             "without a readable face image")
+
+
+if __name__ == "__main__":
+    config, options = from_command_line(
+        __doc__,
+        frames={"required": True, "metavar": "FOLDER", "help": "face crops of a video, or folders of them"},
+        out={"required": True, "metavar": "FILE", "help": "the table: .jsonl for JSON lines, else CSV"},
+        fps={"type": float, "metavar": "F", "help": "frames per second, for the column time"},
+        smooth={"type": int, "default": 0, "metavar": "K", "help": "mean over K frames before and after"},
+        still={"action": "store_true", "help": "each image for itself: expressions only"})
+    launch(main, config, options)

@@ -1,0 +1,344 @@
+"""One's own faces as a table: the rows against features and models taken step by step, single images, gaps,
+what is refused, and what a kill leaves."""
+
+import argparse
+import contextlib
+import csv
+import json
+import shutil
+from dataclasses import asdict
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import predict
+import scoring
+import stages
+import tiny
+from checkpoints import read_checkpoint
+from distributed import Team
+from features import build
+from images import normalise, read_image, resize
+from labels import EXPR, TASKS
+from made_of import read_record
+from stages import FILMS, settings
+from table import Table
+from temporal import SegmentModel
+
+ALONE = Team(0, 1, torch.device("cpu"))
+VIDEOS = sorted(name for name, film in FILMS.items() if film.images)
+OPTIONS = {"frames": "frames", "out": "all.csv", "fps": None, "smooth": 0, "still": False}
+VALUES = ["valence", "arousal", "expression", *EXPR.outputs, *TASKS["au"].outputs]
+
+
+def write_task(folder, task, before=None):
+    """A finished training of a task on the features of `folder`, or on others: `before` is their record."""
+    config, runs = settings(folder), folder / "runs/tiny"
+    before = before or read_record(runs / "features")
+    model = SegmentModel(config.vit.dim, len(task.outputs), **asdict(config.temporal))
+    stages.write_result(runs / f"task_{task.name}", ["segments", "temporal", "task", "run.seed"], config,
+                        {"setting": "task.features", "stage": "features"}, before, {"best.pt": model},
+                        {"training videos": ["1"]})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The stages' random data, fine-tuned and all three tasks trained, features extracted. -> the folder"""
+    folder = stages.write(tmp_path_factory.mktemp("predict"))
+    stages.clean(folder / "runs/tiny/features")
+    stages.start(folder, "extract_features.py")
+    for task in TASKS.values():
+        write_task(folder, task)
+    return folder
+
+
+def start(folder, *overrides, **options):
+    """The main of predict.py. -> the table's path"""
+    given = argparse.Namespace(**OPTIONS | options)
+    with contextlib.chdir(folder):
+        predict.main(settings(folder, *overrides), ALONE, given)
+    return folder / given.out
+
+
+def read(path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def rows(trained):
+    """The table of all videos, made as a user does."""
+    stages.start(trained, "predict.py", "--frames", "frames", "--out", "all.csv", "--fps", "8")
+    return read(trained / "all.csv")
+
+
+def of_video(rows, name) -> list[dict]:
+    return [row for row in rows if row["video"] == name]
+
+
+def model_outputs(folder, name) -> dict[str, np.ndarray]:
+    """{task: (T, K)} of a video, from the features that extract_features.py has written."""
+    features = np.load(folder / f"runs/tiny/features/{name}.npy")
+    config, outputs = settings(folder), {}
+    for task in TASKS.values():
+        model = SegmentModel(features.shape[1], len(task.outputs), **asdict(config.temporal)).eval()
+        model.load_state_dict(read_checkpoint(folder / f"runs/tiny/task_{task.name}/best.pt")["model"])
+        outputs[task.name] = scoring.predict(model, features, config.segments.window, config.segments.stride,
+                                             config.task.batch, ALONE)
+    return outputs
+
+
+def as_text(outputs: dict) -> list[list[str]]:
+    """What the table must say of a video, by the definitions of softmax and sigmoid."""
+    va, expr, au = (torch.tensor(outputs[name]) for name in ("va", "expr", "au"))
+    shares, active = torch.softmax(expr, dim=-1), torch.sigmoid(au)
+    return [[*(f"{x:.6f}" for x in va[t]), EXPR.outputs[int(expr[t].argmax())],
+             *(f"{x:.6f}" for x in shares[t]), *(f"{x:.6f}" for x in active[t])] for t in range(len(va))]
+
+
+# ---- Videos
+
+@pytest.mark.parametrize("name", ["1", "2_left", "4", "6", "7", "9"])        # images up to the last label
+def test_a_row_holds_what_the_models_make_of_the_extracted_features(trained, rows, name):
+    found = of_video(rows, name)
+    assert [[row[column] for column in VALUES] for row in found] == as_text(model_outputs(trained, name))
+
+
+def test_the_features_are_those_that_extraction_writes_bit_for_bit(trained):
+    with mock.patch.object(predict, "predict", side_effect=scoring.predict) as called:
+        start(trained, frames="frames/6", out="spied.csv")
+    extracted = np.load(trained / "runs/tiny/features/6.npy")
+    assert len(called.call_args_list) == 3
+    for call in called.call_args_list:
+        assert call.args[1].dtype == np.float16 and np.array_equal(call.args[1], extracted)
+
+
+def test_each_frame_up_to_the_last_has_a_row_in_order_with_gaps_marked(rows):
+    assert list(rows[0]) == ["video", "frame", "time", "face", *VALUES]
+    assert [(row["video"], int(row["frame"])) for row in rows] == [
+        (name, frame) for name in VIDEOS for frame in range(1, max(FILMS[name].images) + 1)]
+    for row in rows:
+        film, frame = FILMS[row["video"]], int(row["frame"])
+        assert row["face"] == str(int(frame in film.images and frame not in film.broken))
+        assert float(row["time"]) == (frame - 1) / 8
+
+
+def test_only_a_video_without_any_readable_face_has_empty_values(rows):
+    assert len(of_video(rows, "96")) == 3
+    assert all(row[column] == "" for row in of_video(rows, "96") for column in VALUES)
+    assert all(row[column] for row in rows if row["video"] != "96" for column in VALUES)
+
+
+def test_probabilities_are_from_0_to_1_and_the_expression_is_the_most_probable(rows):
+    for row in rows:
+        if row["video"] != "96":
+            shares = {name: float(row[name]) for name in EXPR.outputs}
+            assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+            assert shares[row["expression"]] == max(shares.values())
+            assert all(0 <= float(row[name]) <= 1 for name in TASKS["au"].outputs)
+
+
+def test_a_folder_of_frames_is_one_video_with_the_folders_name(trained, rows):
+    found = read(start(trained, frames="frames/6/.", out="one.csv", fps=8.0))
+    assert found == of_video(rows, "6")
+
+
+def test_videos_in_folders_of_folders_are_named_by_their_path(trained, tmp_path, rows):
+    for part, name in (("a", "6"), ("b", "6"), ("b", "4")):
+        shutil.copytree(trained / "frames" / name, tmp_path / part / name)
+    found = read(start(trained, frames=str(tmp_path), out="deep.csv", fps=8.0))
+    assert list(dict.fromkeys(row["video"] for row in found)) == ["a/6", "b/4", "b/6"]
+    assert of_video(found, "b/6") == [row | {"video": "b/6"} for row in of_video(rows, "6")]
+
+
+def test_json_lines_hold_what_the_csv_holds(trained, rows):
+    lines = start(trained, out="all.jsonl", fps=8.0).read_text().splitlines()
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows):
+        found = json.loads(line)
+        assert list(found) == list(row)
+        for column, value in found.items():
+            if isinstance(value, float):
+                assert value == float(row[column])
+            else:
+                assert ("" if value is None else str(value)) == row[column]
+
+
+def test_a_task_that_is_not_trained_has_no_columns_and_that_is_said(trained, tmp_path, rows, capsys):
+    folder = tiny.copied(trained, tmp_path)
+    (folder / "runs/tiny/task_expr/metrics.json").unlink()
+    found = read(start(folder, out="two.csv", fps=8.0))
+    assert "no columns of expr, which is not trained; to train it: python " in capsys.readouterr().out
+    gone = ["expression", *EXPR.outputs]
+    assert found == [{name: value for name, value in row.items() if name not in gone} for row in rows]
+
+
+def test_videos_are_cut_as_the_checkpoint_was_trained_whatever_the_configuration_says(trained, tmp_path, rows,
+                                                                                      capsys):
+    folder = tiny.copied(trained, tmp_path)
+    tiny.write(folder, **stages.SETTINGS, segments={"window": 9, "stride": 4})
+    assert read(start(folder, frames="frames/6", out="six.csv", fps=8.0)) == of_video(rows, "6")
+    said = capsys.readouterr().out
+    assert "segments.window=20 as in runs/tiny/task_va/best.pt; the configuration has 9" in said
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 100])
+def test_smoothing_is_the_mean_over_k_frames_on_both_sides(k):
+    values = np.random.default_rng(k).normal(size=(23, 3)).astype(np.float32)
+    expected = [values[max(t - k, 0):t + k + 1].astype(float).mean(axis=0) for t in range(23)]
+    assert predict.smoothed(values, k) == pytest.approx(np.array(expected), abs=1e-6)
+    assert np.array_equal(predict.smoothed(values, 0), values)
+
+
+def test_smoothing_is_applied_to_probabilities_within_a_video(trained, rows):
+    found = read(start(trained, out="smooth.csv", smooth=2, fps=8.0))
+    for name in VIDEOS:
+        if name != "96":
+            a, b = ([[float(row[column]) for column in VALUES if column != "expression"] for row in table]
+                    for table in (of_video(rows, name), of_video(found, name)))
+            expected = predict.smoothed(np.array(a, np.float32), 2)
+            assert np.array(b) == pytest.approx(expected, abs=2e-6)
+
+
+# ---- Single images
+
+def test_a_still_image_has_the_expression_that_the_fine_tuned_classifier_sees(trained, monkeypatch):
+    monkeypatch.setattr(predict, "TOGETHER", 7)                              # more than one part
+    found = read(start(trained, out="still.csv", still=True))
+    names = sorted(str(path.relative_to(trained / "frames")) for path in trained.glob("frames/*/*.jpg"))
+    assert [row["file"] for row in found] == names and list(found[0]) == ["file", "face", "expression",
+                                                                          *EXPR.outputs]
+    classifier = build(settings(trained)).eval()
+    classifier.load_state_dict(read_checkpoint(trained / "runs/tiny/finetune/best.pt")["model"])
+    for row in found[::5]:
+        folder, name = row["file"].split("/")
+        if int(name[:5]) in FILMS[folder].broken:
+            assert row["face"] == "0" and not any(row[column] for column in list(row)[2:])
+            continue
+        pixels = resize(read_image(trained / "frames" / row["file"]), (16, 16))
+        with torch.no_grad():
+            shares = classifier(normalise(torch.tensor(pixels)[None]))[0].softmax(dim=0)
+        assert row["face"] == "1" and row["expression"] == EXPR.outputs[int(shares.argmax())]
+        assert [float(row[name]) for name in EXPR.outputs] == pytest.approx(shares.tolist(), abs=2e-6)
+    assert {row["face"] for row in found} == {"0", "1"}
+
+
+# ---- What is refused
+
+def empty_folder(folder):
+    (folder / "empty").mkdir()
+
+
+def no_task(folder):
+    for name in TASKS:
+        shutil.rmtree(folder / f"runs/tiny/task_{name}")
+
+
+def no_vit(folder):
+    (folder / "runs/tiny/finetune/metrics.json").unlink()
+
+
+def lost_task(folder):
+    (folder / "runs/tiny/task_va/best.pt").unlink()
+
+
+def other_vit(folder):
+    shutil.rmtree(folder / "runs/tiny/task_au")
+    before = read_record(folder / "runs/tiny/features")
+    write_task(folder, TASKS["au"], before | {"from": before["from"] | {"checksum": 7}})
+
+
+def foreign_table(folder):
+    (folder / "all.csv").write_text("mine")
+
+
+def other_table(folder):
+    start(folder, frames="frames/9")
+
+
+@pytest.mark.parametrize("change, options, message", [
+    (None, {"frames": "nowhere"}, r"--frames: nowhere is no folder; expected one that holds the face crops"),
+    (empty_folder, {"frames": "empty"}, r"--frames: no frame in empty; expected 00001.jpg, .* need --still"),
+    (empty_folder, {"frames": "empty", "still": True}, r"--frames: no image below empty, only nothing"),
+    (None, {"smooth": -1}, r"--smooth: got -1, expected 0 frames or more"),
+    (None, {"fps": 0.0}, r"--fps: got 0.0, expected frames per second, more than 0"),
+    (None, {"fps": float("nan")}, r"--fps: got nan"),
+    (None, {"still": True, "smooth": 1}, r"--still takes each image for itself; leave out --smooth"),
+    (no_task, {}, r"task_au/best.pt not found; make it with: python .*train_task.py --task au --config"),
+    (no_vit, {}, r"finetune/best.pt not found; make it with: python .*train_finetune.py --config"),
+    (lost_task, {}, r"task_va/best.pt is gone, though its stage is finished; put a copy back, or begin"),
+    (other_vit, {}, r"task_au/best.pt: trained on features of another ViT, features from finetune \(checksum "
+                    r"7\), not features from finetune .* or their ViT, --set features.checkpoint=..."),
+    (foreign_table, {}, r"all.csv exists, and no all.csv.json tells what it was made of; delete it, or give"),
+    (other_table, {"smooth": 3, "frames": "frames/9"}, r"(?s)all.csv was made, or begun, with something else:"
+                                                       r"\n  smooth: was 0, now 3\ngive another --out"),
+    (other_table, {"still": True, "frames": "frames/9"}, r"(?s)something else:.*still: was False, now True"),
+    (other_table, {}, r"videos: 0 fewer \[\], \d+ more \['1'")])
+def test_what_makes_no_sense_is_refused_with_the_way_on(trained, tmp_path, change, options, message):
+    folder = tmp_path
+    (folder / "tiny.yaml").write_text((trained / "tiny.yaml").read_text())
+    shutil.copytree(trained / "runs", folder / "runs")
+    (folder / "frames").symlink_to(trained / "frames")
+    if change:
+        change(folder)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.csv*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        start(folder, **options)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.csv*")} == before
+
+
+def test_a_checkpoint_of_other_weights_is_not_mixed_into_a_table_that_was_begun(trained, tmp_path):
+    folder = tiny.copied(trained, tmp_path)
+    start(folder, frames="frames/9", out="nine.csv").unlink()                # as if it was not whole yet
+    shutil.rmtree(folder / "runs/tiny/task_va")
+    write_task(folder, TASKS["va"])
+    with pytest.raises(ValueError, match=r"nine.csv was made, or begun, with something else:\n  va: was"):
+        start(folder, frames="frames/9", out="nine.csv")
+
+
+# ---- Whole after a kill, and the same from two processes
+
+def test_names_with_commas_quotes_and_of_no_encoding_come_back_from_the_table(tmp_path):
+    table = Table(tmp_path / "t.csv", ["video", "x"], {"a": 1}, ALONE)
+    names = ['a,b', 'c"d', "e\nf", "é", "\udcff"]
+    table.write(0, [[name, 0.5] for name in names])
+    table.join(1)
+    assert [(row["video"], row["x"]) for row in read(tmp_path / "t.csv")] == [(name, "0.500000")
+                                                                              for name in names]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv", "t.csv.json"]
+    assert Table(tmp_path / "t.csv", ["video", "x"], {"a": 1}, ALONE).finished
+
+
+def test_a_killed_run_goes_on_where_it_was_and_two_processes_write_the_table_of_one(finished, tmp_path):
+    folder = tiny.copied(finished, tmp_path)
+    frames, command = "data/Aff-Wild2/cropped_aligned", ["predict.py", *tiny.TINY, "--frames"]
+    tiny.done(folder, *command, frames, "--out", "by1.csv", world=1)
+    kill = tiny.stop("os.fsync", 4, after=False)         # the record, two videos, the middle of a third
+    assert tiny.run(folder, *command, frames, "--out", "by2.csv", hook=kill).codes == [-9]
+    assert len(list((folder / "by2.csv.parts").glob("[0-9]*"))) == 2 and not (folder / "by2.csv").exists()
+    said = tiny.done(folder, *command, frames, "--out", "by2.csv", world=2)
+    total = len(read(folder / "by1.csv"))
+    (line,) = [line for line in said.splitlines() if line.startswith("predicting ")]
+    left = int(line.split()[1].replace(",", ""))
+    assert 0 < left < total and f" of {total:,} frames" in line
+    assert (folder / "by2.csv").read_bytes() == (folder / "by1.csv").read_bytes()
+    assert not (folder / "by2.csv.parts").exists()
+    before = tiny.content(folder)
+    assert "by2.csv is finished; nothing to do" in tiny.done(folder, *command, frames, "--out", "by2.csv")
+    assert tiny.content(folder) == before
+
+
+def test_the_predictions_of_a_validation_video_are_those_that_its_evaluation_scores(finished, tmp_path):
+    folder = tiny.copied(finished, tmp_path)
+    tiny.done(folder, "predict.py", *tiny.TINY, "--frames", "data/Aff-Wild2/cropped_aligned",
+              "--out", "all.csv")
+    rows, compared = read(folder / "all.csv"), 0
+    for name in dict.fromkeys(row["video"] for row in rows):
+        found = of_video(rows, name)
+        if len(np.load(folder / f"runs/tiny/features/{name}.npy")) == len(found):
+            values = [[row[column] for column in VALUES] for row in found]
+            assert values == as_text(model_outputs(folder, name))
+            compared += 1
+    assert compared >= 3
