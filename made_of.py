@@ -140,6 +140,13 @@ def listed(changed: dict) -> str:
                    for name, (stage, was, now) in changed.items())
 
 
+def unlike(before: dict, now: dict) -> str:
+    """Lines with the settings in which the records of two results of one stage differ."""
+    old, new = before.get("settings", {}), now.get("settings", {})
+    return listed({name: (now.get("stage"), old[name], new.get(name))
+                   for name in old if old[name] != new.get(name)})
+
+
 def other_run(config: Config) -> str:
     """The way on that loses nothing, for messages."""
     return (f"a run of its own, --set run.name=NEW --set run.base={config.run.name}, which takes over the "
@@ -216,9 +223,7 @@ def stale(folder: Path, config: Config) -> str:
             return (f"{made} was made from {named(before)}, but {setting} is now not given"
                     f"{WAYS_ON}give it, or {other_run(config)}")
         if not same(before, now):
-            old, new = before.get("settings", {}), now.get("settings", {})
-            changed = {name: (stage, old[name], new.get(name)) for name in old if old[name] != new.get(name)}
-            return (f"{made} was made from {named(before)}, but {where} is now {named(now)}{listed(changed)}"
+            return (f"{made} was made from {named(before)}, but {where} is now {named(now)}{unlike(before, now)}"
                     f"{WAYS_ON}bring back what it was made from, or {other_run(config)}")
         if given:
             break                                            # what lies before it is its own affair

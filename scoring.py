@@ -15,7 +15,7 @@ from checkpoints import load_weights
 from data import scene
 from distributed import Team, all_sum
 from labels import Task, targets
-from made_of import find_input, named, same
+from made_of import find_input, named, same, unlike
 from segments import Video, pad, read_features, segments
 from temporal import SegmentModel
 
@@ -96,7 +96,8 @@ def check_checkpoint(path, saved: dict, features_record: dict, videos: list[Vide
     if not same(record["from"], features_record):
         raise ValueError(f"{path}: trained on features of another ViT, {named(record['from'])}, not "
                          f"{named(features_record)}, which mean something else; give those it was trained "
-                         "on, --set task.features=..., or their ViT, --set features.checkpoint=...")
+                         "on, --set task.features=..., or their ViT, --set features.checkpoint=..."
+                         f"{unlike(record['from'], features_record)}")
     trained = {scene(name) for name in record["data"]["training videos"]}
     known = [video.name for video in videos if scene(video.name) in trained]
     if known:

@@ -318,6 +318,14 @@ def test_a_model_takes_features_of_the_vit_it_was_trained_on_and_no_others(given
         check_checkpoint("best.pt", trained(["a"]), given, [])
 
 
+def test_features_of_the_same_vit_with_another_setting_are_named_by_it():
+    other = {**features_of(7), "settings": {"finetune.token": "cls"}}
+    saved = trained(["a"])
+    saved["made_of"]["from"] = {**features_of(7), "settings": {"finetune.token": "mean"}}
+    with pytest.raises(ValueError, match=r"\n  finetune.token: was 'mean', now 'cls' \(of stage features\)"):
+        check_checkpoint("best.pt", saved, other, [])
+
+
 def test_a_model_is_not_scored_on_scenes_that_it_was_trained_on():
     def on(*names):
         return [Video(name, Path(name), np.zeros(3)) for name in names]
