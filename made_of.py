@@ -223,8 +223,8 @@ def stale(folder: Path, config: Config) -> str:
             return (f"{made} was made from {named(before)}, but {setting} is now not given"
                     f"{WAYS_ON}give it, or {other_run(config)}")
         if not same(before, now):
-            return (f"{made} was made from {named(before)}, but {where} is now {named(now)}{unlike(before, now)}"
-                    f"{WAYS_ON}bring back what it was made from, or {other_run(config)}")
+            return (f"{made} was made from {named(before)}, but {where} is now {named(now)}"
+                    f"{unlike(before, now)}{WAYS_ON}bring back what it was made from, or {other_run(config)}")
         if given:
             break                                            # what lies before it is its own affair
         record, made = now, str(where)
