@@ -7,6 +7,7 @@ as a sum of shares, and each process calls `backward` on its own share, without 
 """
 
 import dataclasses
+import datetime
 import errno
 import gc
 import multiprocessing
@@ -23,6 +24,9 @@ import torch.distributed as dist
 OUT_OF_SHARED_MEMORY = ("unable to allocate shared memory", "Bus error")
 # Rank 0 says what was refused. torchrun ends the others within these seconds, before they repeat it.
 SECONDS_FOR_RANK_0 = 2.0
+# How long a process may wait for the others, as for the last long video. PyTorch's 10 or 30 minutes would end
+# a run that is well; a process that has died is noticed at once, by its closed connection or by torchrun.
+LONGEST = datetime.timedelta(days=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +132,7 @@ def join(device: str = "auto") -> Team:
     chosen = choose_device(device)
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=world)
+        dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=world, timeout=LONGEST)
     return Team(rank, world, chosen)
 
 
@@ -162,6 +166,9 @@ def launch(main, config, *arguments):
     died, or a worker has run out of shared memory.
     """
     rank = int(os.environ.get("RANK", 0))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):               # file names may hold bytes of no encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(config, join(config.run.device), *arguments)
     except (ValueError, OSError) as error:

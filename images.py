@@ -14,7 +14,6 @@ import errno
 import functools
 import io
 import os
-import struct
 import sys
 import zlib
 from collections import Counter
@@ -44,7 +43,7 @@ def turn_upright(image: Image.Image) -> None:
     if any(key in image.info for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")):
         try:
             ImageOps.exif_transpose(image, in_place=True)
-        except (SyntaxError, ValueError, TypeError, struct.error):    # broken EXIF of a picture that is whole
+        except Exception:        # a broken EXIF block can raise anything, and the picture itself is whole
             pass
 
 

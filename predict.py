@@ -44,7 +44,7 @@ from data import VideoFrames
 from distributed import all_sum, launch
 from features import build, feature_settings, video_features
 from frames import below, has_frames, list_frames
-from images import FaceImages, find_images, listed, normalise, read_image, resize
+from images import FaceImages, find_images, listed, normalise, read_image, resize, sizes
 from labels import EXPR, TASKS
 from made_of import command, find_input, finished, like, missing, there
 from run import Progress
@@ -124,12 +124,12 @@ class Videos:
     unit = "frames"
 
     def __init__(self, folder: Path, options):
-        self.options, self.names, self.folders, self.sizes = options, [], [], []
-        empty, beside, crc, images = [], Counter(), 0, 0
+        self.options, self.names, self.folders, self.sizes, self.numbers = options, [], [], [], []
+        empty, beside, ends = [], Counter(), []
         itself = has_frames(folder)
         for path in [folder] if itself else below(folder):
             name = folder.resolve().name if itself else str(path.relative_to(folder))
-            numbers, _, others = list_frames(path)
+            numbers, files, others = list_frames(path)
             beside.update(others)
             if not len(numbers):
                 empty.append(name)
@@ -137,7 +137,8 @@ class Videos:
             self.names.append(name)
             self.folders.append(path)
             self.sizes.append(int(numbers[-1]))
-            crc, images = zlib.crc32(numbers.tobytes(), crc), images + len(numbers)
+            self.numbers.append((len(numbers), zlib.crc32(numbers.tobytes())))
+            ends += [files.path(numbers[0]), files.path(numbers[-1])]
         lines = [f"  not read, as no frame (00001.jpg, ...): {listed(beside)}"] if beside else []
         if empty:
             more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
@@ -146,7 +147,9 @@ class Videos:
             lines.insert(0, f"--frames: no frame in {folder}; expected 00001.jpg, ... in it or in a folder "
                             "per video; images with other names need --still")
             raise ValueError("\n".join(lines))
-        self.found = {"videos": self.names, "images": f"{images:,}, checksum of their numbers {crc:08x}"}
+        images, crc = sum(count for count, _ in self.numbers), zlib.crc32(repr(self.numbers).encode())
+        self.found = {"videos": self.names, "images": f"{images:,}, checksum of their numbers {crc:08x}, "
+                                                      f"sizes {sizes(ends)}"}
         self.text = "\n".join([f"{folder}: {len(self.names)} videos, {images:,} images", *lines])
 
     def load(self, config, team) -> dict:
@@ -175,6 +178,9 @@ class Videos:
         """One video. -> its rows, one after the other, and noface (T,)"""
         length, o = self.sizes[number], self.options
         frames = VideoFrames(self.folders[number], self.config.vit.image_size)
+        if self.numbers[number] != (len(frames), zlib.crc32(frames.numbers.tobytes())):
+            raise ValueError(f"{self.folders[number]}: other frames than at the start; wait until all are "
+                             "there, and give another --out")
         features, noface = video_features(self.vit, frames, length, self.config, self.team, progress)
         values = []
         for task, model, own in self.models if not noface.all() else []:
@@ -202,7 +208,8 @@ class Stills(FaceImages):
         firsts = range(0, len(self.files), TOGETHER)
         self.sizes = [min(TOGETHER, len(self.files) - first) for first in firsts]
         crc = zlib.crc32(b"\n".join(self.files))
-        self.found = {"images": f"{len(self.files):,}, checksum of their names {crc:08x}"}
+        some = sizes(self.where(i) for i in range(0, len(self.files), 1 + len(self.files) // 100))
+        self.found = {"images": f"{len(self.files):,}, checksum of their names {crc:08x}, sizes {some}"}
         lines = [f"  not read: {listed(skipped)}"] if skipped else []
         self.text = "\n".join([f"{folder}: {len(self.files):,} images", *lines])
 
@@ -261,6 +268,8 @@ def check_options(options):
     if not Path(options.frames).is_dir():
         raise ValueError(f"--frames: {options.frames} is no folder; expected one that holds the face crops "
                          "of a video, 00001.jpg, ..., or a folder of them per video")
+    if not options.out or options.out.endswith("/") or Path(options.out).is_dir():
+        raise ValueError(f"--out: got {options.out!r}, expected the name of a file, like predictions.csv")
     if options.smooth < 0:
         raise ValueError(f"--smooth: got {options.smooth}, expected 0 frames or more")
     if options.fps is not None and not 0 < options.fps < math.inf:
@@ -274,6 +283,8 @@ def main(config, team, options):
     """Write the table, or go on with it, until it is finished."""
     check_options(options)
     source = (Stills if options.still else Videos)(Path(options.frames), options)
+    if team.agree(source.found) != source.found:
+        raise ValueError(f"{options.frames}: this process sees other images than the first one")
     team.say(source.text)
     record = {**source.load(config, team), "still": options.still, "smooth": options.smooth,
               "fps": options.fps, **source.found}

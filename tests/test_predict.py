@@ -330,10 +330,32 @@ def test_a_killed_run_goes_on_where_it_was_and_two_processes_write_the_table_of_
     assert tiny.content(folder) == before
 
 
+@pytest.mark.parametrize("out", ["", "new/", "frames"])
+def test_an_output_that_is_no_file_is_refused(trained, out):
+    with pytest.raises(ValueError, match=f"--out: got '{out}', expected the name of a file"):
+        start(trained, out=out)
+    assert not (trained / "new").exists()
+
+
+def test_frames_that_come_or_change_while_a_table_is_made_are_noticed(trained, tmp_path):
+    shutil.copytree(trained / "frames/4", tmp_path / "4")
+    source = predict.Videos(tmp_path, argparse.Namespace(**OPTIONS))
+    source.config = settings(trained)
+    shutil.copy(tmp_path / "4/00033.jpg", tmp_path / "4/00034.jpg")
+    with pytest.raises(ValueError, match="4: other frames than at the start; wait until all are there"):
+        source.rows(0, None)
+    (tmp_path / "4/00034.jpg").unlink()
+    (tmp_path / "4/00033.jpg").write_bytes(b"another image")
+    assert predict.Videos(tmp_path, argparse.Namespace(**OPTIONS)).found != source.found
+    still = [predict.Stills(tmp_path, None).found]
+    (tmp_path / "4/00001.jpg").write_bytes(b"another image")
+    assert predict.Stills(tmp_path, None).found != still[0]
+
+
 def test_the_predictions_of_a_validation_video_are_those_that_its_evaluation_scores(finished, tmp_path):
     folder = tiny.copied(finished, tmp_path)
     tiny.done(folder, "predict.py", *tiny.TINY, "--frames", "data/Aff-Wild2/cropped_aligned",
-              "--out", "all.csv")
+              "--out", "all.csv", "--set", "run.device=cpu")
     rows, compared = read(folder / "all.csv"), 0
     for name in dict.fromkeys(row["video"] for row in rows):
         found = of_video(rows, name)

@@ -2,6 +2,7 @@
 up is; a broken one changes nothing."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -39,6 +40,13 @@ def test_a_photograph_is_read_upright_whichever_way_it_is_stored(kind, orientati
 def test_a_16_bit_image_is_turned_too():
     read = read_image(encode(STORED[6].astype(np.uint16) * 257, "PNG", exif(6)))
     assert np.array_equal(np.asarray(read)[..., 0], UPRIGHT)
+
+
+def test_a_tag_of_a_wrong_type_does_not_end_the_run():
+    """The camera's name as a fraction, at which Pillow fails after it has turned the picture."""
+    tags = struct.pack("<HHHIIHHIHHIII", 2, 271, 5, 1, 38, 274, 3, 1, 6, 0, 0, 1, 3)
+    content = encode(STORED[6], "JPEG", b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags)
+    assert np.abs(np.asarray(read_image(content))[..., 0].astype(int) - UPRIGHT).max() <= 3
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
