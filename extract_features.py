@@ -25,7 +25,7 @@ from checkpoints import load_vit, read_json, write_array, write_text
 from config import from_command_line
 from data import VideoFrames, has_labels, label_files
 from features import feature_settings, video_features
-from frames import find_videos, list_frames
+from frames import list_frames, video_folders
 from images import sizes
 from labels import TASKS, read_labels
 from made_of import begun, find_input, other_run
@@ -85,7 +85,9 @@ def main(config, team):
     run = RunFolder("features", config, team, settings, source)
 
     # data: what is there now, and what was when this began
-    videos = find_videos(config.data.frames)
+    videos, merged = video_folders(config.data.frames)
+    for line in merged:
+        team.say(line)
     table = count_frames(config.data.labels, videos)
     run.same_on_all_machines(table)
     known = team.agree(begun(run.folder) and read_json(run.folder / "videos.json") or {})

@@ -28,7 +28,7 @@ from config import from_command_line
 from data import ExprFrames, split
 from distributed import all_sum
 from features import build
-from frames import find_videos
+from frames import video_folders
 from images import normalise, random_crop
 from labels import EXPR
 from made_of import find_input, settings_of
@@ -51,7 +51,9 @@ def main(config, team):
     run = Run("finetune", config, team, settings, source)
 
     # data
-    videos = find_videos(config.data.frames)
+    videos, merged = video_folders(config.data.frames)
+    for line in merged:
+        team.say(line)
     train_files, val_files = split(config.data.labels, EXPR, fold=0)
     size = config.vit.image_size
     crop = partial(augment, size=(size, size), seed=seed, smallest_crop=f.smallest_crop)

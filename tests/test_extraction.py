@@ -151,10 +151,22 @@ def test_a_machine_that_lacks_a_video_is_refused(finished, tmp_path):
 
 
 def lacks_one():
-    def less(find_videos):
-        return lambda roots: dict(list(find_videos(roots).items())[1:])
+    def less(video_folders):
+        return lambda roots: (dict(list(video_folders(roots)[0].items())[1:]), [])
     if os.environ["RANK"] == "1":
-        tiny.instead("extract_features.find_videos", less)
+        tiny.instead("extract_features.video_folders", less)
+
+
+@pytest.mark.parametrize("script", ["extract_features.py", "train_finetune.py"])
+def test_where_merged_videos_come_from_is_said(finished, tmp_path, script):
+    folder = copied(finished, tmp_path)
+    frames = folder / "data/Aff-Wild2/cropped_aligned"
+    frames.rename(folder / "away")
+    frames.mkdir()
+    (folder / "away").rename(frames / "cropped_aligned")
+    said = done(folder, script, *TINY)
+    assert "  7 video folders in data/Aff-Wild2/cropped_aligned/cropped_aligned" in said
+    assert "is finished; nothing to do" in said
 
 
 # ---- Missing and broken images
