@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -343,3 +344,21 @@ def test_a_shared_memory_of_1_mb_ends_the_run_with_a_line_and_does_not_let_it_wa
     if code == 77:
         pytest.skip("this user may not mount a small /dev/shm")
     assert code == 1 and capfd.readouterr().out == f"{MESSAGE}\n"
+
+
+def test_a_file_name_of_no_encoding_can_be_printed():
+    def work():
+        sys.stdout.reconfigure(errors="strict")
+        launch(lambda config, team: print("caf\udce9.jpg"), Config())
+    assert in_child(work) == 0
+
+
+def test_a_process_may_wait_a_day_for_the_others(monkeypatch):
+    """The last one may have a long video to extract, where PyTorch would give up after half an hour."""
+    asked = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: asked.update(settings))
+    monkeypatch.setattr(distributed, "_fresh_store", lambda: "store")
+    assert join("cpu").world == 2
+    assert asked["timeout"].total_seconds() >= 24 * 3600 and asked["store"] == "store"
