@@ -135,7 +135,8 @@ def differences(record: dict, config: Config) -> dict[str, tuple]:
     return changed
 
 
-def listed(changed: dict) -> str:
+def lines_of(changed: dict) -> str:
+    """{setting: (stage, was, now)} as lines for a message."""
     return "".join(f"\n  {name}: was {was!r}, now {now!r} (of stage {stage})"
                    for name, (stage, was, now) in changed.items())
 
@@ -143,7 +144,7 @@ def listed(changed: dict) -> str:
 def unlike(before: dict, now: dict) -> str:
     """Lines with the settings in which the records of two results of one stage differ."""
     old, new = before.get("settings", {}), now.get("settings", {})
-    return listed({name: (now.get("stage"), old[name], new.get(name))
+    return lines_of({name: (now.get("stage"), old[name], new.get(name))
                    for name in old if old[name] != new.get(name)})
 
 
@@ -207,7 +208,7 @@ def stale(folder: Path, config: Config) -> str:
                 f"begin {other_run(config)}")
     changed = differences(record, config)
     if changed:
-        return (f"{folder} was made with other settings:{listed(changed)}"
+        return (f"{folder} was made with other settings:{lines_of(changed)}"
                 f"{WAYS_ON}the earlier values, or {other_run(config)}")
     made = str(folder)
     while record.get("input"):
@@ -300,13 +301,12 @@ def like(record: dict | None, config: Config, source) -> tuple[Config, dict]:
     changed = differences(record, config)
     contradicting = {name: row for name, row in changed.items() if name in typed(config)}
     if contradicting:
-        raise ValueError(f"{source} was made with other settings:{listed(contradicting)}\n"
+        raise ValueError(f"{source} was made with other settings:{lines_of(contradicting)}\n"
                          "leave them out, and the checkpoint's own are used")
+    changed.pop("data.synthetic", None)                      # says what lies here now, not what was there
     config = copy.deepcopy(config)
     for name, (_, was, _) in changed.items():
         section, field = name.split(".")
-        if name == "data.synthetic":                         # says what lies there, not how it was made
-            continue
         if section == "data" and type(was) is not bool:      # paths to data of pre-training, of which `value`
             was = [""] * was if type(was) is int else was.replace("not given", "")        # told only so much
         setattr(getattr(config, section), field, was)

@@ -162,7 +162,7 @@ class Videos:
         vit = VisionTransformer(**dataclasses.asdict(config.vit))
         team.say(f"  ViT from {path}; {load_vit(vit, path)}")
         self.vit, self.config, self.team, self.models = vit.to(team.device).eval(), config, team, []
-        record = {"vit": {"file": str(path), "checksum": checksum(path), "token": config.finetune.token}}
+        record = {"vit": {"file": str(path), "checksum": origin["checksum"], "token": config.finetune.token}}
         for task in TASKS.values():
             if task.name in paths:
                 *model, record[task.name] = load_task(paths[task.name], task, config, origin, team)
@@ -215,7 +215,7 @@ class Stills(FaceImages):
 
     def load(self, config, team) -> dict:
         """The fine-tuned classifier. -> what it is, for the table's record"""
-        path, _ = find_vit(config, team)
+        path, origin = find_vit(config, team)
         saved = read_checkpoint(path)
         config, _ = like(saved.get("made_of"), config, path)
         super().__init__(config.vit.image_size, beside=torch.zeros(0, dtype=torch.long))
@@ -223,7 +223,7 @@ class Stills(FaceImages):
         load_weights(self.classifier, saved.get("model", saved), path)
         self.classifier.to(team.device).eval()
         team.say(f"  expressions by {path}; no columns of va and au, which need a video")
-        return {"vit": {"file": str(path), "checksum": checksum(path), "token": config.finetune.token}}
+        return {"vit": {"file": str(path), "checksum": origin["checksum"], "token": config.finetune.token}}
 
     def __len__(self):
         return len(self.files)

@@ -28,6 +28,11 @@ class Scored(NamedTuple):
     data: str                    # what the report calls the data
     comparable: bool             # with the paper's and the baseline's numbers
 
+    @property
+    def seen(self) -> int:
+        """How many videos show scenes on which the ViT was fine-tuned."""
+        return int((~self.unseen).sum())
+
 
 def to_score(videos, left_out, other_videos, task: Task, origin: dict, config) -> Scored:
     """`videos` of the validation set, `other_videos` of the training set; `origin`: the features' record."""
@@ -52,7 +57,7 @@ def data_text(videos: list[Video], left_out: dict[str, str], scored: Scored) -> 
         frames = sum(len(video.labels) for video in part)
         more = f"; left out: {reasons(missing)}" if missing else ""
         lines.append(f"  {name}: {len(part)} videos, {frames:,} frames{more}")
-    if not scored.unseen.all():
+    if scored.seen:
         lines.append(f"  warning: {seen_text(scored)}")
     return "\n".join(lines)
 
@@ -83,12 +88,12 @@ def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
 
     Shape: sums (videos, ...), as `score` gives them.
     """
-    seen, frames = int((~scored.unseen).sum()), sum(len(video.labels) for video in scored.videos)
-    some = 0 < seen < len(scored.videos)
+    frames = sum(len(video.labels) for video in scored.videos)
+    some = 0 < scored.seen < len(scored.videos)
     unseen_sums = sums[scored.unseen].sum(axis=0) if some else None
     lines = [str(checkpoint), f"{len(scored.videos)} validation videos, {frames:,} frames ({scored.data})",
              score_table(task, sums.sum(axis=0), unseen_sums, fold, scored.comparable)]
-    if seen:
+    if scored.seen:
         lines.append(seen_text(scored) + (", so the score is too high" if not some else
                                           "; \"unseen\" is the score of the others alone"))
     if scored.left_out:
@@ -101,7 +106,7 @@ def numbers(task: Task, sums, scored: Scored) -> dict:
     scores, chance = task.metric.score(sums.sum(axis=0)), task.metric.chance(sums.sum(axis=0))
     return {"metric": task.metric.name, "score": scores.mean(), **dict(zip(task.outputs, scores.tolist())),
             "chance": chance.mean(), "validation_videos": len(scored.videos),
-            "seen_videos": int((~scored.unseen).sum()), "left_out": scored.left_out}
+            "seen_videos": scored.seen, "left_out": scored.left_out}
 
 
 def stored_scores(run_folder: Path) -> str:
@@ -110,8 +115,8 @@ def stored_scores(run_folder: Path) -> str:
 
 
 def seen_text(scored: Scored) -> str:
-    seen = int((~scored.unseen).sum())
-    return f"{seen} of these {len(scored.videos)} videos show scenes on which the ViT was fine-tuned"
+    """Why a score may be too high, for the report and before a training."""
+    return f"{scored.seen} of these {len(scored.videos)} videos show scenes on which the ViT was fine-tuned"
 
 
 def draw_timeline(model, videos: list[Video], task: Task, config, team: Team, path, longest: int = 600):

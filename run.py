@@ -175,15 +175,14 @@ class Run(RunFolder):
                 return
             yield item
 
-    def keep_best(self, score: float) -> bool:
-        """Write best.pt if this epoch's score is the best so far."""
+    def keep_best(self, score: float):
+        """Write best.pt if this epoch's score is the best so far (`is_best`, until the epoch ends)."""
         score = float(score)                                 # `read_checkpoint` refuses NumPy's numbers
         self.is_best = score > self.best
         if self.is_best:
             self.best = score
             self.write("best.pt", {"model": self.model.state_dict(), "epoch": self.epoch + 1, "score": score,
                                    "made_of": self.record})
-        return self.is_best
 
     @property
     def shown(self) -> bool:

@@ -285,6 +285,12 @@ def test_the_data_of_pre_training_is_not_needed_to_use_a_checkpoint(tmp_path):
     assert changed.keys() == set(sets) and differences(record, config) == {}
 
 
+def test_whether_the_data_is_synthetic_is_a_matter_of_the_data_not_of_the_checkpoint(tmp_path):
+    record = {"stage": "pretrain", "settings": {"data.synthetic": True, "pretrain.lr": 0.1}, "from": None}
+    config, changed = like(record, config_of(tmp_path), "best.pt")
+    assert not config.data.synthetic and changed.keys() == {"pretrain.lr"}
+
+
 # ---- Whole runs
 
 @pytest.mark.parametrize("changed, was, stage", [

@@ -121,7 +121,8 @@ def test_only_a_better_score_replaces_the_best_weights(start, tmp_path):
     run = start()
     for score, better in [(-0.5, True), (0.25, True), (0.25, False), (0.1, False), (float("nan"), False),
                           (torch.tensor(0.75), True)]:
-        assert run.keep_best(score) == better
+        run.keep_best(score)
+        assert run.is_best == better
     best = read_checkpoint(tmp_path / "run/best.pt")
     assert best["score"] == 0.75 and best["epoch"] == 1
     assert best["made_of"] == run.record and run.record["data"] == {"samples": 22}
