@@ -28,7 +28,8 @@ from PIL import Image, ImageDraw
 import pictures
 from checkpoints import write_file
 from distributed import join
-from labels import AU, TASKS
+from labels import TASKS
+from losses import au_loss
 from mae import MaskedAutoencoder
 from temporal import SegmentModel
 
@@ -160,7 +161,7 @@ def segment_steps(steps: int = 2, batch: int = 32) -> float:
             team.wait()
             began = time.time()
         optimizer.zero_grad(set_to_none=True)
-        AU.loss(model(x), y, valid).backward()
+        au_loss(model(x), y, valid).backward()
         optimizer.step()
     team.wait()
     seconds = (time.time() - began) / steps

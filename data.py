@@ -20,36 +20,7 @@ import torch
 from config import from_command_line
 from frames import list_frames, video_folders
 from images import FaceImages, listed, read_image, resize, sizes
-from labels import EXPR, TASKS, Task, read_labels, targets
-
-# ---- Labels
-
-def has_labels(root, task: Task) -> bool:
-    """Is there a folder of labels for this task? Some teams have those of one task only."""
-    return any((Path(root) / name).is_dir() for name in task.folders)
-
-
-def label_files(root, task: Task) -> dict[str, dict[str, Path]]:
-    """{"Train_Set": {video: file}, "Validation_Set": {video: file}} of one task, videos in sorted order.
-
-    Accepts every spelling of the task's folder. Raises ValueError naming what was looked for.
-    """
-    found = [Path(root) / name for name in task.folders if (Path(root) / name).is_dir()]
-    if not root or not found:
-        raise ValueError(f"data.labels: no {' or '.join(task.folders)} in {str(root)!r}; "
-                         "set data.labels to the folder of annotations that holds it")
-    if len(found) > 1:
-        raise ValueError(f"data.labels: both {found[0]} and {found[1]} exist; "
-                         "keep one, they hold the same labels")
-    splits = {}
-    for name in ("Train_Set", "Validation_Set"):
-        files = sorted(file for file in (found[0] / name).glob("*.txt") if not file.name.startswith("."))
-        if not files:
-            raise ValueError(f"{found[0] / name}: no label files (<video>.txt); "
-                             "the training and validation sets both need some")
-        splits[name] = {file.name.removesuffix(".txt"): file for file in files}
-    return splits
-
+from labels import EXPR, TASKS, Task, has_labels, label_files, read_labels, targets
 
 # ---- Splits and folds
 

@@ -23,11 +23,11 @@ import numpy as np
 
 from checkpoints import load_vit, read_json, write_array, write_text
 from config import from_command_line
-from data import VideoFrames, has_labels, label_files
+from data import VideoFrames
 from features import feature_settings, video_features
 from frames import list_frames, video_folders
 from images import sizes
-from labels import TASKS, read_labels
+from labels import TASKS, has_labels, label_files, read_labels
 from made_of import begun, find_input, other_run
 from run import Progress
 from run_folder import RunFolder

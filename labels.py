@@ -8,19 +8,19 @@ of a label file:
     expr  0 Neutral, 1 Anger, 2 Disgust, 3 Fear, 4 Happiness, 5 Sadness, 6 Surprise, 7 Other; -1 = invalid
     au    0 or 1 for each of 12 action units; -1 = invalid
 
+NumPy only, like metrics.py: what reads and scores label files needs no torch.
+
     python labels.py       # the record of each task
     python labels.py FILE  # what a label file holds
 """
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from losses import au_loss, ccc_loss, expr_loss
 from metrics import BINARY_F1, CCC, CLASS_F1, Metric
 
 EXPRESSIONS = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "Surprise", "Other")
@@ -38,7 +38,7 @@ class Task:
     highest: int                   # the largest value of a label,
     invalid: int                   # and what stands where nobody annotated
     dtype: type                    # of the labels in memory
-    loss: Callable                 # losses.py
+    loss: str                      # the name of its function in losses.py
     zero_loss: float               # the loss when every output is 0: about where a training starts
     metric: Metric                 # metrics.py
     epochs: int                    # passes over the segments (paper: silent; the authors' code's)
@@ -57,7 +57,7 @@ AROUSAL = (.6224, .5651, .6015, .6812, .6342)
 
 VA = Task("va", ("valence", "arousal"), ("VA_Estimation_Challenge",), one_class=False,
           lowest=-1, highest=1, invalid=-5,
-          dtype=np.float32, loss=ccc_loss, zero_loss=2.0, metric=CCC, epochs=40,
+          dtype=np.float32, loss="ccc_loss", zero_loss=2.0, metric=CCC, epochs=40,
           labelled_faces=1_653_900 + 376_330,
           paper={"valence": VALENCE, "arousal": AROUSAL,
                  "mean": tuple((v + a) / 2 for v, a in zip(VALENCE, AROUSAL))},
@@ -65,17 +65,46 @@ VA = Task("va", ("valence", "arousal"), ("VA_Estimation_Challenge",), one_class=
 
 EXPR = Task("expr", EXPRESSIONS, ("EXPR_Classification_Challenge", "EXPR_Recognition_Challenge"),
             one_class=True, lowest=0, highest=7, invalid=-1,
-            dtype=np.int8, loss=expr_loss, zero_loss=math.log(8), metric=CLASS_F1, epochs=10,
+            dtype=np.int8, loss="expr_loss", zero_loss=math.log(8), metric=CLASS_F1, epochs=10,
             labelled_faces=585_317 + 280_532,
             paper={"mean": (.4561, .4478, .4463, .4583, .4506)}, baseline={"mean": .23})
 
 AU = Task("au", tuple(f"AU{number}" for number in AUS), ("AU_Detection_Challenge",), one_class=False,
           lowest=0, highest=1, invalid=-1,
-          dtype=np.int8, loss=au_loss, zero_loss=math.log(2), metric=BINARY_F1, epochs=30,
+          dtype=np.int8, loss="au_loss", zero_loss=math.log(2), metric=BINARY_F1, epochs=30,
           labelled_faces=1_356_694 + 445_836,
           paper={"mean": (.5762, .5566, .5018, .5556, .5819)}, baseline={"mean": .39})
 
 TASKS = {task.name: task for task in (VA, EXPR, AU)}
+
+
+# ---- Label files
+
+def has_labels(root, task: Task) -> bool:
+    """Is there a folder of labels for this task? Some teams have those of one task only."""
+    return any((Path(root) / name).is_dir() for name in task.folders)
+
+
+def label_files(root, task: Task) -> dict[str, dict[str, Path]]:
+    """{"Train_Set": {video: file}, "Validation_Set": {video: file}} of one task, videos in sorted order.
+
+    Accepts every spelling of the task's folder. Raises ValueError naming what was looked for.
+    """
+    found = [Path(root) / name for name in task.folders if (Path(root) / name).is_dir()]
+    if not root or not found:
+        raise ValueError(f"data.labels: no {' or '.join(task.folders)} in {str(root)!r}; "
+                         "set data.labels to the folder of annotations that holds it")
+    if len(found) > 1:
+        raise ValueError(f"data.labels: both {found[0]} and {found[1]} exist; "
+                         "keep one, they hold the same labels")
+    splits = {}
+    for name in ("Train_Set", "Validation_Set"):
+        files = sorted(file for file in (found[0] / name).glob("*.txt") if not file.name.startswith("."))
+        if not files:
+            raise ValueError(f"{found[0] / name}: no label files (<video>.txt); "
+                             "the training and validation sets both need some")
+        splits[name] = {file.name.removesuffix(".txt"): file for file in files}
+    return splits
 
 
 def read_labels(path, task: Task) -> np.ndarray:
@@ -123,7 +152,7 @@ def targets(labels: np.ndarray, task: Task) -> tuple[np.ndarray, np.ndarray]:
 
 if __name__ == "__main__":
     for task in TASKS.values():
-        print(f"{task.name:5s}{len(task.outputs):3d} outputs, {task.metric.name}, {task.loss.__name__}, "
+        print(f"{task.name:5s}{len(task.outputs):3d} outputs, {task.metric.name}, {task.loss}, "
               f"{task.epochs} epochs; labels in {task.folders[0]}\n     {','.join(task.outputs)}")
     for path in sys.argv[1:]:
         refusals = []

@@ -47,6 +47,7 @@ from frames import below, has_frames, list_frames
 from images import FaceImages, find_images, listed, normalise, read_image, resize, sizes
 from labels import EXPR, TASKS
 from made_of import command, find_input, finished, like, missing, there
+from postprocessing import in_units, smoothed
 from run import Progress
 from scoring import check_checkpoint, check_task, load_segment_model, predict, stage_of
 from table import Table
@@ -83,24 +84,6 @@ def load_task(path, task, config, origin: dict, team) -> tuple:
 
 
 # ---- Values
-
-def in_units(outputs: np.ndarray, task) -> np.ndarray:
-    """A model's outputs as the table has them: VA as they are, else probabilities. Shape: (T, K)"""
-    if task.one_class:
-        return torch.from_numpy(outputs).softmax(dim=1).numpy()
-    return torch.from_numpy(outputs).sigmoid().numpy() if task.dtype is np.int8 else outputs
-
-
-def smoothed(values: np.ndarray, k: int) -> np.ndarray:
-    """The mean over each frame and the k before and after it, fewer at the ends. Shape: (T, K)"""
-    if k == 0:
-        return values
-    t = np.arange(len(values))
-    first, end = np.maximum(t - k, 0), np.minimum(t + k + 1, len(values))
-    sums = np.cumsum(values, axis=0, dtype=np.float64)
-    sums = np.concatenate([np.zeros_like(sums[:1]), sums])                     # (T, K) -> (T + 1, K)
-    return ((sums[end] - sums[first]) / (end - first)[:, None]).astype(np.float32)
-
 
 def columns(tasks) -> list[str]:
     """The names of these tasks' columns, in order."""

@@ -31,6 +31,7 @@ from features import build
 from frames import video_folders
 from images import normalise, random_crop
 from labels import EXPR
+from losses import expr_loss
 from made_of import find_input, settings_of
 from run import Run
 from training import (adamw, effective_batch, generator, gradient_norm, in_pieces, loader, pieces,
@@ -98,7 +99,7 @@ def main(config, team):
                 x, y = x.to(team.device, non_blocking=True), y.to(team.device, non_blocking=True)
                 with team.autocast():
                     logits = ddp(normalise(x))
-                part = EXPR.loss(logits, y, y >= 0, max(readable, 1))    # its share of the whole batch's mean
+                part = expr_loss(logits, y, y >= 0, max(readable, 1))    # its share of the whole batch's mean
                 part.backward()
                 loss += part.detach()
             loss = all_sum(loss)

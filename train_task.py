@@ -20,6 +20,7 @@ import dataclasses
 
 import torch
 
+import losses
 from checkpoints import read_checkpoint, write_text
 from config import from_command_line
 from data import split
@@ -67,6 +68,7 @@ def main(config, team, task):
              f"{epochs} epochs of {run.steps} steps; {effective_batch(t.batch, 1, team)}")
 
     # loop
+    loss_of = getattr(losses, task.loss)
     for epoch in range(run.epoch, epochs):
         model.train()
         for step, batch in run.batches():
@@ -76,7 +78,7 @@ def main(config, team, task):
             optimizer.zero_grad(set_to_none=True)
             with team.autocast():
                 outputs = ddp(x.float(), real)                         # (B, w, D) -> (B, w, K)
-            loss = task.loss(outputs, target, valid)                   # of the whole batch, on every process
+            loss = loss_of(outputs, target, valid)                     # of the whole batch, on every process
             loss.backward()
             norm = gradient_norm(model)
             optimizer.step()

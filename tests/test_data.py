@@ -12,10 +12,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import ExprFrames, VideoFrames, describe, has_labels, label_files, scene, split
+from data import ExprFrames, VideoFrames, describe, scene, split
 from frames import find_videos
 from distributed import Team
-from labels import AU, EXPR, TASKS, VA
+from labels import AU, EXPR, TASKS, VA, has_labels, label_files
 from training import Batches
 
 ALONE = Team(0, 1, torch.device("cpu"))

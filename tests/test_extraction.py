@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import tiny
-from data import label_files
-from labels import AU
+from labels import AU, label_files
 from tiny import TINY, content, copied, done, metrics, ready, run, spoil
 
 EXTRACT = ["extract_features.py", *TINY]

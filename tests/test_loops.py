@@ -14,6 +14,7 @@ import stages
 from features import ExprClassifier
 from images import normalise, random_crop, read_image, resize
 from labels import EXPR, read_labels
+from losses import expr_loss
 from mae import MaskedAutoencoder
 from metrics import class_f1
 from plain import Plain, adamw, batches, crop_rng, loop_lines, not_said, seed_dropout
@@ -168,7 +169,7 @@ def plain_finetune(folder, config, start) -> Plain:
             images, classes = torch.tensor(np.stack(images)), torch.tensor(classes)
             seed_dropout(seed, epoch, step)
             for x, y in zip(images.tensor_split(3), classes.tensor_split(3)):
-                part = EXPR.loss(model(normalise(x)), y, y >= 0, len(images))
+                part = expr_loss(model(normalise(x)), y, y >= 0, len(images))
                 part.backward()
                 loss = loss + part.detach()
             plain.step(len(batch), loss)

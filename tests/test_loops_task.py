@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import losses
 import pictures
 import stages
 from config import Config
@@ -92,7 +93,7 @@ def plain_task(task, config, epochs: int, train, val) -> Plain:
         for step, batch in enumerate(batches(len(cut), t.batch, seed, epoch)):
             x, target, valid, real = cut.collate([cut[i] for i in batch])
             seed_dropout(seed, epoch, step)
-            loss = task.loss(model(x.float(), real), target, valid)
+            loss = getattr(losses, task.loss)(model(x.float(), real), target, valid)
             loss.backward()
             plain.step(len(batch), loss)
         score = scores_of(task, outputs_of(model, val), labels).mean()

@@ -14,8 +14,8 @@ import torch
 import tiny
 from checkpoints import checksum
 from config import Config, load
-from data import label_files, scene
-from labels import AU, EXPR
+from data import scene
+from labels import AU, EXPR, label_files
 from made_of import (RANDOM, begun, chain, check, described, differences, find_input, finished,
                      given_record, like, named, place, read_record, same, settings_of, tuned_on)
 from processes import ALONE

@@ -12,9 +12,8 @@ from PIL import Image
 
 import tiny
 from config import load
-from data import label_files
 from frames import find_videos
-from labels import AU, read_labels
+from labels import AU, label_files, read_labels
 from tiny import (ROOT, STAGES, TINY, TRAIN_AU, Job, apart, content, copied, done, log, log_numbers, metrics,
                   run, same, weights)
 

@@ -23,6 +23,7 @@ from features import build
 from images import normalise, read_image, resize
 from labels import EXPR, TASKS
 from made_of import read_record
+from postprocessing import smoothed
 from stages import FILMS, settings
 from table import Table
 from temporal import SegmentModel
@@ -92,7 +93,7 @@ def model_outputs(folder, name) -> dict[str, np.ndarray]:
 
 def as_text(outputs: dict) -> list[list[str]]:
     """What the table must say of a video, by the definitions of softmax and sigmoid."""
-    va, expr, au = (torch.tensor(outputs[name]) for name in ("va", "expr", "au"))
+    va, expr, au = (torch.tensor(outputs[name]).double() for name in ("va", "expr", "au"))
     shares, active = torch.softmax(expr, dim=-1), torch.sigmoid(au)
     return [[*(f"{x:.6f}" for x in va[t]), EXPR.outputs[int(expr[t].argmax())],
              *(f"{x:.6f}" for x in shares[t]), *(f"{x:.6f}" for x in active[t])] for t in range(len(va))]
@@ -188,8 +189,8 @@ def test_videos_are_cut_as_the_checkpoint_was_trained_whatever_the_configuration
 def test_smoothing_is_the_mean_over_k_frames_on_both_sides(k):
     values = np.random.default_rng(k).normal(size=(23, 3)).astype(np.float32)
     expected = [values[max(t - k, 0):t + k + 1].astype(float).mean(axis=0) for t in range(23)]
-    assert predict.smoothed(values, k) == pytest.approx(np.array(expected), abs=1e-6)
-    assert np.array_equal(predict.smoothed(values, 0), values)
+    assert smoothed(values, k) == pytest.approx(np.array(expected), abs=1e-6)
+    assert np.array_equal(smoothed(values, 0), values)
 
 
 def test_smoothing_is_applied_to_probabilities_within_a_video(trained, rows):
@@ -198,7 +199,7 @@ def test_smoothing_is_applied_to_probabilities_within_a_video(trained, rows):
         if name != "96":
             a, b = ([[float(row[column]) for column in VALUES if column != "expression"] for row in table]
                     for table in (of_video(rows, name), of_video(found, name)))
-            expected = predict.smoothed(np.array(a, np.float32), 2)
+            expected = smoothed(np.array(a, np.float32), 2)
             assert np.array(b) == pytest.approx(expected, abs=2e-6)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import losses
 import scoring
 from config import Config
 from distributed import Team
@@ -243,7 +244,7 @@ def test_a_small_model_learns_a_handful_of_videos_and_the_score_shows_it(tmp_pat
     x, target, valid, frames = clips.collate([clips[i] for i in range(len(clips))])
     for _ in range(60):
         optimizer.zero_grad()
-        task.loss(model(x.float(), frames), target, valid).backward()
+        getattr(losses, task.loss)(model(x.float(), frames), target, valid).backward()
         optimizer.step()
     after = task.metric.score(score(model, videos, videos, task, 20, 15, 2, ALONE).sum(axis=0)).mean()
     assert before < 0.6 and after > 0.9

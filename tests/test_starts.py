@@ -11,9 +11,8 @@ import torch
 import faces
 import tiny
 import train_pretrain
-from data import label_files
 from distributed import Team
-from labels import EXPR
+from labels import EXPR, label_files
 from tiny import (EACH_STEP, TINY, TRAIN_AU, apart, copied, done, log, metrics, ready, run, same, spoil, stop,
                   weights)
 
