@@ -13,13 +13,13 @@ from pathlib import Path
 
 from checkpoints import read_checkpoint
 from config import from_command_line
-from data import split
 from labels import TASKS
 from made_of import finished, like, missing, there
 from reports import report, to_score
 from scoring import (check_checkpoint, check_task, find_features, load_segment_model, score, shared_out,
                      stage_of)
 from segments import open_videos
+from splits import split
 
 
 def main(config, team, task, checkpoint=""):

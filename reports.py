@@ -11,13 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 import pictures
-from data import VideoFrames, scene
+from data import VideoFrames
 from distributed import Team
 from frames import find_videos
 from labels import Task, targets
 from made_of import tuned_on
 from scoring import predict
 from segments import Video, labelled_faces, read_features, reasons, segments
+from splits import scene
 
 
 class Scored(NamedTuple):

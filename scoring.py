@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from checkpoints import load_weights
-from data import scene
 from distributed import Team, all_sum
 from labels import Task, targets
 from made_of import find_input, named, same, unlike
 from segments import Video, pad, read_features, segments
+from splits import scene
 from temporal import SegmentModel
 
 FEATURES = "task.features", "features"       # where a task's input is looked for: a setting, a stage

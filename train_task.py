@@ -23,13 +23,13 @@ import torch
 import losses
 from checkpoints import read_checkpoint, write_text
 from config import from_command_line
-from data import split
 from labels import TASKS
 from made_of import input_there, settings_of
 from reports import data_text, draw_timeline, numbers, report, stored_scores, to_score
 from run import Run
 from scoring import FEATURES, find_features, load_segment_model, score, shared_out, stage_of
 from segments import SegmentData, fingerprint, open_videos
+from splits import split
 from temporal import SegmentModel
 from training import effective_batch, gradient_norm, seed_dropout, set_learning_rate
 
