@@ -88,6 +88,7 @@ class Finetune:
     The paper does not mention layer decay and drop path, which are common here; neither is used.
     """
     start: str = ""                   # "" = pretrain/last.pt, "none" = random, or a checkpoint, ours or MAE's
+    fold: int = 0                     # trained on the training videos of this fold (task.fold); folds.py
     token: Literal["mean", "cls"] = "mean"      # a face's feature, in later stages too: mean of the patch
                                       # tokens, or the cls token. silent: ours
     hidden: int = 512                 # width of the layer between feature and classes. silent: ours
@@ -209,8 +210,7 @@ def _typed(value, kind, name):
             value = float(value)
         except (ValueError, OverflowError):
             pass                                                   # refused below
-    if kind is str and value is None:
-        value = ""
+    value = "" if kind is str and value is None else value
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{name}: got {value!r}, expected {KINDS[kind]}")
     return os.path.expanduser(value) if kind is str and name.startswith(PATHS) else value
@@ -246,6 +246,8 @@ def _range_problems(config):
                 yield f"{name}: got {number}, expected a share below 1"
             if key in AT_MOST_ONE and number > 1:
                 yield f"{name}: got {number}, expected a share of at most 1"
+            if key == "fold" and type(number) is int and number > 4:
+                yield f"{name}: got {number}, expected 0 (official split) or 1 to 4"
     s, v, p, t = config.segments, config.vit, config.pretrain, config.temporal
     if s.stride > s.window:
         yield (f"segments.stride: got {s.stride} > segments.window={s.window}, "
@@ -265,8 +267,6 @@ def _range_problems(config):
     for name, betas in (("pretrain.betas", p.betas), ("finetune.betas", config.finetune.betas)):
         if len(betas) != 2 or max(betas) >= 1:
             yield f"{name}: got {betas}, expected two numbers below 1"
-    if config.task.fold > 4:
-        yield f"task.fold: got {config.task.fold}, expected 0 (official split) or 1 to 4"
 
 
 def _read(path) -> dict:

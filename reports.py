@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 import pictures
-from data import VideoFrames, scene
+from data import VideoFrames
 from distributed import Team
 from frames import find_videos
 from labels import Task, targets
@@ -19,6 +19,7 @@ from made_of import tuned_on
 from score_table import numbers as score_numbers, score_table
 from scoring import predict
 from segments import Video, labelled_faces, read_features, reasons, segments
+from splits import scene
 
 
 class Scored(NamedTuple):

@@ -16,7 +16,6 @@ import losses
 import pictures
 import stages
 from config import Config
-from data import split
 from labels import AU, EXPR, TASKS, VA, Task, read_labels
 from metrics import binary_f1, ccc, class_f1
 from plain import Plain, batches, loop_lines, not_said, seed_dropout
@@ -24,6 +23,7 @@ from processes import ALONE
 from reports import draw_timeline
 from scoring import predict
 from segments import SegmentData, Video
+from splits import split
 from stages import FILMS, checkpoint, is_drawn, log_lines, metrics, settings
 from temporal import SegmentModel
 from tiny import same

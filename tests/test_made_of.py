@@ -14,11 +14,12 @@ import torch
 import tiny
 from checkpoints import checksum
 from config import Config, load
-from data import scene
 from labels import AU, EXPR, label_files
 from made_of import (RANDOM, begun, chain, check, described, differences, find_input, finished,
-                     given_record, like, named, place, read_record, same, settings_of, tuned_on)
+                     given_record, like, named, place, read_record, same, settings_of, tuned_on,
+                     unlike)
 from processes import ALONE
+from splits import scene
 from stages import overriding
 from tiny import TINY, TRAIN_AU, content, copied, done, run
 
@@ -97,6 +98,24 @@ def test_differences_are_named_with_their_stage_the_earliest_first(tmp_path):
     other = config_of(tmp_path, "finetune.lr=1", "pretrain.mask_ratio=0.5", "task.lr=1")
     assert differences(record, other) == {
         "pretrain.mask_ratio": ("pretrain", 0.75, 0.5), "finetune.lr": ("finetune", 1e-4, 1.0)}
+
+
+def test_an_encoder_from_before_there_were_encoders_of_folds_is_that_of_fold_0(tmp_path):
+    record = two_stages(config_of(tmp_path))
+    old = {name: was for name, was in record["settings"].items() if name != "finetune.fold"}
+    assert record["settings"]["finetune.fold"] == 0 and len(old) == len(record["settings"]) - 1
+    path = tmp_path / "mine/finetune/made_of.json"
+    path.write_text(json.dumps({**record, "settings": old}))
+    check(path.parent, config_of(tmp_path))
+    with pytest.raises(ValueError, match=r"finetune.fold: was 0, now 3 \(of stage finetune\)"):
+        check(path.parent, config_of(tmp_path, "finetune.fold=3"))
+    features = {"stage": "features", "settings": {}, "from": {**record, "settings": old},
+                "input": {"setting": "features.checkpoint", "stage": "finetune"}}
+    assert differences(features, config_of(tmp_path, "finetune.fold=1")) == {
+        "finetune.fold": ("finetune", 0, 1)}
+    of_fold_2 = {**record, "settings": {**old, "finetune.fold": 2}}
+    said = unlike({**record, "settings": old}, of_fold_2)
+    assert said == "\n  finetune.fold: was 0, now 2 (of stage finetune)"
 
 
 def test_a_start_that_a_setting_names_is_compared_by_its_checksum_not_by_its_settings(tmp_path):
