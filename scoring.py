@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from checkpoints import check_names, load_weights, read_checkpoint, read_json, write_text
-from config import Config
 from distributed import Team, all_sum, choose_device
 from labels import TASKS, Task, targets
 from made_of import find_input, like, named, same, unlike
 from postprocessing import Postprocessing, apply
 from segments import Video, pad, read_features, segments
+from settings import Config
 from splits import scene
 from temporal import SegmentModel
 

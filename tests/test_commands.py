@@ -27,9 +27,10 @@ import benchmark
 import distributed
 import pipeline
 import synthetic
-from config import SETTINGS, Synthetic, load
+from config import load
 from distributed import Team
 from labels import TASKS
+from settings import SETTINGS, Synthetic
 from training import effective_batch, pieces, vit_bytes
 
 ROOT = Path(__file__).parent.parent

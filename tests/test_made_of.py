@@ -13,12 +13,13 @@ import torch
 
 import tiny
 from checkpoints import checksum
-from config import Config, load
+from config import load
 from labels import AU, EXPR, label_files
 from made_of import (RANDOM, begun, chain, check, described, differences, find_input, finished,
                      given_record, like, named, place, read_record, same, settings_of, tuned_on,
                      unlike)
 from processes import ALONE
+from settings import Config
 from splits import scene
 from stages import overriding
 from tiny import TINY, TRAIN_AU, content, copied, done, run
