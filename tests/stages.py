@@ -69,7 +69,7 @@ SETTINGS = {
                  "betas": [0.7, 0.9], "weight_decay": 0.3, "warmup_epochs": 1.4, "smallest_crop": 0.4},
     "finetune": {"token": "cls", "dropout": 0.3, "epochs": 5, "every": 3, "batch": 10, "lr": 2e-2,
                  "betas": [0.8, 0.95], "weight_decay": 0.4, "warmup_epochs": 0.7, "smallest_crop": 0.5,
-                 "layer_decay": 0.6, "drop_path": 0.4, "clip": 1.0},
+                 "layer_decay": 0.6, "drop_path": 0.4, "clip": 1.3},
     "features": {"batch": 4},
     "temporal": {"dropout": 0.3, "causal": False},
     "task": {"epochs": 21, "batch": 4, "lr": 1e-2, "weight_decay": 0.2, "warmup_epochs": 1.3},
