@@ -16,7 +16,7 @@ import sys
 import numpy as np
 
 from checkpoints import write_text
-from page import element, number, page, section, text
+from page import element, number, page, percent, section, shown, text
 
 MOST_BINS = 600                # of a timeline: a long video's frames are averaged
 
@@ -134,21 +134,22 @@ def bars(title: str, rows, most: float = 1.0) -> str:
             x = x_of(chance)
             marks.append(element("path", d=path_of([x - 5, x, x + 5, x], [y, y - 5, y, y + 5]) + "Z",
                                  cls="chance"))
-        marks.append(write(right + 44, y + 4, f"{value:.3f}" if math.isfinite(value) else "–", anchor="end"))
+        marks.append(write(right + 44, y + 4, shown(float(value)), anchor="end"))
     return svg(title, *marks, viewBox=f"0 0 410 {number(bottom + 22)}", cls="chart")
 
 
 def matrix(title: str, counts, names) -> str:
-    """Counts by (label, prediction), each with its share of the row, which is how dark its cell is.
-    Shape: (K, K)."""
+    """Counts by (label, prediction), each with its share of the row, which is how strong its colour is. It
+    does not shrink, because eight columns of numbers could not be read then. Shape: (K, K)."""
     counts = np.asarray(counts, float)
-    left, top, side = 76.0, 44.0, 46.0
+    left, top, side = 76.0, 44.0, 60.0
     K = len(names)
     size = side * K
-    marks = [write(left + size / 2, 14.0, "prediction", "soft"), write(left - 8, 36.0, "label", "soft", "end")]
+    marks = [write(left + size / 2, 14.0, "prediction", "soft"),
+             write(left - 8, 36.0, "label", "soft", "end")]
     for i, name in enumerate(names):
         middle = side * (i + 0.5)
-        marks += [write(left + middle, 36.0, name[:9], "soft"),
+        marks += [write(left + middle, 36.0, name[:10], "soft"),
                   write(left - 8, top + middle + 4, name[:11], anchor="end")]
         total = counts[i].sum()
         for j in range(K):
@@ -156,9 +157,10 @@ def matrix(title: str, counts, names) -> str:
             marks.append(element("rect", x=x, y=y, width=side, height=side, cls="cell",
                                  fill_opacity=float(0.75 * share)))
             marks += [write(x + side / 2, y + side / 2 - 2, f"{counts[i, j]:,.0f}", "count"),
-                      write(x + side / 2, y + side / 2 + 12, f"{share:.0%}" if total else "–", "soft")]
+                      write(x + side / 2, y + side / 2 + 12, percent(share) if total else "–", "soft")]
     marks.append(element("rect", x=left, y=top, width=size, height=size, cls="frame"))
-    return svg(title, *marks, viewBox=f"0 0 {number(left + size + 4)} {number(top + size + 4)}", cls="chart")
+    width, height = number(left + size + 4), number(top + size + 4)
+    return svg(title, *marks, viewBox=f"0 0 {width} {height}", width=width, height=height, cls="chart whole")
 
 
 # ---- Rows of a timeline, as wide as their place
@@ -240,7 +242,7 @@ def frame_axis(T: int) -> str:
     for frame in sorted({1, *(int(value) for value in ticks(1, T) if value == round(value) and value)}):
         x = f"{number(100 * (frame - 0.5) / T)}%"
         anchor = "start" if frame - 0.5 < 0.02 * T else "end" if frame - 0.5 > 0.98 * T else "middle"
-        marks += [element("line", x1=x, x2=x, y1=0, y2=5, cls="axis"), write(x, 17, f"{frame}", "soft", anchor)]
+        marks += [line(x, 0, x, 5, "axis"), write(x, 17, f"{frame}", "soft", anchor)]
     return svg(f"frames 1 to {T}", *marks, cls="ticks")
 
 

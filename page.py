@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import math
+import re
 import sys
 
 from PIL import Image
@@ -46,17 +47,21 @@ th, td { padding: .22rem .7rem .22rem 0; text-align: right; white-space: nowrap;
 th:first-child, td:first-child { text-align: left; }
 thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 tr.last td { font-weight: 600; border-bottom: 0; }
-.tiles, .grid, .pair { display: grid; gap: 1rem 1.5rem; }
+.tiles, .grid { display: grid; gap: 1rem 1.5rem; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); }
 .grid { grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); }
-.pair { grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); align-items: start; }
+.pair { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
+.pair > .wide { max-width: 100%; }
+.pair > figure { flex: 1 1 18rem; max-width: 30rem; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: .8rem 1rem; }
+.grid .card { font-size: .875rem; line-height: 1.45; }
 .tile b { display: block; font-size: 1.9rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
-.chart { width: 100%; height: auto; max-width: 34rem; }
+.chart { width: 100%; height: auto; }
+.whole { width: auto; max-width: none; }
 .axis { stroke: var(--rule); stroke-width: 1; }
 .line { fill: none; stroke: var(--prediction); stroke-width: 1.8; stroke-linejoin: round; }
 .dot { fill: var(--prediction); }
-.bar { fill: var(--prediction); }
+.bar { fill: var(--prediction); fill-opacity: .5; }
 .whisker { stroke: var(--ink); stroke-width: 1.4; }
 .chance { fill: var(--card); stroke: var(--chance); stroke-width: 1.4; }
 .level { stroke: var(--chance); stroke-width: 1.2; stroke-dasharray: 5 4; }
@@ -64,11 +69,12 @@ tr.last td { font-weight: 600; border-bottom: 0; }
 .frame { fill: none; stroke: var(--rule); }
 .row { display: grid; grid-template-columns: 5.2rem minmax(0, 1fr); gap: 0 .6rem; align-items: center; }
 .row > .name { font-size: .8rem; line-height: 1.2; text-align: right; }
-.row > .ends { display: flex; flex-direction: column; justify-content: space-between; height: 100%;
+.row.scale { align-items: end; margin-bottom: .5rem; }
+.row > .ends { display: flex; flex-direction: column; justify-content: space-between; height: 84px;
                font-size: .75rem; line-height: 1; text-align: right; color: var(--soft); }
 .row > .ends b { color: var(--ink); font-weight: 500; font-size: .8rem; }
 .strip { width: 100%; height: 24px; border-bottom: 1px solid var(--rule); }
-.values { width: 100%; height: 96px; border: 1px solid var(--rule); margin: 4px 0; }
+.values { width: 100%; height: 96px; border: 1px solid var(--rule); margin: 5px 0; }
 .ticks { width: 100%; height: 22px; }
 .values path, .strip line { vector-effect: non-scaling-stroke; }
 .label-line { fill: none; stroke: var(--label); stroke-width: 3.2; stroke-opacity: .75; }
@@ -78,7 +84,7 @@ tr.last td { font-weight: 600; border-bottom: 0; }
 .half { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 3; }
 .faces { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 2px; }
 .faces figure { text-align: center; }
-.faces img { display: block; margin: 0 auto; width: 100%; max-width: 84px; border-radius: 3px; }
+.faces img { display: block; margin: 0 auto; width: 100%; height: auto; max-width: 84px; border-radius: 3px; }
 .faces figcaption { font-size: .7rem; line-height: 1.3; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: .5rem 0; font-size: .85rem; }
 .legend svg { display: inline-block; vertical-align: -3px; margin-right: .4rem; }
@@ -87,7 +93,9 @@ details { margin: .5rem 0; }
 summary { cursor: pointer; }
 pre { margin: .5rem 0; padding: .7rem .9rem; overflow-x: auto; background: var(--card); overflow-wrap: normal;
       border: 1px solid var(--rule); border-radius: 8px; font: 12.5px/1.45 ui-monospace, monospace; }
-@media (max-width: 40rem) { .row { grid-template-columns: 4.2rem minmax(0, 1fr); } h1 { font-size: 1.4rem; } }
+@media (max-width: 40rem) {
+    table { font-size: .8rem; } th, td { padding-right: .45rem; }
+    .row { grid-template-columns: 4.2rem minmax(0, 1fr); } h1 { font-size: 1.4rem; } }
 @media print {
     :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #444; --rule: #bbb;
             --label: #d55e00; --prediction: #0072b2; --chance: #000; --unknown: #d3d5d8; }
@@ -95,9 +103,10 @@ pre { margin: .5rem 0; padding: .7rem .9rem; overflow-x: auto; background: var(-
     body { max-width: none; padding: 0; font-size: 11pt; }
     nav { display: none; }
     h2, h3, .legend { break-after: avoid; }
-    .card, .chart, tr, .row, .sheet { break-inside: avoid; }
-    pre { white-space: pre-wrap; }
-    details::details-content { content-visibility: visible; block-size: auto; } }
+    .card, .chart, .pair, tr, article, .sheet { break-inside: avoid; }
+    .grid { grid-template-columns: repeat(3, 1fr); }
+    details:not([open]) { display: none; }
+    pre { white-space: pre-wrap; } }
 """
 
 
@@ -105,14 +114,14 @@ pre { margin: .5rem 0; padding: .7rem .9rem; overflow-x: auto; background: var(-
 
 def text(value) -> str:
     """A text as markup: what it holds of <, >, & and quotes is shown, never obeyed."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
-    return html.escape(shown)
+    plain = [c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(value)]
+    return html.escape("".join(plain))
 
 
 def number(value: float) -> str:
     """A coordinate: at most two decimals, no trailing zeros."""
-    return f"{value:.2f}".rstrip("0").rstrip(".").replace("-0", "0") if abs(value) < 0.005 else \
-        f"{value:.2f}".rstrip("0").rstrip(".")
+    words = f"{value:.2f}".rstrip("0").rstrip(".")
+    return "0" if words == "-0" else words
 
 
 def element(name: str, /, *children: str, **attributes) -> str:
@@ -122,10 +131,9 @@ def element(name: str, /, *children: str, **attributes) -> str:
     for key, value in attributes.items():
         key = "class" if key == "cls" else key.replace("_", "-")
         words.append(f'{key}="{number(value) if isinstance(value, float) else text(value)}"')
-    inside = "".join(children)
-    if name in ("img", "meta"):
+    if name in ("img", "meta"):                                    # those that hold nothing
         return f"<{' '.join(words)}>"
-    return f"<{' '.join(words)}>{inside}</{name}>"
+    return f"<{' '.join(words)}>{''.join(children)}</{name}>"
 
 
 def paragraph(words: str, cls: str = "") -> str:
@@ -189,12 +197,22 @@ def section(name: str, title: str, *children: str) -> str:
     return element("section", element("h2", text(title)), *children, id=name)
 
 
+def headings(markup: str) -> list[tuple[str, str]]:
+    """(name, title as markup) of each `section`."""
+    return re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', markup)
+
+
 def shown(value) -> str:
     """A number as the report shows it: three decimals, whole numbers with commas; a dash where there is
     none."""
     if value is None or isinstance(value, float) and not math.isfinite(value):
         return "–"
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+
+
+def percent(share: float) -> str:
+    """0.734 -> "73 %"; a dash where there is no number."""
+    return f"{100 * share:.0f} %" if math.isfinite(share) else "–"
 
 
 if __name__ == "__main__":
