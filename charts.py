@@ -157,7 +157,7 @@ def matrix(title: str, counts, names) -> str:
             marks.append(element("rect", x=x, y=y, width=side, height=side, cls="cell",
                                  fill_opacity=float(0.75 * share)))
             marks += [write(x + side / 2, y + side / 2 - 2, f"{counts[i, j]:,.0f}", "count"),
-                      write(x + side / 2, y + side / 2 + 12, percent(share) if total else "–", "soft")]
+                      write(x + side / 2, y + side / 2 + 12, percent(share) if total else "–", "count")]
     marks.append(element("rect", x=left, y=top, width=size, height=size, cls="frame"))
     width, height = number(left + size + 4), number(top + size + 4)
     return svg(title, *marks, viewBox=f"0 0 {width} {height}", width=width, height=height, cls="chart whole")

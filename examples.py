@@ -80,11 +80,9 @@ def chosen(examples: dict[str, dict[str, Example]], window: int, wanted=()) -> l
     complete = [name for name in names if len(of(name)) == most and not np.isnan(score_of(of(name)))]
     long = [name for name in complete if all(example.labelled >= window for example in of(name))]
     order = sorted(long or complete, key=lambda name: -score_of(of(name)))
-    places = {"best": 0, "median": len(order) // 2, "worst": len(order) - 1}
-    found = {}
-    for why, place in places.items() if order else []:
-        found.setdefault(order[place], []).append(why)
-    return [(" and ".join(why), name) for name, why in found.items()]
+    if len(order) < 3:
+        return list(zip(("best", "worst") if len(order) == 2 else ("only",), order))
+    return [("best", order[0]), ("median", order[(len(order) - 1) // 2]), ("worst", order[-1])]
 
 
 def score_of(examples: list[Example]) -> float:

@@ -70,7 +70,7 @@ tr.last td { font-weight: 600; border-bottom: 0; }
 .row { display: grid; grid-template-columns: 5.2rem minmax(0, 1fr); gap: 0 .6rem; align-items: center; }
 .row > .name { font-size: .8rem; line-height: 1.2; text-align: right; }
 .row.scale { align-items: end; margin-bottom: .5rem; }
-.row > .ends { display: flex; flex-direction: column; justify-content: space-between; height: 84px;
+.row > .ends { display: flex; flex-direction: column; justify-content: space-between; height: 96px;
                font-size: .75rem; line-height: 1; text-align: right; color: var(--soft); }
 .row > .ends b { color: var(--ink); font-weight: 500; font-size: .8rem; }
 .strip { width: 100%; height: 24px; border-bottom: 1px solid var(--rule); }

@@ -115,7 +115,7 @@ def worst_section(examples, s, faces: Faces) -> str:
                   paragraph("No segment has labels in half of its frames.")]
     return section("worst", "The worst segments", paragraph(
         "The five segments of each task with the largest error, of those with labels in at least half of "
-        "their frames. Look for what they share: blur, a turned head, a hand before the face, or a label that "
+        "their frames. Look for what they share: blur, a turned head, a hand before the face, a label that "
         "is wrong. Below each face stands the number of its frame."), *cards)
 
 

@@ -162,8 +162,8 @@ def reconstructions(folder: Path) -> str:
                         height=height, alt="rows of faces: original, masked, reconstruction")
     except (OSError, ValueError, SyntaxError) as error:              # what Pillow raises for a broken PNG
         sheet = paragraph(f"{path}: not a readable picture ({error})")
-    words = ("What pre-training has learnt. The middle row is all that the model sees, the bottom row what it "
-             "makes of it.")
+    words = ("What pre-training has learnt. The middle row is all that the model sees, the bottom row what "
+             "it makes of it.")
     return section("reconstruction", "Reconstructed faces", paragraph(words), sheet)
 
 
