@@ -378,7 +378,7 @@ def test_a_checkpoint_is_scored_with_the_settings_it_was_trained_with(finished, 
     expected = (folder / "runs/centred/task_au/scores.txt").read_text()
     given = ["--checkpoint", "runs/centred/task_au/best.pt"]
     said = done(folder, *EVALUATE_AU, *given)
-    assert said.endswith(expected) and expected.count("\n") > 12
+    assert expected in said and expected.count("\n") > 12
     assert "  temporal.causal=False as in the checkpoint; the configuration has True\n" in said
     codes, said = run(folder, *EVALUATE_AU, *given, "--set", "temporal.causal=true")
     assert codes == [2] and "temporal.causal: was False, now True (of stage task_au)\nleave them out" in said
@@ -391,7 +391,7 @@ def test_a_model_of_one_fold_is_not_scored_on_another(finished, tmp_path):
     codes, said = run(folder, *EVALUATE_AU, *given, "--set", "task.fold=2")
     assert codes == [2] and "task.fold: was 1, now 2" in said
     expected = (folder / "runs/tiny/task_au_fold1/scores.txt").read_text()
-    assert done(folder, *EVALUATE_AU, *given).endswith(expected)
+    assert expected in done(folder, *EVALUATE_AU, *given)
 
 
 def test_a_model_is_not_scored_where_other_labels_make_its_training_videos_validation(finished, tmp_path):
@@ -476,8 +476,8 @@ def test_the_official_split_too_tells_which_videos_the_vit_has_seen(finished, tm
     assert metrics["seen_videos"] == 1
     assert video in tuned_on(read_record(folder / "runs/tiny/task_au")) and scene(video) == video
     text = (folder / "runs/tiny/task_au/scores.txt").read_text()
-    assert re.search(r"mean F1 +ours +unseen +chance +paper +baseline\n", text)
-    assert done(folder, *EVALUATE_AU).endswith(text)
+    assert re.search(r"mean F1 +ours +95 % +unseen +chance +paper +baseline +frames\n", text)
+    assert text in done(folder, *EVALUATE_AU)
 
 
 def test_what_was_made_from_synthetic_data_is_not_taken_for_real_data(finished, tmp_path):
@@ -545,7 +545,7 @@ def test_a_checkpoint_that_tells_nothing_is_scored_with_a_warning_and_without_th
     torch.save({"model": weights}, folder / "bare.pt")
     said = done(folder, *EVALUATE_AU, "--checkpoint", "bare.pt")
     assert "warning: bare.pt does not tell what it was made of; it may have been trained on" in said
-    assert re.search(r"mean F1 +ours +chance\n", said)
+    assert re.search(r"mean F1 +ours +95 % +chance +frames\n", said)
 
 
 def test_the_features_of_validation_videos_are_enough_to_score(finished, tmp_path):
@@ -558,7 +558,7 @@ def test_the_features_of_validation_videos_are_enough_to_score(finished, tmp_pat
     for name in ("made_of.json", "videos.json"):
         shutil.copy(folder / "runs/tiny/features" / name, given)
     expected = (folder / "runs/tiny/task_au/scores.txt").read_text()
-    assert done(folder, *EVALUATE_AU, "--set", "task.features=given").endswith(expected)
+    assert expected in done(folder, *EVALUATE_AU, "--set", "task.features=given")
 
 
 def test_a_finished_task_tells_its_score_though_its_features_are_gone(finished, tmp_path):
