@@ -106,11 +106,13 @@ def bars(title: str, rows, most: float = 1.0) -> str:
     """Horizontal bars from 0, each with its number, the whisker of its interval and a diamond at chance.
 
     rows: (name, value, low, high, chance); NaN for what is not known. The axis reaches from the smallest
-    number, at most 0, to `most`.
+    number, at most 0, to the largest, at least `most`.
     """
-    left, right, top, step = 74.0, 360.0, 8.0, 24.0
+    left = max([74.0, *(6.5 * len(name) + 12 for name, *_ in rows)])         # room for the longest name
+    right, top, step = left + 286, 8.0, 24.0
     held = [value for _, *values in rows for value in values if math.isfinite(value)]
     least, most = min([0.0, *held]), max([most, *held])
+    most = most if most > least else least + 1
 
     def x_of(value):
         return left + (value - least) / (most - least) * (right - left)
@@ -135,7 +137,7 @@ def bars(title: str, rows, most: float = 1.0) -> str:
             marks.append(element("path", d=path_of([x - 5, x, x + 5, x], [y, y - 5, y, y + 5]) + "Z",
                                  cls="chance"))
         marks.append(write(right + 44, y + 4, shown(float(value)), anchor="end"))
-    return svg(title, *marks, viewBox=f"0 0 410 {number(bottom + 22)}", cls="chart")
+    return svg(title, *marks, viewBox=f"0 0 {number(right + 50)} {number(bottom + 22)}", cls="chart")
 
 
 def matrix(title: str, counts, names) -> str:

@@ -203,8 +203,10 @@ def headings(markup: str) -> list[tuple[str, str]]:
 
 
 def shown(value) -> str:
-    """A number as the report shows it: three decimals, whole numbers with commas; a dash where there is
-    none."""
+    """A value as the report shows it: three decimals, whole numbers with commas, yes or no, text as it is; a
+    dash where there is none."""
+    if isinstance(value, (bool, str)):
+        return value if isinstance(value, str) else "yes" if value else "no"
     if value is None or isinstance(value, float) and not math.isfinite(value):
         return "–"
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"

@@ -4,11 +4,13 @@
     python report.py --config my.yaml --out report.html
     python report.py --videos 10-30-1280x720 video5_3      # these, not the best, median and worst one
 
-Scores with intervals, the confusion matrix, timelines of some validation videos, the worst segments with
-their frames, reconstructed faces, training curves, settings. What is not finished is named. Scores are read
-from what the stages have written; the videos are predicted anew, from their features.
+Scores with intervals, folds and ablations if there are any, the confusion matrix, timelines of some
+validation videos, the worst segments with their frames, reconstructed faces, training curves, settings. What
+is not finished is named. Scores are read from what the stages have written; the videos are predicted anew,
+from their features.
 
-In this order: what there is · sections about videos · the script. The other sections: `report_parts.py`.
+In this order: what there is · sections about videos · the script. The other sections: `report_parts.py` and
+`report_runs.py`.
 """
 
 import math
@@ -16,7 +18,6 @@ from pathlib import Path
 
 from checkpoints import read_json, write_text
 from config import from_command_line
-from data import scene, split
 from distributed import launch
 from examples import Faces, chosen, predicted, worst_segments
 from labels import TASKS, Task
@@ -24,9 +25,10 @@ from made_of import command, finished, place, tuned_on
 from page import details, element, headings, page, paragraph, section, shown, table, text
 from report_parts import (TITLES, Finished, curves_section, reconstructions, scores_section, settings_section,
                           summary)
-from reports import to_score
+from report_runs import ablation_section, folds_section
 from scoring import check_features, check_scenes, find_features, load, stage_of
 from segments import open_videos
+from splits import scene, split
 from timelines import legend, segment_card, timeline
 
 STAGES = {"pretrain": ("Pre-training", "train_pretrain.py"), "finetune": ("Fine-tuning", "train_finetune.py"),
@@ -42,21 +44,17 @@ def read_task(task: Task, config, team) -> Finished:
     try:
         trained = load(path, config, task, team)
         features, origin = find_features(trained.config, team)
-        train_files, files = split(config.data.labels, task, config.task.fold)
-        videos, left_out, _ = open_videos(files, features, task)
+        _, files = split(config.data.labels, task, config.task.fold)
+        videos, _, _ = open_videos(files, features, task)
         check_features(path, trained.record, origin)
         check_scenes(path, trained.record, videos)
-        others = [] if config.data.synthetic else open_videos(train_files, features, task)[0]
-        scored = to_score(videos, left_out, others, task, origin, config)
         examples = {video.name: predicted(trained, video) for video in videos}
     except (ValueError, OSError) as problem:
-        return Finished(task, folder, metrics, {}, str(problem), "", False, math.nan)
-    unseen = math.nan
-    if 0 < scored.seen < len(videos):
-        tuned = {scene(name) for name in tuned_on(origin)}
-        sums = sum(example.sums for name, example in examples.items() if scene(name) not in tuned)
-        unseen = float(task.metric.score(sums).mean())
-    return Finished(task, folder, metrics, examples, "", scored.data, scored.comparable, unseen)
+        return Finished(task, folder, metrics, {}, str(problem), math.nan)
+    tuned = {scene(name) for name in tuned_on(origin)}
+    unseen = [example.sums for name, example in examples.items() if scene(name) not in tuned]
+    score = float(task.metric.score(sum(unseen)).mean()) if unseen else math.nan
+    return Finished(task, folder, metrics, examples, "", score)
 
 
 def missing(config, stages, tasks: list[Finished]) -> str:
@@ -141,7 +139,10 @@ def main(config, team, options):
                          + ("; ".join(found.problem for found in tasks) or "no task is finished"))
     parts = [missing(config, stages, tasks)]
     if tasks:
-        parts += [scores_section(tasks, config.task.fold), videos_section(tasks, config, options.videos)]
+        parts.append(scores_section(tasks, config.task.fold))
+    parts += [folds_section(run), ablation_section(Path(config.run.out), config.run.name)]
+    if tasks:
+        parts.append(videos_section(tasks, config, options.videos))
     if "pretrain" in stages:
         parts.append(reconstructions(stages["pretrain"][1]))
     parts += [curves_section(stages, tasks),

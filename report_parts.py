@@ -47,9 +47,7 @@ class Finished(NamedTuple):
     metrics: dict
     examples: dict             # {video: examples.Example}; empty if they could not be predicted
     problem: str               # why not
-    note: str                  # what the score is of
-    comparable: bool           # with the paper's and the baseline's numbers
-    unseen: float              # the score on videos of which the ViT has seen no scene; NaN if that is all
+    unseen: float              # the score on videos of which the ViT has seen no scene; NaN if there is none
 
 
 # ---- Scores
@@ -84,17 +82,17 @@ def rows_of(found: Finished) -> list[tuple]:
 
 def score_table(found: Finished, fold: int) -> str:
     """Each output's score beside chance and, where they can be compared, the paper's and the baseline's."""
-    task = found.task
+    task, comparable = found.task, found.metrics.get("comparable", False)
     header, rows = ["", task.metric.name, "95 % interval", "chance", "labelled frames"], []
     for name, score, interval, chance, frames in rows_of(found):
         labelled, whole = frames or (None, None)
         among = f" of {shown(whole)}" if whole != labelled else ""
         rows.append([name, shown(score), between(interval), shown(chance),
                      "" if name == "mean" else shown(labelled) + among])
-        if found.comparable:
+        if comparable:
             rows[-1] += [shown(task.paper[name][fold] if name in task.paper else None),
                          shown(task.baseline.get(name) if fold == 0 else None)]
-    return table(header + (["paper", "baseline"] if found.comparable else []), rows, last=True)
+    return table(header + (["paper", "baseline"] if comparable else []), rows, last=True)
 
 
 def score_bars(found: Finished) -> str:
@@ -111,7 +109,7 @@ def about_score(found: Finished) -> str:
     """Which videos the score is of, and what makes it too high."""
     m = found.metrics
     words = [f"{shown(m.get('validation_videos'))} validation videos"
-             + (f"; {found.note}" if found.note else "")]
+             + (f"; {m['data']}" if m.get("data") else "")]
     if m.get("seen_videos"):
         more = f"; on the others it is {found.unseen:.3f}" if math.isfinite(found.unseen) else ""
         words.append(f"The ViT was fine-tuned on scenes of {shown(m['seen_videos'])} of them, so the score "
@@ -227,4 +225,4 @@ def flat(value, name: str = "") -> list[list[str]]:
     if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
         return [row for i, item in enumerate(value) for row in flat(item, f"{name}.{i}")]
     items = value if isinstance(value, list) else [value]
-    return [[name, " ".join(item if isinstance(item, str) else shown(item) for item in items)]]
+    return [[name, " ".join(shown(item) for item in items)]]

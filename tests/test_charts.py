@@ -96,16 +96,23 @@ def test_a_negative_score_goes_to_the_left_of_0():
     svg = bars("CCC", [("valence", -1.0, NAN, NAN, 0.0)])
     (bar,) = marks(svg, "rect", "bar")                        # -1 at 74, 0 at 217, 1 at 360
     assert (bar["x"], bar["width"]) == ("74", "143")
-    assert bars("none", []).count("<rect") == 0 and marks(bars("none", []), "rect") == []
+    svg = bars("difference", [("without a part of it", -0.1, -0.2, -0.1, NAN)], most=0.0)
+    (bar,) = marks(svg, "rect", "bar")                        # the name takes 142: -0.2 at 142, 0 at 428
+    assert (bar["x"], bar["width"]) == ("285", "143")
+    for rows in ([], [("none", NAN, NAN, NAN, NAN)], [("zero", 0.0, 0.0, 0.0, 0.0)]):
+        assert "nan" not in bars("nothing", rows, most=0.0) and len(marks(bars("x", rows), "rect")) == 0
 
 
 def test_a_cell_of_the_matrix_is_as_strong_as_its_share_of_the_row():
-    svg = matrix("confusion", [[3, 1], [0, 0]], ["Neutral", "Anger"])
+    svg = matrix("confusion", [[3, 1, 0], [0, 0, 0], [0, 1000, 1000]], ["Neutral", "Anger", "Disgust"])
     cells = marks(svg, "rect", "cell")
-    assert [(cell["x"], cell["y"], cell["fill-opacity"]) for cell in cells] == [
-        ("76", "44", "0.56"), ("136", "44", "0.19"), ("76", "104", "0"), ("136", "104", "0")]
+    assert [(cell["x"], cell["y"]) for cell in cells[:4]] == [("76", "44"), ("136", "44"), ("196", "44"),
+                                                              ("76", "104")]
+    strengths = [cell["fill-opacity"] for cell in cells]
+    assert strengths == ["0.56", "0.19", "0", "0", "0", "0", "0", "0.38", "0.38"]
     assert [mark["text"] for mark in marks(svg, "text", "count")] == [
-        "3", "75 %", "1", "25 %", "0", "–", "0", "–"]
+        "3", "75 %", "1", "25 %", "0", "0 %", "0", "–", "0", "–", "0", "–", "0", "0 %", "1,000", "50 %",
+        "1,000", "50 %"]
 
 
 # ---- Rows of a timeline

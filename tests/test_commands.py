@@ -134,7 +134,7 @@ def start(place, script: str, arguments: list[str]) -> tuple[object, str, bool]:
     work = [mock.patch.object(pipeline, "run"),
             mock.patch.object(shutil, "rmtree"),                     # benchmark.py begins anew
             mock.patch.object(subprocess, "run", side_effect=SystemExit(0))]
-    if script == "predict.py" or script == "synthetic.py" and "--sheet" not in arguments:
+    if script in ("predict.py", "report.py") or script == "synthetic.py" and "--sheet" not in arguments:
         work.append(mock.patch.object(distributed, "launch"))
     code = 0
     with contextlib.ExitStack() as stack:

@@ -93,7 +93,7 @@ def test_errors_are_those_of_a_plain_loop(task):
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_the_worst_segments_are_the_worst_that_do_not_overlap_and_have_labels(task):
     examples = [example(task, f"v{i}", T=15 + 9 * i, seed=i, known=0.4) for i in range(8)]
-    worst = worst_segments(examples, WINDOW, STRIDE, count=4)
+    worst = worst_segments(examples, WINDOW, STRIDE, count=12)
     left = []
     for found in examples:
         for start, end in segments(len(found.labels), WINDOW, STRIDE):
@@ -106,7 +106,7 @@ def test_the_worst_segments_are_the_worst_that_do_not_overlap_and_have_labels(ta
         assert segment.error == pytest.approx(error)
         name, start, end = segment.example.name, segment.start, segment.end       # of equal errors, any
         left = [row for row in left if row[1] != name or row[2] >= end or row[3] <= start]
-    assert len(worst) == 4 and worst_segments([], WINDOW, STRIDE) == []
+    assert len(worst) == 12 and worst_segments([], WINDOW, STRIDE) == []
     assert worst_segments([example(task, known=0.0)], WINDOW, STRIDE) == []
 
 

@@ -72,7 +72,7 @@ def test_a_coordinate_has_two_decimals_and_no_trailing_zeros(value, words):
 
 @pytest.mark.parametrize("value, words", [(0.12345, "0.123"), (0.9999, "1.000"), (-0.1, "-0.100"), (0, "0"),
                                           (1234567, "1,234,567"), (None, "–"), (math.nan, "–"),
-                                          (math.inf, "–")])
+                                          (math.inf, "–"), (True, "yes"), ("<b>", "<b>")])
 def test_a_number_is_shown_with_three_decimals_or_commas(value, words):
     assert shown(value) == words
 

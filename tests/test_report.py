@@ -83,7 +83,7 @@ def leaves(value):
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from leaves(item)
-    elif isinstance(value, (int, float)):
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield value
 
 
@@ -116,6 +116,11 @@ def test_the_confusion_matrix_is_that_of_metrics_json(run, page):
     svg = next(chart for chart in charts if "by labelled and predicted class" in chart)
     cells = [mark.text for mark in etree.fromstring(svg).iter("text") if mark.get("class") == "count"]
     assert cells[::2] == [f"{count:,}" for row in m["confusion"] for count in row]
+    for task in (VA, AU):
+        m = json.loads((run / f"runs/tiny/task_{task.name}/metrics.json").read_text())
+        for name, row in zip(task.outputs, m["confusion"]):
+            assert [name, *map(shown, row)] in table_rows(page)
+        assert ["", *m["confusion_columns"]] in table_rows(page)
 
 
 def test_a_video_with_a_script_for_a_name_stays_text(page):
@@ -215,26 +220,27 @@ def test_damaged_logs_and_pictures_are_named(copy):
 
 
 def test_numbers_of_an_earlier_version_and_of_one_video_are_shown_as_far_as_they_go():
-    old = Finished(AU, "", {"score": 0.5, "chance": 0.3, "AU1": 0.25}, {}, "", "", False, np.nan)
+    old = Finished(AU, "", {"score": 0.5, "chance": 0.3, "AU1": 0.25}, {}, "", np.nan)
     rows = table_rows(score_table(old, 0))
     assert rows[0] == ["", "mean F1", "95 % interval", "chance", "labelled frames"]
     assert rows[1] == ["AU1", "0.250", "–", "–", "–"] and rows[-1] == ["mean", "0.500", "–", "0.300", ""]
     etree.fromstring(re.search("<svg.*</svg>", score_bars(old))[0])
-    one = {"outputs": {"valence": {"interval": None, "chance": 0.0, "frames": [3, 3]}}, "valence": -0.1}
-    rows = table_rows(score_table(Finished(VA, "", one, {}, "", "", True, np.nan), 2))
+    one = {"outputs": {"valence": {"interval": None, "chance": 0.0, "frames": [3, 3]}}, "valence": -0.1,
+           "comparable": True}
+    rows = table_rows(score_table(Finished(VA, "", one, {}, "", np.nan), 2))
     assert rows[1] == ["valence", "-0.100", "–", "0.000", "3", "0.493", "–"]
 
 
 def test_a_score_on_seen_scenes_is_called_too_high():
-    m = {"validation_videos": 9, "seen_videos": 2, "left_out": {"ghost": "no labels"}}
-    assert about_score(Finished(VA, "", m, {}, "", "Aff-Wild2", True, 0.25)) == (
+    m = {"validation_videos": 9, "seen_videos": 2, "left_out": {"ghost": "no labels"}, "data": "Aff-Wild2"}
+    assert about_score(Finished(VA, "", m, {}, "", 0.25)) == (
         "9 validation videos; Aff-Wild2. The ViT was fine-tuned on scenes of 2 of them, so the score is too "
         "high; on the others it is 0.250. Left out: ghost (no labels).")
 
 
 def test_numbers_are_listed_with_the_way_to_them():
-    assert flat({"a": 1, "b": {"c": [0.5, None]}, "d": [[1, 2], [3, 4]], "e": {}, "f": "x"}) == [
-        ["a", "1"], ["b.c", "0.500 –"], ["d.0", "1 2"], ["d.1", "3 4"], ["f", "x"]]
+    assert flat({"a": 1, "b": {"c": [0.5, None]}, "d": [[1, 2], [3, 4]], "e": {}, "f": True}) == [
+        ["a", "1"], ["b.c", "0.500 –"], ["d.0", "1 2"], ["d.1", "3 4"], ["f", "yes"]]
 
 
 # ---- Long and short videos
