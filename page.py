@@ -86,6 +86,7 @@ tr.last td { font-weight: 600; border-bottom: 0; }
 .faces figure { text-align: center; }
 .faces img { display: block; margin: 0 auto; width: 100%; height: auto; max-width: 84px; border-radius: 3px; }
 .faces figcaption { font-size: .7rem; line-height: 1.3; }
+article > .soft { margin-bottom: .4rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: .5rem 0; font-size: .85rem; }
 .legend svg { display: inline-block; vertical-align: -3px; margin-right: .4rem; }
 .sheet { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--rule); }
@@ -102,7 +103,8 @@ pre { margin: .5rem 0; padding: .7rem .9rem; overflow-x: auto; background: var(-
     * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
     body { max-width: none; padding: 0; font-size: 11pt; }
     nav { display: none; }
-    h2, h3, .legend { break-after: avoid; }
+    h2, h3, article > .soft { margin-bottom: .4rem; }
+.legend { break-after: avoid; }
     .card, .chart, .pair, tr, article, .sheet { break-inside: avoid; }
     .grid { grid-template-columns: repeat(3, 1fr); }
     details:not([open]) { display: none; }

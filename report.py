@@ -18,7 +18,7 @@ from pathlib import Path
 
 from checkpoints import read_json, write_text
 from config import from_command_line
-from distributed import launch
+from distributed import Team, launch
 from examples import Faces, chosen, predicted, worst_segments
 from labels import TASKS, Task
 from made_of import command, finished, place, tuned_on
@@ -123,6 +123,7 @@ def main(config, team, options):
     """Write the report of a run. Raises ValueError if none of its stages is finished."""
     if team.rank:
         return
+    team = Team(0, 1, team.device)                     # the others have nothing to do, so none is waited for
     run = Path(config.run.out) / config.run.name
     out = Path(options.out or run / "report.html")
     if out.is_dir():

@@ -80,7 +80,7 @@ def rows_of(found: Finished) -> list[tuple]:
     return [*rows, ("mean", m.get("score"), m.get("score_interval"), m.get("chance"), None)]
 
 
-def score_table(found: Finished, fold: int) -> str:
+def table_of_scores(found: Finished, fold: int) -> str:
     """Each output's score beside chance and, where they can be compared, the paper's and the baseline's."""
     task, comparable = found.task, found.metrics.get("comparable", False)
     header, rows = ["", task.metric.name, "95 % interval", "chance", "labelled frames"], []
@@ -124,7 +124,7 @@ def scores(found: Finished, fold: int) -> str:
     task, m = found.task, found.metrics
     parts = [element("h3", text(f"{TITLES[task.name]}: {task.metric.name}")),
              paragraph(MEANING[task.name]), paragraph(about_score(found), "soft"),
-             element("div", score_table(found, fold), score_bars(found), cls="pair")]
+             element("div", table_of_scores(found, fold), score_bars(found), cls="pair")]
     if m.get("confusion"):
         title, words = TAKEN[task.name]
         if task is EXPR:

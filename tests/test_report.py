@@ -1,23 +1,27 @@
 """report.html of a small finished run, read as a browser reads it: every number is there, nothing is loaded,
 what is missing is named."""
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as etree
+from argparse import Namespace
 from html import unescape
 from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 import report
 import stages
+from distributed import Team
 from examples import Faces
 from labels import AU, EXPR, TASKS, VA
 from page import shown
-from report_parts import Finished, about_score, flat, score_bars, score_table
+from report_parts import Finished, about_score, flat, score_bars, table_of_scores
 from test_examples import example
 from test_page import Reader
 from timelines import timeline
@@ -169,6 +173,15 @@ def test_settings_and_what_it_was_made_of_are_there(run, page):
     assert "What is missing" not in words
 
 
+def test_of_several_processes_one_writes_and_waits_for_none(run, page, tmp_path):
+    options = Namespace(out=str(tmp_path / "r.html"), videos=[EVIL, "6"])
+    with contextlib.chdir(run):
+        report.main(stages.settings(run, "task.epochs=1"), Team(1, 2, torch.device("cpu")), options)
+        assert not (tmp_path / "r.html").exists()
+        report.main(stages.settings(run, "task.epochs=1"), Team(0, 2, torch.device("cpu")), options)
+    assert (tmp_path / "r.html").read_text(encoding="utf-8") == page
+
+
 # ---- What may be missing
 
 def test_without_tasks_or_stages_the_report_names_them_and_their_commands(copy):
@@ -221,13 +234,13 @@ def test_damaged_logs_and_pictures_are_named(copy):
 
 def test_numbers_of_an_earlier_version_and_of_one_video_are_shown_as_far_as_they_go():
     old = Finished(AU, "", {"score": 0.5, "chance": 0.3, "AU1": 0.25}, {}, "", np.nan)
-    rows = table_rows(score_table(old, 0))
+    rows = table_rows(table_of_scores(old, 0))
     assert rows[0] == ["", "mean F1", "95 % interval", "chance", "labelled frames"]
     assert rows[1] == ["AU1", "0.250", "–", "–", "–"] and rows[-1] == ["mean", "0.500", "–", "0.300", ""]
     etree.fromstring(re.search("<svg.*</svg>", score_bars(old))[0])
     one = {"outputs": {"valence": {"interval": None, "chance": 0.0, "frames": [3, 3]}}, "valence": -0.1,
            "comparable": True}
-    rows = table_rows(score_table(Finished(VA, "", one, {}, "", np.nan), 2))
+    rows = table_rows(table_of_scores(Finished(VA, "", one, {}, "", np.nan), 2))
     assert rows[1] == ["valence", "-0.100", "–", "0.000", "3", "0.493", "–"]
 
 
