@@ -103,9 +103,10 @@ pre { margin: .5rem 0; padding: .7rem .9rem; overflow-x: auto; background: var(-
     * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
     body { max-width: none; padding: 0; font-size: 11pt; }
     nav { display: none; }
-    h2, h3, article > .soft { margin-bottom: .4rem; }
-.legend { break-after: avoid; }
-    .card, .chart, .pair, tr, article, .sheet { break-inside: avoid; }
+    h2, h2 + p, h3, h3 + p, .legend { break-after: avoid-page; }
+    .strip { height: 18px; }
+    .values, .row > .ends { height: 72px; }
+    .card, .chart, .pair, .legend, tr, article, .sheet { break-inside: avoid; }
     .grid { grid-template-columns: repeat(3, 1fr); }
     details:not([open]) { display: none; }
     pre { white-space: pre-wrap; } }
