@@ -236,15 +236,15 @@ def score_file(path, folder, task: Task) -> str:
                          f"{path} has videos {some(predictions)}; {folder} has labels of {some(files)}")
     each, scored = np.stack(list(sums.values())), labelled - sum(missing.values())
     lines = [f"{path}: {len(sums)} videos, {scored:,} labelled frames ({some(sums)})",
-             score_table(task, each, comparable=False), "", confusion(task, each)]
+             score_table(task, each, comparable=False), "", confusion(task, each), ""]
     if missing:
-        lines += ["", f"not scored: {sum(missing.values()):,} of {labelled:,} labelled frames, in "
-                      f"{len(missing)} of {len(files)} videos, have no prediction: "
-                      + some(f"{video} ({frames:,})" for video, frames in missing.items())]
+        lines.append(f"not scored: {labelled - scored:,} of {labelled:,} labelled frames, in {len(missing)} "
+                     f"of {len(files)} videos, have no prediction: "
+                     + some(f"{video} ({frames:,})" for video, frames in missing.items()))
     unknown = {video: len(numbers) for video, (numbers, _) in predictions.items() if video not in files}
     if unknown:
-        lines += ["", f"not scored: {sum(unknown.values()):,} predictions of {len(unknown)} videos without "
-                      f"labels: {some(unknown)}"]
+        lines.append(f"not scored: {sum(unknown.values()):,} predictions of {len(unknown)} videos without "
+                     f"labels: {some(unknown)}")
     if beyond:
-        lines += ["", f"not scored: {beyond:,} predictions past the last label of their video"]
-    return "\n".join(lines)
+        lines.append(f"not scored: {beyond:,} predictions past the last label of their video")
+    return "\n".join(lines).rstrip()
