@@ -24,14 +24,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-import commands
+import many_runs
 import pipeline
 from checkpoints import write_text
-from commands import Job
 from config import from_command_line
 from distributed import Team, choose_device
 from intervals import difference_over_seeds
 from labels import Task
+from many_runs import Job
 from scoring import count_frames, find_features, load, read_sums, score, stage_of
 from segments import open_videos
 from splits import split
@@ -72,12 +72,12 @@ def config_of(config, row: Row, seed: int):
     base = config.run.name
     whole = base if seed == config.run.seed else f"{base}_seed{seed}"
     if row.name == WHOLE:
-        return config if whole == base else commands.other(config, f"run.name={whole}", f"run.base={base}",
+        return config if whole == base else many_runs.other(config, f"run.name={whole}", f"run.base={base}",
                                                            f"run.seed={seed}")
     of_whole = config_of(config, Row("", WHOLE), seed)
     mae = config.finetune.start or pipeline.result("train_pretrain", of_whole)
     settings = [setting.format(mae=mae) for setting in row.settings]
-    return commands.other(config, f"run.name={base}_{row.name}_seed{seed}", f"run.base={whole}",
+    return many_runs.other(config, f"run.name={base}_{row.name}_seed{seed}", f"run.base={whole}",
                           f"run.seed={seed}", *settings)
 
 
@@ -89,11 +89,11 @@ def jobs_of(config, tasks: list[Task], seeds) -> list[Job]:
             if row.merge != "mean":
                 continue                                             # nothing is trained
             of_row = config_of(config, row, seed)
-            own = commands.own_stages(of_row, *row.own)
+            own = many_runs.own_stages(of_row, *row.own)
             if of_row is config:
-                own = commands.inputs("train_task", config)
+                own = many_runs.inputs("train_task", config)
             elif row.name == WHOLE:
-                own = commands.own_stages(of_row, *pipeline.LENT)
+                own = many_runs.own_stages(of_row, *pipeline.LENT)
             jobs += [*own, *(Job("train_task", of_row, task) for task in tasks)]
     return jobs
 
@@ -179,11 +179,11 @@ def main(config, options):
     if options.seeds < 2:
         raise ValueError(f"--seeds: got {options.seeds}, expected 2 or more, as one has no deviation")
     seeds = range(config.run.seed, config.run.seed + options.seeds)
-    tasks = commands.labelled_tasks(config)
-    processes, jobs = commands.processes_for(config, options.processes), jobs_of(config, tasks, seeds)
+    tasks = many_runs.labelled_tasks(config)
+    processes, jobs = many_runs.processes_for(config, options.processes), jobs_of(config, tasks, seeds)
     if options.dry_run:
-        return print(commands.plan(jobs, processes))
-    commands.run_all(jobs, processes)
+        return print(many_runs.plan(jobs, processes))
+    many_runs.run_all(jobs, processes)
     found = collect(config, tasks, seeds)
     text, folder = text_of(found, tasks), Path(config.run.out)
     write_text(folder / "ablation.json", json.dumps(found, indent=1))
@@ -193,4 +193,4 @@ def main(config, options):
 
 if __name__ == "__main__":
     seeds = {"type": int, "default": 3, "metavar": "N", "help": "how many (default: %(default)s)"}
-    commands.start(main, *from_command_line(__doc__, seeds=seeds, **commands.OPTIONS))
+    many_runs.start(main, *from_command_line(__doc__, seeds=seeds, **many_runs.OPTIONS))

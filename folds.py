@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-import commands
 import made_of
+import many_runs
 from checkpoints import read_json, write_text
-from commands import Job
 from config import from_command_line
 from labels import TASKS, Task
+from many_runs import Job
 from score_table import in_lines
 from scoring import read_sums, stage_of
 from splits import FOLDS, scene
@@ -40,8 +40,8 @@ def config_of(config, fold: int, shared: bool):
     if fold == 0:
         return config
     if shared:
-        return commands.other(config, f"task.fold={fold}")
-    return commands.other(config, f"run.name={config.run.name}_fold{fold}", f"run.base={config.run.name}",
+        return many_runs.other(config, f"task.fold={fold}")
+    return many_runs.other(config, f"run.name={config.run.name}_fold{fold}", f"run.base={config.run.name}",
                           f"finetune.fold={fold}", f"task.fold={fold}")
 
 
@@ -51,12 +51,12 @@ def jobs_of(config, tasks: list[Task], shared: bool) -> list[Job]:
     for fold in FOLDS[1:]:
         of_fold = config_of(config, fold, shared)
         if not shared:
-            others += commands.own_stages(of_fold, "train_finetune", "extract_features")
+            others += many_runs.own_stages(of_fold, "train_finetune", "extract_features")
         others += [Job("train_task", of_fold, task) for task in tasks]
     first = []
     for job in [*official, *others]:                     # what they take from the run itself is made there
         if job.state != "finished" and (job.config is config or job.stage == "train_finetune"):
-            first += [need for need in commands.inputs(job.stage, config) if need not in first]
+            first += [need for need in many_runs.inputs(job.stage, config) if need not in first]
     return [*first, *official, *others]
 
 
@@ -122,7 +122,7 @@ def table(task: Task, folds: list[dict], comparable: bool) -> str:
             columns.append(column("paper", task.paper[name]))
     if comparable:
         columns.append(column("baseline", (row["baseline"] for row in folds)))
-    names = [f"{fold}, official" if fold == 0 else f"{fold}" for fold in FOLDS]
+    names = [f"{fold} official" if fold == 0 else f"{fold}" for fold in FOLDS]
     return in_lines(f"{task.name} fold", [*names, "mean", "deviation"], columns)
 
 
@@ -143,13 +143,13 @@ def main(config, options):
     """Run what is missing, then print and write the table; with --dry-run only say what would run."""
     if config.task.fold or config.finetune.fold:
         raise ValueError("task.fold and finetune.fold are set by folds.py for each fold; leave them at 0")
-    tasks, shared = commands.labelled_tasks(config), options.shared_encoder
-    processes, jobs = commands.processes_for(config, options.processes), jobs_of(config, tasks, shared)
+    tasks, shared = many_runs.labelled_tasks(config), options.shared_encoder
+    processes, jobs = many_runs.processes_for(config, options.processes), jobs_of(config, tasks, shared)
     if shared:
         print(f"warning: {SHARED}")
     if options.dry_run:
-        return print(commands.plan(jobs, processes))
-    commands.run_all(jobs, processes)
+        return print(many_runs.plan(jobs, processes))
+    many_runs.run_all(jobs, processes)
     found = collect(config, tasks, shared)
     text, name = text_of(found), "folds_shared" if shared else "folds"
     folder = Path(config.run.out) / config.run.name
@@ -160,4 +160,4 @@ def main(config, options):
 
 if __name__ == "__main__":
     shared = {"action": "store_true", "help": "one encoder for all folds, which has seen validation scenes"}
-    commands.start(main, *from_command_line(__doc__, **{"shared-encoder": shared}, **commands.OPTIONS))
+    many_runs.start(main, *from_command_line(__doc__, **{"shared-encoder": shared}, **many_runs.OPTIONS))

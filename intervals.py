@@ -65,8 +65,9 @@ def difference(ours: np.ndarray, theirs: np.ndarray, metric: Metric, rounds: int
 
 def difference_over_seeds(ours: np.ndarray, theirs: np.ndarray, metric: Metric,
                           rounds: int = ROUNDS) -> Interval:
-    """Our mean score less theirs, each trained with several seeds: the scores are averaged over the seeds, the
-    videos are drawn. Shape: ours (seeds, videos, ...), theirs (seeds, videos, ...), as many videos, in order.
+    """Our mean score less theirs, each trained with several seeds: the scores are averaged over the seeds,
+    the videos are drawn. Shape: ours (seeds, videos, ...), theirs (seeds, videos, ...), the same videos in
+    the same order.
 
     The interval tells how sure the difference is for other videos. It does not tell how much other seeds
     would change it: three of them are too few to say.
