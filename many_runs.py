@@ -185,9 +185,9 @@ def plan(jobs: list[Job], processes: int) -> str:
         about = "unknown" if seconds is None else in_words(seconds)
         lines.append(f"{state:12s}{about:>10s}  {shlex.join(job.words(processes))}")
     known = [seconds for seconds in left if seconds is not None]
-    more = [f"about {in_words(sum(known))} for {len(known)} others"] if known else []
+    more = [f"about {in_words(sum(known))} for {len(known)} more"] if known else []
     if None in left:
-        more.append(f"{left.count(None)} of unknown length: none of this kind is finished here")
+        more.append(f"{left.count(None)} more of unknown length: none of this kind is finished here")
     if "stale" in states:
         more.append("a stale one will be refused, with its reason")
     lines.append("; ".join([f"{len(jobs)} commands, {len(jobs) - len(left)} of them finished", *more]))

@@ -18,13 +18,13 @@ ROWS = {"va": "0,0", "expr": "1", "au": ",".join("0" * 12)}
 QUARTERS = (1, 2, 3, 4)
 
 
-def random_labels(root, seed, tasks=TASKS, order=1, end="\n") -> dict[str, dict[str, str]]:
-    """Label files of 40 scenes of very different lengths, some of two people, in the official sets of `tasks`
+def random_labels(root, seed, tasks=TASKS, order=1, end="\n", count=40) -> dict[str, dict[str, str]]:
+    """Label files of `count` scenes of very different lengths, some of two people, in the official sets of `tasks`
     at random, so that a scene is in both sets, in the training set of one task and the validation set of
     another, or in one task only. -> {task: {video: its official set}}"""
     rng, official = np.random.default_rng(seed), {name: {} for name in tasks}
     files = []
-    for i in range(40):
+    for i in range(count):
         endings = [("",), ("_left", "_right"), ("_left", "_right", ""), ("_right",)][rng.integers(4)]
         for video in [f"{i}-30_x.y{ending}" for ending in endings]:
             frames = int(rng.lognormal(3, 1)) + 1
