@@ -18,6 +18,7 @@ ablation.json: {"run", "seeds", "rows": [{"title", "name", "merge", "tasks": {ta
 """
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -152,7 +153,7 @@ def collect(config, tasks: list[Task], seeds) -> dict:
 
 def short(number: float, sign: str = "") -> str:
     """0.6943 -> ".694", as README has it; with sign "+": "+.694" or "-.694"."""
-    return f"{number:{sign}.3f}".replace("0.", ".", 1)
+    return re.sub(r"\b0\.", ".", f"{number:{sign}.3f}")
 
 
 def text_of(found: dict, tasks: list[Task]) -> str:

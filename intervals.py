@@ -57,9 +57,6 @@ def interval(sums: np.ndarray, metric: Metric, rounds: int = ROUNDS) -> list[Int
 
 def difference(ours: np.ndarray, theirs: np.ndarray, metric: Metric, rounds: int = ROUNDS) -> Interval:
     """Our mean score less theirs, on the same videos in the same order. Shape: both (videos, ...)."""
-    if ours.shape != theirs.shape:
-        raise ValueError(f"two systems are compared on the same videos; got sums of {ours.shape} and of "
-                         f"{theirs.shape}")
     return difference_over_seeds(ours[None], theirs[None], metric, rounds)
 
 
@@ -72,6 +69,9 @@ def difference_over_seeds(ours: np.ndarray, theirs: np.ndarray, metric: Metric,
     The interval tells how sure the difference is for other videos. It does not tell how much other seeds
     would change it: three of them are too few to say.
     """
+    if ours.shape[1:] != theirs.shape[1:]:
+        raise ValueError(f"two systems are compared on the same videos; got sums of {ours.shape[1:]} and of "
+                         f"{theirs.shape[1:]}")
     times, values, means = drawn(ours.shape[1], rounds), [], []
     for system in (ours, theirs):
         seeds = [drawn_scores(sums, metric, times).mean(axis=1) for sums in system]      # of each (rounds,)
