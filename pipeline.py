@@ -49,11 +49,13 @@ def needs(stage: str, config, checkpoint: str = "") -> list[str]:
 
 def result(stage: str, config, task=None) -> Path:
     """The file that the next stage reads."""
-    return {"synthetic": Path(config.synthetic.root) / "complete.json",
-            "train_pretrain": place(config, "pretrain") / "last.pt",
-            "train_finetune": place(config, "finetune") / "best.pt",
-            "extract_features": place(config, "features") / "metrics.json",
-            "train_task": config.folder(stage_of(config, task) if task else "task") / "best.pt"}[stage]
+    if stage == "synthetic":
+        return Path(config.synthetic.root) / "complete.json"
+    if stage == "train_task":
+        return config.folder(stage_of(config, task) if task else "task") / "best.pt"
+    folder, file = {"train_pretrain": ("pretrain", "last.pt"), "train_finetune": ("finetune", "best.pt"),
+                    "extract_features": ("features", "metrics.json")}[stage]
+    return place(config, folder) / file
 
 
 def finished(stage: str, config, task=None) -> bool:

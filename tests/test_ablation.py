@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -166,22 +167,25 @@ def test_with_synthetic_data_everything_is_made_and_the_data_once(tmp_path, monk
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny.yaml"]
 
 
-def test_what_is_finished_is_not_run_again_and_a_failure_ends_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(prepare(tmp_path))
+def test_what_is_finished_is_not_run_again_and_a_failure_ends_it(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablation, "sums_of", not_merged)
     few_rounds(monkeypatch)
+    for run in ("my_no_pretraining_seed1", "my_centred_seed1", "ablation.json"):
+        path = tmp_path / "runs" / run
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    left = [line for line in expected([0, 1]) if "no_pretraining_seed1" in line or "centred_seed1" in line]
     with pretended(Ran()) as ran:
         ran.fails = "extract_features run=my_no_pretraining_seed1"
         assert start(monkeypatch, "--seeds", "2") == 2
-        failed = ran.short()[-1]
-        assert failed.startswith(ran.fails) and "extract_features.py --config my.yaml" in capsys.readouterr().err
+        assert ran.short() == left[:2] and "extract_features.py --config my.yaml" in capsys.readouterr().err
         assert not (tmp_path / "runs/ablation.json").exists()
         ran.commands, ran.fails = [], ""
-        assert start(monkeypatch, "--seeds", "2") == 0
-        assert ran.short() == expected([0, 1])[expected([0, 1]).index(failed):]
+        assert start(monkeypatch, "--seeds", "2") == 0 and ran.short() == left[1:]
         ran.commands = []
-        assert start(monkeypatch, "--seeds", "3") == 0
-        assert ran.short() == expected([2])                                    # one seed more
+        assert start(monkeypatch) == 0 and ran.short() == expected([2])                 # one seed more
+    assert json.loads((tmp_path / "runs/ablation.json").read_text())["seeds"] == [0, 1, 2]
 
 
 # ---- What is written
@@ -312,3 +316,29 @@ def test_without_overlap_each_frame_comes_from_one_segment(tmp_path, monkeypatch
                                   for first in range(0, len(features), 20)])
         assert np.allclose(found, VA.metric.count(outputs, *targets(labels, VA)))
     assert not np.allclose(sums, ablation.sums_of(config, VA, "triangular")[1])
+
+
+@pytest.mark.slow
+def test_the_ablation_of_real_stages(tmp_path, monkeypatch):
+    folder, ran = tiny.write(tmp_path, segments={"stride": 8}), []
+
+    def run(job, processes):
+        words = job.words(processes)
+        tiny.done(folder, *[words[1].rpartition("/")[2], *words[2:]])
+        ran.append(job.title)
+        return 1
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(many_runs, "run", run)
+    monkeypatch.setattr(many_runs, "labelled_tasks", lambda config: [VA])
+    command = ["ablation.py", "--config", "tiny.yaml", "--processes", "1"]
+    assert start(monkeypatch, "--seeds", "2", command=command) == 0
+    counts = {stage: ran.count(stage) for stage in dict.fromkeys(ran)}
+    assert counts == {"synthetic": 1, "train_pretrain": 2, "train_finetune": 4, "extract_features": 6,
+                      "train_task va": 7 * 2}
+    found = json.loads((folder / "runs/ablation.json").read_text())
+    whole, *others = [row["tasks"]["va"] for row in found["rows"]]
+    assert whole["scores"] == pytest.approx([tiny.metrics(folder / f"runs/{run}/task_va")["score"]
+                                             for run in ("tiny", "tiny_seed1")])
+    for cell in others:
+        assert cell["difference"] == pytest.approx(cell["mean"] - whole["mean"])
+        assert cell["scores"] != whole["scores"]
