@@ -111,8 +111,8 @@ def choose(trained, training_videos, origin: dict, merge: str, path) -> Postproc
                          f"that holds some back: {script} {own}")
     videos = [video for video in training_videos if video.name in names]
     if len(videos) < len(names):
-        raise ValueError(f"{path}: {len(names)} videos were held back, of which {len(videos)} have labels and "
-                         "features here; bring back the others")
+        raise ValueError(f"{path}: {len(names)} videos were held back, of which {len(videos)} have labels "
+                         "and features here; bring back the others")
     sums = sums_of(trained, videos, merge, partial(count_ways, merge=merge)).sum(axis=0)
     how = best_way(trained.task, sums)
     tuned = {scene(name) for name in tuned_on(origin)}
@@ -130,8 +130,8 @@ def compare(task, sums, videos, run_name: str, config) -> str:
     mine = [video.name for video in videos]
     if sorted(mine) != sorted(names):
         other = sorted(set(mine) ^ set(names))
-        raise ValueError(f"{folder} was scored on other videos, such as {', '.join(other[:5])}; two systems are "
-                         "compared on the same ones")
+        raise ValueError(f"{folder} was scored on other videos, such as {', '.join(other[:5])}; two systems "
+                         "are compared on the same ones")
     theirs = theirs[[names.index(name) for name in mine]]
     if not np.array_equal(task.metric.labelled(sums.sum(axis=0)), task.metric.labelled(theirs.sum(axis=0))):
         raise ValueError(f"{folder} was scored with other labels; train it again with these")

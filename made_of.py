@@ -25,7 +25,8 @@ import textwrap
 from pathlib import Path
 
 from checkpoints import checksum, read_checkpoint, read_json
-from config import Config, typed
+from config import typed
+from settings import Config
 
 LEFT_OUT = ("synthetic.root", "finetune.start", "features.checkpoint", "task.features")            # paths
 WAYS_ON = "\ntwo ways on: "

@@ -17,8 +17,9 @@ import torch
 
 import made_of
 import pipeline
-from config import Config, load
+from config import load
 from labels import TASKS, Task, has_labels
+from settings import Config
 
 HERE = Path(__file__).parent
 OPTIONS = {"dry-run": {"action": "store_true", "help": "only say what would run, and how long it takes"},

@@ -101,7 +101,7 @@ def hold_out(files: dict[str, Path], share: float) -> tuple[dict[str, Path], dic
         return files, {}
     size: dict[str, int] = {}
     for video, file in files.items():
-        size[scene(video)] = size.get(scene(video), 0) + file.stat().st_size
+        size[scene(video)] = size.get(scene(video), 0) + count_rows(file)
     order = sorted(size, key=lambda name: (-size[name], name))
     taken = {name for i, name in enumerate(order) if int((i + 1) * share) > int(i * share)}
     if not 0 < len(taken) < len(order):

@@ -18,12 +18,12 @@ import data
 import extract_features
 import segments
 import splits
-from config import Config
 from distributed import Team
 from frames import find_videos
 from labels import AU, EXPR, VA, read_labels
 from run import Progress
 from run_folder import RunFolder
+from settings import Config
 
 VA_HEADER, EXPR_HEADER = "valence,arousal", "Neutral,Anger,Disgust,Fear,Happiness,Sadness,Surprise,Other"
 ALONE = Team(0, 1, torch.device("cpu"))

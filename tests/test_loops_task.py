@@ -15,7 +15,6 @@ import torch
 import losses
 import pictures
 import stages
-from config import Config
 from labels import AU, EXPR, TASKS, VA, Task, read_labels
 from metrics import binary_f1, ccc, class_f1
 from plain import Plain, batches, loop_lines, not_said, seed_dropout
@@ -23,6 +22,7 @@ from processes import ALONE
 from reports import draw_timeline
 from scoring import predict
 from segments import SegmentData, Video
+from settings import Config
 from splits import split
 from stages import FILMS, checkpoint, is_drawn, log_lines, metrics, settings
 from temporal import SegmentModel

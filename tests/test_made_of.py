@@ -13,12 +13,13 @@ import torch
 
 import tiny
 from checkpoints import checksum
-from config import Config, load
+from config import load
 from labels import AU, EXPR, label_files
 from made_of import (RANDOM, begun, chain, check, described, differences, find_input, finished,
                      given_record, like, named, place, read_record, same, settings_of, tuned_on,
                      unlike)
 from processes import ALONE
+from settings import Config
 from splits import scene
 from stages import overriding
 from tiny import TINY, TRAIN_AU, content, copied, done, run
@@ -114,8 +115,8 @@ def test_an_encoder_from_before_there_were_encoders_of_folds_is_that_of_fold_0(t
     assert differences(features, config_of(tmp_path, "finetune.fold=1")) == {
         "finetune.fold": ("finetune", 0, 1)}
     of_fold_2 = {**record, "settings": {**old, "finetune.fold": 2}}
-    assert unlike({**record, "settings": old}, of_fold_2) == (
-        "\n  finetune.fold: was 0, now 2 (of stage finetune)")
+    said = unlike({**record, "settings": old}, of_fold_2)
+    assert said == "\n  finetune.fold: was 0, now 2 (of stage finetune)"
 
 
 def test_a_start_that_a_setting_names_is_compared_by_its_checksum_not_by_its_settings(tmp_path):

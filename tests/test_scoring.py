@@ -11,7 +11,6 @@ import torch
 
 import losses
 import scoring
-from config import Config
 from distributed import Team
 from labels import AU, EXPR, TASKS, VA, targets
 from made_of import settings_of
@@ -19,6 +18,7 @@ from metrics import binary_f1, ccc, class_f1
 from scoring import (check_features, check_scenes, check_task, count_as_authors, find_features, load, merged,
                      predict, read_sums, score, shared_out, stage_of, triangle, write_sums)
 from segments import SegmentData, Video, pad, read_features, segments
+from settings import Config
 from temporal import SegmentModel
 
 ALONE = Team(0, 1, torch.device("cpu"))

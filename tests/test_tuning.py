@@ -8,6 +8,7 @@ import pytest
 
 import tiny
 from labels import AU, EXPR, TASKS, VA, targets
+from made_of import read_record
 from postprocessing import Postprocessing, apply
 from scoring import HELD_OUT, count_frames, read_sums
 from splits import hold_out, scene
@@ -45,7 +46,7 @@ def test_noise_is_smoothed_and_clean_outputs_are_left_alone(task):
 
 
 def test_each_action_unit_gets_the_threshold_that_is_best_for_it_and_a_half_if_all_are_alike():
-    offset = np.where(np.arange(12) % 2, 2.0, 0.0)                  # of every second one, outputs are too high
+    offset = np.where(np.arange(12) % 2, 2.0, 0.0)          # each second one's outputs are too high
     how = best_way(AU, count_ways(AU, *a_video(AU, noise=0.1, offset=offset)))
     assert all(0.4 <= t <= 0.6 for t in how.thresholds[::2]) and all(t >= 0.8 for t in how.thresholds[1::2])
     nothing = np.zeros((len(SMOOTH), 19, 12, 4))
@@ -71,7 +72,7 @@ def test_without_postprocessing_the_outputs_stay_as_they_are():
 
 def files(folder, sizes: dict):
     for name, size in sizes.items():
-        (folder / name).write_bytes(b"x" * size)
+        (folder / name).write_text("valence,arousal\n" + "0,0\n" * size)
     return {name: folder / name for name in sizes}
 
 
@@ -107,7 +108,7 @@ def test_a_run_that_holds_videos_back_chooses_on_them_and_is_compared_with_anoth
     assert " ".join(["--set", "task.held_out=0.15", "--set", "run.name=tiny_held"]) in said
     said = done(folder, *TRAIN_AU, *own)
     assert "held-out mean F1" in said and "validation mean F1" not in said
-    record = tiny.content(folder / "runs/held/task_au/made_of.json")
+    record = read_record(folder / "runs/held/task_au")
     trained, held = record["data"]["training videos"], record["data"][HELD_OUT]
     assert held and not {scene(name) for name in trained} & {scene(name) for name in held}
 
