@@ -138,7 +138,8 @@ def start(place, script: str, arguments: list[str]) -> tuple[object, str, bool]:
     said, argv, handler = io.StringIO(), sys.argv, signal.getsignal(signal.SIGCHLD)
     work = [mock.patch.object(pipeline, "run"),
             mock.patch.object(shutil, "rmtree"),                     # benchmark.py begins anew
-            mock.patch.object(subprocess, "run", side_effect=SystemExit(0))]
+            mock.patch.object(subprocess, "run", side_effect=SystemExit(0)),
+            mock.patch.object(subprocess, "Popen", side_effect=SystemExit(0))]      # many_runs.py
     if script == "predict.py" or script == "synthetic.py" and "--sheet" not in arguments:
         work.append(mock.patch.object(distributed, "launch"))
     code = 0
