@@ -87,8 +87,7 @@ class Finetune:
 
     The paper does not mention layer decay and drop path, which are common here; neither is used.
     """
-    start: str = ""                   # begin with: "" = this run's pretrain/last.pt, "none" = random weights,
-                                      # or a checkpoint file, ours or the MAE authors'
+    start: str = ""                   # "" = pretrain/last.pt, "none" = random, or a checkpoint, ours or MAE's
     token: Literal["mean", "cls"] = "mean"      # a face's feature, in later stages too: mean of the patch
                                       # tokens, or the cls token. silent: ours
     hidden: int = 512                 # width of the layer between feature and classes. silent: ours
@@ -139,6 +138,7 @@ class Task:
     """Training the segment model on one task (§4.1.2)."""
     features: str = ""                # folder of features: "" = this run's features
     fold: int = 0                     # 0 = the official sets; 1 to 4 = a part of a 4-fold split (Table 1)
+    held_out: float = 0.0             # share of training scenes kept back, to choose the epoch on. silent: 0
     epochs: int = 0                   # passes over the segments. 0: VA 40, Expr 10, AU 30 (labels.py)
     batch: int = 32                   # segments per optimiser step, over all processes (§4.1.2)
     lr: float = 3e-5                  # peak learning rate (§4.1.2)
@@ -182,8 +182,8 @@ class Config:
 SETTINGS = {f"{section.name}.{setting.name}": setting
             for section in dataclasses.fields(Config) for setting in dataclasses.fields(section.type)}
 MAY_BE_ZERO = ("seed", "workers", "largest_piece", "fold", "weight_decay", "warmup_epochs", "dropout",
-               "synthetic.faces", "task.epochs")
-BELOW_ONE = ("mask_ratio", "dropout")
+               "held_out", "synthetic.faces", "task.epochs")
+BELOW_ONE = ("mask_ratio", "dropout", "held_out")
 AT_MOST_ONE = ("smallest_crop",)
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number",
          str: "text; put numbers in quotes"}

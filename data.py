@@ -57,6 +57,26 @@ def split(root, task: Task, fold: int) -> tuple[dict[str, Path], dict[str, Path]
     return train, val
 
 
+def hold_out(files: dict[str, Path], share: float) -> tuple[dict[str, Path], dict[str, Path]]:
+    """A share of the scenes is taken out of the training's label files: -> those left, those held out.
+
+    Large and small scenes alike: of the scenes in order of their size, every (1 / share)-th. Raises
+    ValueError if none or all would be taken.
+    """
+    if share == 0:
+        return files, {}
+    size: dict[str, int] = {}
+    for video, file in files.items():
+        size[scene(video)] = size.get(scene(video), 0) + file.stat().st_size
+    order = sorted(size, key=lambda name: (-size[name], name))
+    taken = {name for i, name in enumerate(order) if int((i + 1) * share) > int(i * share)}
+    if not 0 < len(taken) < len(order):
+        raise ValueError(f"task.held_out={share} takes {len(taken)} of {len(order)} training scenes; "
+                         "give a share that takes one or more and leaves some")
+    kept = {video: file for video, file in files.items() if scene(video) not in taken}
+    return kept, {video: file for video, file in files.items() if scene(video) in taken}
+
+
 # ---- Images to train on
 
 class ExprFrames(FaceImages):
