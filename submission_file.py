@@ -11,6 +11,7 @@ dummy values, or nothing. A frame's number is the one in its name, never its pla
 
 import re
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -111,6 +112,25 @@ def read_template(path, task: Task) -> Template:
 
 
 # ---- Writing
+
+def check_out(out, template, task: Task):
+    """Raises ValueError if `out` cannot be written, or if that would destroy something else than a submission
+    of this task."""
+    path = Path(out)
+    if not out or out.endswith("/") or path.is_dir():
+        raise ValueError(f"--out: got {out!r}, expected the name of a file, like predictions.txt")
+    if not path.exists():
+        return
+    if Path(template).exists() and path.samefile(template):
+        raise ValueError(f"--out: {out} is the template itself; give another name")
+    try:
+        _, first = next(numbered_lines(path), (1, ""))
+    except ValueError:
+        first = "not text"
+    if first not in ("", header(task)):
+        raise ValueError(f"--out: {out} exists and is no submission of --task {task.name}; delete it, or give "
+                         "another name")
+
 
 def every_frame(numbers: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The values of frames 1 to the last: a frame that has none gets those of the frame before it that has
