@@ -23,20 +23,20 @@ HEADER, MISSING, ROW = range(3)        # what is told first, if several are wron
 
 def fault_of(values: list[str], task: Task) -> int:
     """What is wrong with the values of a row: one of FAULTS."""
+    whole = task.dtype is np.int8
     for text in values:
         try:
             value = float(text)
         except ValueError:
             return TEXT
+        plain = "_" not in text and (not whole or text.strip().lstrip("+-").isdecimal())    # not 1_0 or 1.0
+        if plain and task.lowest <= value <= task.highest:
+            continue
         if not math.isfinite(value):
             return NOT_FINITE
         if value in (-5, task.invalid):
             return LEFT
-        whole = task.dtype is np.int8
-        if "_" in text or whole and not text.strip().lstrip("+-").isdecimal():      # 1_0, or 1.0 for a class
-            return TEXT
-        if not task.lowest <= value <= task.highest:
-            return RANGE
+        return RANGE if plain else TEXT
     return FINE
 
 
@@ -59,8 +59,8 @@ def described(fault: int, line: str, template: Template, task: Task) -> str:
 
 
 def read_rows(lines, template: Template, task: Task):
-    """The rows of a submission. -> the template's row of each, -1 if it has none, (n,); what is wrong with each
-    by itself (n,); {fault: its first line described}; whether all rows have the same values."""
+    """The rows of a submission. -> the template's row of each, -1 if it has none, (n,); what is wrong with
+    each by itself (n,); {fault: its first line described}; whether all rows have the same values."""
     rows, faults, first_of, values_of_first, alike = array("q"), array("b"), {}, None, True
     again = {name: iter(places) for name, places in template.again.items()}
     plain = set(map(str, range(task.lowest, task.highest + 1))) if task.dtype is np.int8 else set()

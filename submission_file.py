@@ -1,4 +1,4 @@
-"""The files of the challenge: a template's rows, a submission's rows, and what is wrong with them. NumPy only.
+"""The challenge's files: the rows of a template, and those of a submission. NumPy only.
 
     image_location,valence,arousal                 va: two numbers from -1 to 1
     image_location,Neutral,Anger,...,Other         expr: one class, 0 to 7; 9 fields here, 2 in each row
@@ -60,7 +60,8 @@ def numbered_lines(path):
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file; expected rows like '2-30-640x360/00001.jpg,...'") from None
+        raise ValueError(f"{path}: not a text file; expected rows like "
+                         "'2-30-640x360/00001.jpg,...'") from None
 
 
 # ---- Templates
@@ -128,21 +129,21 @@ def check_out(out, template, task: Task):
     except ValueError:
         first = "not text"
     if first not in ("", header(task)):
-        raise ValueError(f"--out: {out} exists and is no submission of --task {task.name}; delete it, or give "
-                         "another name")
+        raise ValueError(f"--out: {out} exists and is no submission of --task {task.name}; delete it, or "
+                         "give another name")
 
 
 def every_frame(numbers: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The values of frames 1 to the last: a frame that has none gets those of the frame before it that has
-    some, at the start those of the first. numbers (n,) ascending, values (n, K) -> (T, K)"""
+    """The values of frames 1 to the last: a frame without any gets those of the frame before it that has
+    some, at the start those of the first. Shape: numbers (n,) ascending, values (n, K) -> (T, K)"""
     frames = np.arange(1, numbers[-1] + 1)
     before = np.searchsorted(numbers, frames, side="right") - 1         # -1: none before it
     return values[np.maximum(before, 0)]
 
 
 def answers(values: np.ndarray, task: Task) -> tuple[np.ndarray, int]:
-    """What a submission says, (T, width), of values in units (postprocessing.py), (T, K). And how many numbers
-    were clipped."""
+    """What a submission says of values in units (postprocessing.py), and how many numbers were clipped.
+    Shape: (T, K) -> (T, width)"""
     if task.one_class:
         return values.argmax(axis=1)[:, None].astype(np.int8), 0
     if task.dtype is np.int8:
@@ -152,10 +153,10 @@ def answers(values: np.ndarray, task: Task) -> tuple[np.ndarray, int]:
 
 
 def write_rows(file, template: Template, task: Task, of_video: dict[str, np.ndarray]) -> Counter:
-    """A submission, into a file that is open for bytes. of_video: video -> answers of frames 1 to T, (T, width).
+    """A submission, into a file that is open for bytes. `of_video`: {video: answers of frames 1 to T}, each
+    (T, width). -> {video: how many of its rows lie after its last frame}
 
-    A frame after the last has the answers of the last. A video that is not there has neutral ones: 0. ->
-    {video: how many of its rows lie after its last frame}
+    A frame after the last has the answers of the last. A video that is not there has neutral ones: 0.
     """
     neutral, after = np.zeros((1, task.width), task.dtype), Counter()
     value = "{:.6f}" if task.dtype is np.float32 else "{}"

@@ -26,13 +26,13 @@ def last_part(video: str) -> str:
 
 
 def feature_files(folder: Path, videos) -> tuple[dict[str, Path], dict[str, str]]:
-    """{video: its features}, and {video: why it has none}. Raises ValueError if one is gone that was extracted,
-    or if two of the videos would have the same."""
+    """{video: its features}, and {video: why it has none}. Raises ValueError if some are gone that were
+    extracted, or if two videos would have the same."""
     extracted, paths, without = extracted_videos(folder), {}, {}
     for name, count in Counter(map(last_part, videos)).items():
         if count > 1:
-            raise ValueError(f"the template has {count} videos called {name!r} in different folders; the features "
-                             f"in {folder} do not tell them apart")
+            raise ValueError(f"the template has {count} videos called {name!r} in different folders; the "
+                             f"features in {folder} do not tell them apart")
     for video in videos:
         name = last_part(video)
         path = folder / f"{name}.npy"
@@ -113,7 +113,8 @@ def remarks(template: Template, task: Task, without: dict, after: dict, numbers:
     if after:
         each = ", ".join(f"{video} ({count:,})" for video, count in list(after.items())[:SHOWN])
         more = f" and {len(after) - SHOWN} more" if len(after) > SHOWN else ""
-        yield f"  rows after a video's last frame, which has their values: {sum(after.values()):,}, of {each}{more}"
+        yield (f"  rows after a video's last frame, with the values of that frame: "
+               f"{sum(after.values()):,}, of {each}{more}")
     if clipped:
         yield f"  clipped to {task.lowest} to {task.highest}: {clipped:,} of {numbers:,} numbers"
 
