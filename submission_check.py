@@ -88,6 +88,20 @@ def read_rows(lines, template: Template, task: Task):
 
 # ---- All lines together
 
+def mark(rows: np.ndarray, faults: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mark in `faults` (n,) the lines that come again and those in a wrong place. rows: the template's row of
+    each line, -1 if it has none, (n,). -> the rows that are there, in the template's order, and the lines in
+    which they should stand; both (m,), lines counted from 0."""
+    known = np.flatnonzero(rows >= 0)
+    there, first = np.unique(rows[known], return_index=True)   # `first` in `known`: where each comes first
+    places = np.sort(known[first])
+    again = np.setdiff1d(known, places)
+    moved = places[rows[places] != there]
+    for lines, fault in ((again, AGAIN), (moved, PLACE)):
+        faults[lines] = np.where(faults[lines] == FIELDS, FIELDS, fault)
+    return there, places
+
+
 def check(path, template: Template, task: Task) -> str:
     """One sentence about a submission that is right.
 
@@ -104,41 +118,34 @@ def check(path, template: Template, task: Task) -> str:
         if top.partition(",")[0] in template.rows:             # it has no header: line 1 is a row
             first_line, lines = 1, numbered_lines(path)
     rows, faults, first_of, alike = read_rows(lines, template, task)
+    there, places = mark(rows, faults)
 
-    known = np.flatnonzero(rows >= 0)                          # the places in the file of the template's rows
-    there, first = np.unique(rows[known], return_index=True)   # rows that are there, in the template's order
-    places = np.sort(known[first])                             # where one stands that has not come before
-    repeated = np.setdiff1d(known, places)
-    moved = rows[places] != there
-    for at, fault in ((repeated, AGAIN), (places[moved], PLACE)):
-        faults[at] = np.where(faults[at] == FIELDS, FIELDS, fault)
     missing = np.setdiff1d(np.arange(len(template.names)), there)
-
     if len(missing):
-        name, later = template.names[missing[0]], np.flatnonzero(rows > missing[0])
-        place = int(later[0]) if len(later) else len(rows)
-        end = "" if len(later) else "; the file ends here"
-        wrong.append((first_line + place, MISSING, f"{name!r} is missing, line "
+        later = np.flatnonzero(rows > missing[0])
+        place, end = (later[0], "") if len(later) else (len(rows), "; the file ends here")
+        wrong.append((first_line + place, MISSING, f"{template.names[missing[0]]!r} is missing, line "
                       f"{template.first_line + missing[0]} of {template.path}{end}"))
     bad = np.flatnonzero(faults)
     if len(bad):
-        i, said = int(bad[0]), first_of.get(faults[bad[0]])
+        i = bad[0]
         if faults[i] == AGAIN:
             before = first_line + np.flatnonzero(rows == rows[i])[0]
             said = f"{template.names[rows[i]]!r} comes again; it is in line {before}, too"
-        if faults[i] == PLACE:
+        elif faults[i] == PLACE:
             expected = template.names[there[np.searchsorted(places, i)]]
             said = f"{template.names[rows[i]]!r} is in a wrong place; expected {expected!r}"
+        else:
+            said = first_of[faults[i]]
         wrong.append((first_line + i, ROW, said))
     if wrong:
         line, what, said = min(wrong)
         if what == ROW:
             faults[bad[0]] = FINE                              # so that only the others are counted
-        left = len(missing) - (what == MISSING)
-        raise ValueError(f"{path}, line {line}: {said}{counted(faults, left)}")
+        raise ValueError(f"{path}, line {line}: {said}{counted(faults, len(missing) - (what == MISSING))}")
     videos = f"{len(template.videos):,} video" + ("s" if len(template.videos) > 1 else "")
     same = "; all have the same values" if alike and len(rows) > 1 else ""
-    return (f"{path} is right: {len(rows):,} rows of {videos}, in the order of {template.path}{same}")
+    return f"{path} is right: {len(rows):,} rows of {videos}, in the order of {template.path}{same}"
 
 
 def counted(faults, missing: int) -> str:

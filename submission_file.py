@@ -149,7 +149,7 @@ def answers(values: np.ndarray, task: Task) -> tuple[np.ndarray, int]:
     if task.dtype is np.int8:
         return (values > 0.5).astype(np.int8), 0
     outside = (values < task.lowest) | (values > task.highest)
-    return values.clip(task.lowest, task.highest).astype(np.float32), int(outside.sum())
+    return values.clip(task.lowest, task.highest), int(outside.sum())
 
 
 def write_rows(file, template: Template, task: Task, of_video: dict[str, np.ndarray]) -> Counter:

@@ -1,60 +1,71 @@
-"""What a submission says of each video, and its writing: from the run's own features and trained task.
+"""What a submission says of each video, and its writing. The command is submission.py's.
 
-No frame is read again: extract_features.py has extracted the videos of the test set, too. What a video's
-frames get where something is missing is in docs/submission.md. The command is submission.py's.
+The values come from the run's trained task and its features: no frame is read again, because
+extract_features.py has extracted the videos of the test set, too. Or they come from a table of predictions.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from checkpoints import write_file
 from labels import Task
 from made_of import finished, missing, there
 from postprocessing import in_units, smoothed
+from prediction_files import read_predictions
 from run import Progress
 from scoring import check_features, find_features, load, stage_of
 from segments import extracted_videos, read_features
 from submission_check import check
-from submission_file import Template, answers, check_out, read_template, write_rows
+from submission_file import Template, answers, check_out, every_frame, read_template, write_rows
 
 SHOWN = 5                  # names in a line
 
 
+class Values(NamedTuple):
+    """Where the values of a template's videos come from."""
+    source: str                                        # in words
+    of: Iterator[tuple[str, np.ndarray]]               # video, values in units (T, K)
+    without: dict[str, str]                            # video -> why it has none
+
+
+# ---- Which video is which
+
 def last_part(video: str) -> str:
-    """A template may name the folders above a video: cropped_aligned/136 is 136."""
+    """cropped_aligned/136 is 136."""
     return video.rpartition("/")[2]
 
 
-def feature_files(folder: Path, videos) -> tuple[dict[str, Path], dict[str, str]]:
-    """{video: its features}, and {video: why it has none}. Raises ValueError if some are gone that were
-    extracted, or if two videos would have the same."""
-    extracted, paths, without = extracted_videos(folder), {}, {}
-    for name, count in Counter(map(last_part, videos)).items():
-        if count > 1:
-            raise ValueError(f"the template has {count} videos called {name!r} in different folders; the "
-                             f"features in {folder} do not tell them apart")
-    for video in videos:
-        name = last_part(video)
-        path = folder / f"{name}.npy"
-        if extracted is not None and name not in extracted:
-            without[video] = "no frames when features were extracted"
-        elif extracted is not None and not extracted[name]["faces"]:
-            without[video] = "no readable face"
-        elif extracted is None and not path.exists():
-            without[video] = "no features"
-        elif not path.exists():
-            raise ValueError(f"{path} is gone; run extract_features.py, which extracts lost videos again")
-        else:
-            paths[video] = path
-    return paths, without
+def matched(videos, known, source) -> dict[str, str]:
+    """{video of a template: its name among `known`, those of `source`}, less the videos that are not there.
 
-
-def of_run(config, team, task: Task, template: Template):
-    """The run's trained task on its features. -> a generator of (video, values in units (T, K)), how many
-    videos, {video: why it has no values}, where they come from.
-
-    Raises ValueError if one of the two is missing, stale, or does not fit the other.
+    The folders above a video count only where both name them. Raises ValueError if one has several names, or
+    two have the same.
     """
+    names: dict[str, list[str]] = {}
+    for name in known:
+        names.setdefault(last_part(name), []).append(name)
+    found = {video: [video] if video in known else names.get(last_part(video), []) for video in videos}
+    found = {video: several for video, several in found.items() if several}
+    for video, several in found.items():
+        if len(several) > 1:
+            raise ValueError(f"{source}: {several[0]} and {several[1]} may both be the template's {video}")
+    owner: dict[str, str] = {}
+    for video, (name,) in found.items():
+        other = owner.setdefault(name, video)
+        if other != video:
+            raise ValueError(f"{source}: {name} may be the template's {other} or {video}")
+    return {video: name for video, (name,) in found.items()}
+
+
+# ---- Two sources
+
+def of_run(config, team, task: Task, videos) -> Values:
+    """The run's trained task on the run's features. Raises ValueError if one of the two is missing, stale, or
+    does not fit the other."""
     path = config.folder(stage_of(config, task)) / "best.pt"
     if not finished(path.parent):
         raise missing(path, f"train_task.py --task {task.name}", config)
@@ -62,17 +73,40 @@ def of_run(config, team, task: Task, template: Template):
     trained = load(path, config, task, team)
     folder, origin = find_features(trained.config, team)
     check_features(path, trained.record, origin)
-    paths, without = feature_files(folder, template.videos)
+    extracted = extracted_videos(folder)
+    known = extracted if extracted is not None else {file.stem for file in folder.glob("*.npy")}
+    files, without = {}, {}
+    names = matched(videos, known, folder)
+    for video in videos:
+        file = folder / f"{names.get(video)}.npy"
+        if video not in names:
+            without[video] = "no frames among the features"
+        elif extracted is not None and not extracted[names[video]]["faces"]:
+            without[video] = "no readable face"
+        elif not file.exists():
+            raise ValueError(f"{file} is gone; run extract_features.py, which extracts lost videos again")
+        else:
+            files[video] = file
 
     def values():
-        progress = Progress(len(paths), "videos", team)
-        for video, file in paths.items():
+        progress = Progress(len(files), "videos", team)
+        for video, file in files.items():
             yield video, in_units(trained.predict(read_features(file)), task)
             progress.add(1)
     changed = "".join(f"\n  {name}={was} as in the checkpoint; the configuration has {now}"
                       for name, (_, was, now) in trained.changed.items())
-    return values(), len(paths), without, f"{path} on the features in {folder}{changed}"
+    return Values(f"{path} on the features in {folder}{changed}", values(), without)
 
+
+def of_table(path, task: Task, videos) -> Values:
+    """predict.py's table. Raises ValueError if it is none, or has no columns of the task."""
+    table = read_predictions(path, task)
+    names = matched(videos, table, path)
+    without = {video: "not in the table" for video in videos if video not in names}
+    return Values(str(path), ((video, every_frame(*table[name])) for video, name in names.items()), without)
+
+
+# ---- Writing
 
 def main(config, team, task: Task, options):
     """Write a submission, and check it. Raises ValueError if there is no video to predict."""
@@ -82,44 +116,49 @@ def main(config, team, task: Task, options):
     if team.world > 1:
         raise ValueError("a submission is written by one process; start it with python, not with torchrun")
     template = read_template(options.template, task)
-    values, count, without, source = of_run(config, team, task, template)
-    if not count:
-        raise ValueError(f"{template.path}: none of its {len(template.videos)} videos can be predicted, "
-                         f"such as {named(without)}; is it a template for other videos?")
+    if options.predictions:
+        values = of_table(options.predictions, task, template.videos)
+    else:
+        values = of_run(config, team, task, template.videos)
+    if len(values.without) == len(template.videos):
+        raise ValueError(f"{template.path}: none of its videos can be predicted: {named(values.without)}; is "
+                         f"it the template of other videos? Values were looked for in {values.source}")
     print(f"{template.path}: {len(template.names):,} rows of {len(template.videos):,} videos\n"
-          f"values from {source}", flush=True)
+          f"values from {values.source}", flush=True)
 
-    of_video, numbers, clipped = {}, 0, 0
-    for video, of_frames in values:
+    of_video, numbers, clipped, after = {}, 0, 0, Counter()
+    for video, of_frames in values.of:
         of_video[video], outside = answers(smoothed(of_frames, options.smooth), task)
         numbers, clipped = numbers + of_video[video].size, clipped + outside
-    written = Counter()
-    write_file(options.out, lambda file: written.update(write_rows(file, template, task, of_video)))
+    write_file(options.out, lambda file: after.update(write_rows(file, template, task, of_video)))
 
-    for line in remarks(template, task, without, written, numbers, clipped):
+    if clipped:
+        print(f"  clipped to {task.lowest} to {task.highest}: {clipped:,} of {numbers:,} numbers")
+    for line in remarks(template, task, values.without, after):
         print(line)
     print(check(options.out, template, task))
 
 
-def remarks(template: Template, task: Task, without: dict, after: dict, numbers: int, clipped: int):
-    """Yield a line about each thing that is not as usual."""
+def remarks(template: Template, task: Task, without: dict, after: dict):
+    """Yield a line about each kind of rows that are not as usual."""
     if template.again:
         more = sum(len(rows) - 1 for rows in template.again.values())
-        yield f"  rows that the template has again: {more:,}, such as {next(iter(template.again))}"
+        yield f"  rows that the template has again: {more:,}, the first is {next(iter(template.again))}"
     if without:
         rows = sum(template.videos[video] for video in without)
-        neutral = {"va": "valence 0, arousal 0", "expr": "0, Neutral", "au": "no action unit"}[task.name]
-        yield f"  neutral values ({neutral}) for {rows:,} rows of videos without any: {named(without)}"
+        neutral = {"va": "0, 0", "expr": "Neutral", "au": "no action unit"}[task.name]
+        yield f"  neutral values ({neutral}) for {rows:,} rows of {named(without)}"
     if after:
-        each = ", ".join(f"{video} ({count:,})" for video, count in list(after.items())[:SHOWN])
-        more = f" and {len(after) - SHOWN} more" if len(after) > SHOWN else ""
-        yield (f"  rows after a video's last frame, with the values of that frame: "
-               f"{sum(after.values()):,}, of {each}{more}")
-    if clipped:
-        yield f"  clipped to {task.lowest} to {task.highest}: {clipped:,} of {numbers:,} numbers"
+        videos = listed([f"{video} ({count:,})" for video, count in after.items()])
+        yield f"  after a video's last frame, with its values: {sum(after.values()):,} rows of {videos}"
 
 
 def named(without: dict[str, str]) -> str:
-    """{video: why} in words, the first few."""
-    each = ", ".join(f"{video} ({why})" for video, why in list(without.items())[:SHOWN])
-    return each + (f" and {len(without) - SHOWN} more" if len(without) > SHOWN else "")
+    """{video: why} in words."""
+    return listed([f"{video} ({why})" for video, why in without.items()])
+
+
+def listed(words: list[str]) -> str:
+    """The first few."""
+    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+    return ", ".join(words[:SHOWN]) + more
