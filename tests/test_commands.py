@@ -46,6 +46,7 @@ EXAMPLES = {"images.py FILE": "data/Aff-Wild2/cropped_aligned/1-30-1280x720/0000
             "checkpoints.py FILE": "some.pt",
             "evaluate.py FILE": "some.pt",
             "predict.py FOLDER": "data/Aff-Wild2/cropped_aligned",
+            "submission.py FILE": "template.txt",
             "made_of.py FILE": "some.pt",
             "made_of.py RUN_FOLDER": "runs/demo/task_au",
             "pictures.py RUN_FOLDER": "runs/some"}
@@ -117,6 +118,8 @@ def place(tmp_path_factory):
     synthetic.draw(sizes.root, sizes)
     synthetic.index(sizes.root, sizes)
     torch.save({"model": {"weight": torch.zeros(3)}}, folder / "some.pt")
+    (folder / "template.txt").write_text("136/00001.jpg,\n")
+    (folder / "predictions.txt").write_text("image_location,valence,arousal\n136/00001.jpg,0.5,-0.5\n")
     (folder / "runs/some").mkdir(parents=True)
     (folder / "runs/some/log.csv").write_text("epoch,loss\n1,0.7\n2,0.6\n")
     for task, least in benchmark.PROMISED.items():
@@ -132,7 +135,7 @@ def start(place, script: str, arguments: list[str]) -> tuple[object, str, bool]:
     work = [mock.patch.object(pipeline, "run"),
             mock.patch.object(shutil, "rmtree"),                     # benchmark.py begins anew
             mock.patch.object(subprocess, "run", side_effect=SystemExit(0))]
-    if script == "predict.py" or script == "synthetic.py" and "--sheet" not in arguments:
+    if script in ("predict.py", "submission.py") or script == "synthetic.py" and "--sheet" not in arguments:
         work.append(mock.patch.object(distributed, "launch"))
     code = 0
     with contextlib.ExitStack() as stack:
