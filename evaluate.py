@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 from config import from_command_line
-from data import scene, split
 from intervals import difference
 from labels import TASKS
 from made_of import command, finished, missing, there, tuned_on
@@ -31,7 +30,9 @@ from postprocessing import Postprocessing
 from reports import report, to_score
 from scoring import (HELD_OUT, MERGING, check_features, check_scenes, count_as_authors, count_frames,
                      find_features, load, read_sums, score, shared_out, stage_of)
+from score_table import confusion
 from segments import open_videos
+from splits import scene, split
 from tuning import best_way, count_ways
 
 
@@ -78,13 +79,12 @@ def main(config, team, task, checkpoint="", merge="mean", tune=False, against=""
         return np.stack([count_frames(*video, merge, how), count_as_authors(*video)])
     both = sums_of(trained, videos, merge, count)                                  # (videos, 2, ...)
     sums, authors = both[:, 0], both[:, 1]
-    team.say(report(task, sums, scored, path, config.task.fold))
+    team.say(f"{report(task, sums, scored, path, config.task.fold)}\n\n{confusion(task, sums)}\n")
     if merge != "mean" or tune:
         team.say(f"merging: {merge}; post-processing: {how.text() or 'none'}")
     if merge != "none":
-        team.say(f"{task.metric.score(authors.sum(axis=0)).mean():.3f} by the authors' protocol, which counts "
-                 "frames of overlapping segments twice and\n      leaves out tails and short videos; to "
-                 "compare with published numbers only")
+        team.say(f"authors' protocol: {task.metric.score(authors.sum(axis=0)).mean():.3f} (frames of "
+                 "overlapping segments count twice, tails and short videos are lost)")
     if against:
         team.say(compare(task, sums, videos, against, config))
 
@@ -104,13 +104,15 @@ def choose(trained, training_videos, origin: dict, merge: str, path) -> Postproc
     """
     names = trained.record["data"].get(HELD_OUT) if trained.record else None
     if not names:
-        script = f"train_task.py --task {trained.task.name} --set task.held_out=0.15"
+        run = trained.config.run.name
+        own = f"--set task.held_out=0.15 --set run.name={run}_held --set run.base={run}"
+        script = command(f"train_task.py --task {trained.task.name}", trained.config)
         raise ValueError(f"{path}: trained on all training videos, so there is none to choose on; train one "
-                         f"that holds some back, as a run of its own name: {command(script, trained.config)}")
+                         f"that holds some back: {script} {own}")
     videos = [video for video in training_videos if video.name in names]
     if len(videos) < len(names):
-        raise ValueError(f"{path}: {len(names)} videos were held back, of which {len(videos)} have labels and "
-                         "features here; bring back the others")
+        raise ValueError(f"{path}: {len(names)} videos were held back, of which {len(videos)} have labels "
+                         "and features here; bring back the others")
     sums = sums_of(trained, videos, merge, partial(count_ways, merge=merge)).sum(axis=0)
     how = best_way(trained.task, sums)
     tuned = {scene(name) for name in tuned_on(origin)}
@@ -128,8 +130,8 @@ def compare(task, sums, videos, run_name: str, config) -> str:
     mine = [video.name for video in videos]
     if sorted(mine) != sorted(names):
         other = sorted(set(mine) ^ set(names))
-        raise ValueError(f"{folder} was scored on other videos, such as {', '.join(other[:5])}; two systems are "
-                         "compared on the same ones")
+        raise ValueError(f"{folder} was scored on other videos, such as {', '.join(other[:5])}; two systems "
+                         "are compared on the same ones")
     theirs = theirs[[names.index(name) for name in mine]]
     if not np.array_equal(task.metric.labelled(sums.sum(axis=0)), task.metric.labelled(theirs.sum(axis=0))):
         raise ValueError(f"{folder} was scored with other labels; train it again with these")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 import pictures
-from data import VideoFrames, scene
+from data import VideoFrames
 from distributed import Team
 from frames import find_videos
 from labels import Task, targets
@@ -19,6 +19,7 @@ from made_of import tuned_on
 from score_table import numbers as score_numbers, score_table
 from scoring import predict
 from segments import Video, labelled_faces, read_features, reasons, segments
+from splits import scene
 
 
 class Scored(NamedTuple):
@@ -83,7 +84,8 @@ def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
 def numbers(task: Task, sums, scored: Scored) -> dict:
     """The score and what belongs to it, for metrics.json. Shape: sums (videos, ...)."""
     return {**score_numbers(task, sums), "validation_videos": len(scored.videos),
-            "seen_videos": scored.seen, "left_out": scored.left_out}
+            "seen_videos": scored.seen, "left_out": scored.left_out, "data": scored.data,
+            "comparable": scored.comparable}
 
 
 def stored_scores(run_folder: Path) -> str:

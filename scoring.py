@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from checkpoints import check_names, load_weights, read_checkpoint, read_json, write_text
-from config import Config
-from data import scene
 from distributed import Team, all_sum, choose_device
 from labels import TASKS, Task, targets
 from made_of import find_input, like, named, same, unlike
 from postprocessing import Postprocessing, apply
 from segments import Video, pad, read_features, segments
+from settings import Config
+from splits import scene
 from temporal import SegmentModel
 
 FEATURES = "task.features", "features"       # where a task's input is looked for: a setting, a stage
@@ -111,7 +111,7 @@ def count_as_authors(task: Task, cut, outputs, target, valid) -> np.ndarray:
     and short videos are lost, and a frame counts once for each segment that covers it. Arguments as above."""
     window = outputs.shape[1]
     full = [i for i, (start, end) in enumerate(cut) if end - start == window]
-    frames = [t for i in full for t in range(*cut[i])]                                     # of all full segments
+    frames = [t for i in full for t in range(*cut[i])]             # of all full segments, one after the other
     return task.metric.count(outputs[full].reshape(-1, outputs.shape[2]), target[frames], valid[frames])
 
 

@@ -23,13 +23,13 @@ import torch
 import losses
 from checkpoints import write_text
 from config import from_command_line
-from data import hold_out, split
 from labels import TASKS
 from made_of import input_there, settings_of
 from reports import data_text, draw_timeline, numbers, report, stored_scores, to_score
 from run import Run
 from scoring import (FEATURES, HELD_OUT, find_features, load, score, shared_out, stage_of, write_sums)
 from segments import SegmentData, fingerprint, open_videos
+from splits import hold_out, split
 from temporal import SegmentModel
 from training import effective_batch, gradient_norm, seed_dropout, set_learning_rate
 

@@ -25,7 +25,7 @@ def thresholds_of(task: Task) -> list[float]:
 
 
 def count_ways(task: Task, cut, outputs, target, valid, merge: str = "mean") -> np.ndarray:
-    """The sums of a video in each way: (smoothings, thresholds, ...). Arguments as in `scoring.count_frames`."""
+    """The sums of a video in each way: (smoothings, thresholds, ...). Arguments: `scoring.count_frames`."""
     values = in_units(merged(cut, outputs, len(target), merge), task)                         # (T, K)
     sums = []
     for k in SMOOTH:

@@ -23,6 +23,7 @@ from distributed import Team
 from images import inside, read_image
 from labels import AU, EXPR, VA
 from run_folder import RunFolder
+from settings import Config, Data
 from submission_check import check
 from submission_file import check_out, read_template
 
@@ -120,7 +121,7 @@ def other_architecture(d):
 
 
 def run_folder(out, settings):
-    resolved = config.Config()
+    resolved = Config()
     resolved.run.out, resolved.run.name = str(out), "mine"
     return RunFolder("run", resolved, ALONE, settings)
 
@@ -208,9 +209,9 @@ TABLE = {
     "a face data set that is not there": (
         lambda d: faces.affectnet_2017(d / "none"), r"looked for .*none/training\.csv, which is not there"),
     "a face folder without images": (
-        lambda d: faces.load_faces(config.Data(folders=[str(d)])), r"data\.folders\[0\]: no image found in"),
+        lambda d: faces.load_faces(Data(folders=[str(d)])), r"data\.folders\[0\]: no image found in"),
     "no face data set at all": (
-        lambda d: faces.load_faces(config.Data()), "no data set is given; set data.affectnet_2017"),
+        lambda d: faces.load_faces(Data()), "no data set is given; set data.affectnet_2017"),
     # checkpoints
     "a checkpoint that is not there": (
         lambda d: checkpoints.read_checkpoint(d / "best.pt"), r"best\.pt: no such checkpoint"),

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 import reports
-from config import Config
 from distributed import Team
 from labels import EXPR, VA, targets
 from reports import Scored, draw_timeline, numbers, report, to_score
 from score_table import numbers as score_numbers, score_table
 from scoring import predict
 from segments import Video, segments
+from settings import Config
 
 ALONE = Team(0, 1, torch.device("cpu"))
 
