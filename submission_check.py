@@ -143,9 +143,8 @@ def check(path, template: Template, task: Task) -> str:
         if what == ROW:
             faults[bad[0]] = FINE                              # so that only the others are counted
         raise ValueError(f"{path}, line {line}: {said}{counted(faults, len(missing) - (what == MISSING))}")
-    videos = f"{len(template.videos):,} video" + ("s" if len(template.videos) > 1 else "")
     same = "; all have the same values" if alike and len(rows) > 1 else ""
-    return f"{path} is right: {len(rows):,} rows of {videos}, in the order of {template.path}{same}"
+    return f"{path} is right: {template.size()}, in the order of {template.path}{same}"
 
 
 def counted(faults, missing: int) -> str:

@@ -75,6 +75,11 @@ class Template(NamedTuple):
     videos: dict[str, int]         # video -> how many rows it has
     first_line: int                # of the file: 2 after a header, else 1
 
+    def size(self) -> str:
+        """How many rows of how many videos, in words."""
+        rows, videos = len(self.names), len(self.videos)
+        return f"{rows:,} row{'s' * (rows > 1)} of {videos:,} video{'s' * (videos > 1)}"
+
 
 def read_template(path, task: Task) -> Template:
     """A template of either kind, with or without a header, with CRLF and a byte-order mark or without.

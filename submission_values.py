@@ -123,8 +123,7 @@ def main(config, team, task: Task, options):
     if len(values.without) == len(template.videos):
         raise ValueError(f"{template.path}: none of its videos can be predicted: {named(values.without)}; is "
                          f"it the template of other videos? Values were looked for in {values.source}")
-    print(f"{template.path}: {len(template.names):,} rows of {len(template.videos):,} videos\n"
-          f"values from {values.source}", flush=True)
+    print(f"{template.path}: {template.size()}\nvalues from {values.source}", flush=True)
 
     of_video, numbers, clipped, after = {}, 0, 0, Counter()
     for video, of_frames in values.of:

@@ -22,6 +22,7 @@ from postprocessing import in_units
 from stages import settings
 from submission_check import check
 from submission_file import answers, every_frame, header, read_template, write_rows
+from submission_values import matched
 from temporal import SegmentModel
 
 ALONE = Team(0, 1, torch.device("cpu"))
@@ -280,6 +281,16 @@ def test_folders_above_a_video_do_not_matter_unless_they_tell_two_videos_apart(t
         start(trained, VA, template="deep.txt", out="deep_p.txt")
 
 
+def test_a_video_is_found_by_its_whole_name_first_then_by_its_last_part():
+    known = ["a/1", "1", "b/2", "3_left"]
+    assert matched(["1", "a/1", "2", "c/3_left", "3", "3_right"], known, "t.csv") == {
+        "1": "1", "a/1": "a/1", "2": "b/2", "c/3_left": "3_left"}
+    with pytest.raises(ValueError, match="t.csv: a/1 and 1 may both be the template's c/1"):
+        matched(["c/1"], known, "t.csv")
+    with pytest.raises(ValueError, match="t.csv: b/2 may be the template's 2 or c/2"):
+        matched(["2", "c/2"], known, "t.csv")
+
+
 def test_features_that_were_made_elsewhere_serve_too(trained, tmp_path, capsys):
     for video in ("2_left", "9"):
         shutil.copy(trained / f"runs/tiny/features/{video}.npy", tmp_path)
@@ -311,6 +322,15 @@ def test_the_table_of_predictions_gives_the_submission_of_the_run(trained, task,
     assert "10 rows of 8 (not in the table), 95 (not in the table), 96 (not in the table)\n" in said
 
 
+def test_gaps_in_a_table_are_filled_from_its_own_video_by_number(trained, tmp_path):
+    put(tmp_path / "table.csv", "video,frame,valence,arousal", "9,3,0.3,0", "9,2,0.2,0", "10,1,.9,0",
+        "7,9,.9,0")
+    put(tmp_path / "t.txt", *names_of("9", 1, 2, 3, 4, 9))
+    lines = start(trained, VA, template=str(tmp_path / "t.txt"), out=str(tmp_path / "p.txt"),
+                  predictions=str(tmp_path / "table.csv"))
+    assert [line.split(",")[1] for line in lines[1:]] == [f"0.{t}00000" for t in (2, 2, 3, 3, 3)]
+
+
 def test_a_submission_may_serve_as_a_table_for_another_template(trained):
     lines = start(trained, EXPR, out="first.txt")
     put(trained / "fewer.txt", *(f"{line.split(',')[0]}," for line in lines[:0:-7]))
@@ -336,14 +356,20 @@ def test_nothing_is_written_without_a_trained_task_fresh_features_or_a_known_vid
     refused("smooth: got -1, expected 0 frames or more", smooth=-1)
     refused("written by one process; start it with python", world=2)
     refused(r"(?s)made with other settings.*segments\.window: was 20, now 15", "segments.window=15")
+    other = tmp_path / "features_of_another_vit"
+    shutil.copytree(runs / "features", other)
+    record = json.loads((other / "made_of.json").read_text())
+    record["from"]["checksum"] = 1
+    (other / "made_of.json").write_text(json.dumps(record))
+    refused(r"best\.pt: trained on features of another ViT", f"task.features={other}")
     (runs / "features/9.npy").unlink()
     refused(r"features/9\.npy is gone; run extract_features\.py")
-    record = json.loads((runs / "features/made_of.json").read_text())
-    record["from"]["checksum"] = 1
-    (runs / "features/made_of.json").write_text(json.dumps(record))
-    refused("was made from finetune|of another ViT")
+    shutil.copy(other / "made_of.json", runs / "features/made_of.json")
+    refused(r"runs/tiny/features was made from finetune \(checksum 1\), but .*finetune is now")
     (runs / "features/metrics.json").unlink()
     refused(r"features/metrics\.json not found; make it with: python .*extract_features\.py")
+    (runs / "task_va/best.pt").unlink()
+    refused(r"task_va/best\.pt is gone, though its stage is finished")
     (runs / "task_va/metrics.json").unlink()
     refused(r"task_va/best\.pt not found; make it with: python .*train_task\.py --task va")
 

@@ -150,7 +150,7 @@ def every(change, lines_from, lines_to):
 HEADER = r"line 1: the header is "
 BROKEN = {
     # the header
-    "no header": (VA, without(1), HEADER + r"'1-30-1280x720/00001\.jpg,[^']*', expected 'image_location,va"),
+    "no header": (VA, without(1), HEADER + r"'1-30-1280x720/00001\.jpg,[^']*', expected '[a-z_,]+'$"),
     "the header of another task": (
         VA, replaced(1, "valence,arousal", ",".join(AU.outputs)), HEADER + ".*, that of --task au, "),
     "a header with a word missing": (VA, replaced(1, ",arousal", ""), HEADER + "'image_location,valence', e"),
@@ -185,6 +185,10 @@ BROKEN = {
     # count and order
     "a row twice": (
         VA, inserted(10, copy=4), r"line 10: '1-30-1280x720/00003\.jpg' comes again; it is in line 4, too$"),
+    "a row twice, cut short": (
+        VA, both(inserted(10, copy=4), with_values(10, ",0")), "line 10: 2 fields '1-30-1280x720/00003.jpg"),
+    "rows missing near the start and at the end": (
+        VA, without(4, 12), "line 4: '1-30-1280x720/00003.jpg' is missing, .*\n  1 more row of the template"),
     "a video twice": (
         EXPR, both(*(inserted(13, copy=line) for line in (6, 5, 4, 3, 2))),
         r"line 13: '1-30-1280x720/00001\.jpg' comes again; it is in line 2, too\n  4 more wrong lines: 4 "),
@@ -207,6 +211,7 @@ BROKEN = {
     "a row left at -5": (VA, with_values(6, ",-5,-5"), "line 6: '.*,-5,-5', as in a template or a label"),
     "a frame that one number was forgotten of": (VA, with_values(6, ",0.1,-5.0"), r"line 6: .* -1 to 1$"),
     "an expression left at -1": (EXPR, with_values(3, ",-1"), r"line 3: .*,-1', as in .* number from 0 to 7"),
+    "an expression left at -5": (EXPR, with_values(3, ",-5"), "line 3: .*,-5', as in a template or"),
     "action units left at -1": (AU, with_values(3, ",-1" * 12), "line 3: .*, as in a template or a label"),
     "text for a number": (VA, with_values(12, ",0,happy"), "line 12: '2.5/00001.jpg,0,happy'; expected a n"),
     "an empty value": (VA, with_values(12, ",0.1,"), r"line 12: .*; expected a number from -1 to 1"),
