@@ -18,7 +18,8 @@ no columns. A row per frame, as CSV, or as JSON lines where the output's name en
     Neutral, ... Other  probabilities of the eight expressions: 0 to 1, their sum is 1
     AU1, ... AU26       probability that the action unit is active: 0 to 1, for each by itself
 
---smooth k takes the mean over k frames before and after each one. --still takes each image below FOLDER for
+--smooth k takes the mean over k frames before and after each one. --picture draws a picture of each video,
+predictions.csv.pictures/<video>.png, also later, from a table that is finished. --still takes each image below FOLDER for
 itself, whatever its name, and lets the fine-tuned ViT tell its expression. Then `file`, the path below
 FOLDER, stands in place of video, frame and time. Valence, arousal and action units, which need a video, are
 left out. Of an image that cannot be read, all but file and face is empty.
@@ -51,6 +52,7 @@ from postprocessing import in_units, smoothed
 from run import Progress
 from scoring import check_checkpoint, check_task, load_segment_model, predict, stage_of
 from table import Table
+from table_pictures import draw_missing
 from training import loader
 from vit import VisionTransformer
 
@@ -257,13 +259,13 @@ def check_options(options):
         raise ValueError(f"--smooth: got {options.smooth}, expected 0 frames or more")
     if options.fps is not None and not 0 < options.fps < math.inf:
         raise ValueError(f"--fps: got {options.fps}, expected frames per second, more than 0")
-    if options.still and (options.smooth or options.fps):
-        raise ValueError("--still takes each image for itself; leave out --smooth and --fps, which need a "
-                         "video")
+    if options.still and (options.smooth or options.fps or options.picture):
+        raise ValueError("--still takes each image for itself; leave out --smooth, --fps and --picture, which "
+                         "need a video")
 
 
 def main(config, team, options):
-    """Write the table, or go on with it, until it is finished."""
+    """Write the table, or go on with it, until it is finished; then the pictures."""
     check_options(options)
     source = (Stills if options.still else Videos)(Path(options.frames), options)
     if team.agree(source.found) != source.found:
@@ -272,10 +274,17 @@ def main(config, team, options):
     record = {**source.load(config, team), "still": options.still, "smooth": options.smooth,
               "fps": options.fps, **source.found}
     table = Table(options.out, source.header, record, team)
-    if table.finished:
-        return team.say(f"{options.out} is finished; nothing to do")
+    if not table.finished:
+        make(table, source, team)
+    else:
+        team.say(f"{options.out} is finished" + ("" if options.picture else "; nothing to do"))
+    if options.picture:
+        draw_missing(table, source, options, team)
 
-    # loop: what is left is shared out, longest first, so that no process waits long for another's last video
+
+def make(table: Table, source, team):
+    """Predict what the table lacks. What is left is shared out, longest first, so that no process waits long
+    for another's last video."""
     sizes, unit = source.sizes, source.unit
     order = sorted(range(len(sizes)), key=lambda number: (-sizes[number], number))
     left = team.agree([number for number in order if not table.part(number).exists()])
@@ -287,12 +296,10 @@ def main(config, team, options):
         rows, noface = source.rows(number, progress)
         table.write(number, rows)
         without += int(noface.sum())
-
-    # finish
     without = int(all_sum(torch.tensor(without)))                  # when it is known, all parts are written
     table.join(len(sizes))
     team.wait()
-    team.say(f"{options.out} is finished: {sum(sizes):,} rows; {without:,} of those made now are of {unit} "
+    team.say(f"{table.path} is finished: {sum(sizes):,} rows; {without:,} of those made now are of {unit} "
              "without a readable face image")
 
 
@@ -303,5 +310,6 @@ if __name__ == "__main__":
         out={"required": True, "metavar": "FILE", "help": "the table: .jsonl for JSON lines, else CSV"},
         fps={"type": float, "metavar": "F", "help": "frames per second, for the column time"},
         smooth={"type": int, "default": 0, "metavar": "K", "help": "mean over K frames before and after"},
+        picture={"action": "store_true", "help": "draw FILE.pictures/<video>.png, too"},
         still={"action": "store_true", "help": "each image for itself: expressions only"})
     launch(main, config, options)
