@@ -19,10 +19,11 @@ no columns. A row per frame, as CSV, or as JSON lines where the output's name en
     AU1, ... AU26       probability that the action unit is active: 0 to 1, for each by itself
 
 --smooth k takes the mean over k frames before and after each one. --picture draws a picture of each video,
-predictions.csv.pictures/<video>.png, also later, from a table that is finished. --still takes each image below FOLDER for
-itself, whatever its name, and lets the fine-tuned ViT tell its expression. Then `file`, the path below
-FOLDER, stands in place of video, frame and time. Valence, arousal and action units, which need a video, are
-left out. Of an image that cannot be read, all but file and face is empty.
+predictions.csv.pictures/<video>.png, once the table is finished, so also of one that was made without.
+--still takes each image below FOLDER for itself, whatever its name, and lets the fine-tuned ViT tell its
+expression. Then `file`, the path below FOLDER, stands in place of video, frame and time. Valence, arousal
+and action units, which need a video, are left out. Of an image that cannot be read, all but file and face is
+empty.
 
 predictions.csv.json tells what the table was made of. The same command goes on with a killed run. In memory
 are the features of one video, as in extract_features.py.
@@ -51,7 +52,7 @@ from made_of import command, find_input, finished, like, missing, there
 from postprocessing import in_units, smoothed
 from run import Progress
 from scoring import check_checkpoint, check_task, load_segment_model, predict, stage_of
-from table import Table
+from table import Table, beside_a_table
 from table_pictures import draw_missing
 from training import loader
 from vit import VisionTransformer
@@ -113,6 +114,8 @@ class Videos:
         empty, beside, ends = [], Counter(), []
         itself = has_frames(folder)
         for path in [folder] if itself else below(folder):
+            if beside_a_table(path):                         # --out may lie in the folder of the videos
+                continue
             name = folder.resolve().name if itself else str(path.relative_to(folder))
             numbers, files, others = list_frames(path)
             beside.update(others)
@@ -260,8 +263,8 @@ def check_options(options):
     if options.fps is not None and not 0 < options.fps < math.inf:
         raise ValueError(f"--fps: got {options.fps}, expected frames per second, more than 0")
     if options.still and (options.smooth or options.fps or options.picture):
-        raise ValueError("--still takes each image for itself; leave out --smooth, --fps and --picture, which "
-                         "need a video")
+        raise ValueError("--still takes each image for itself; leave out --smooth, --fps and --picture, "
+                         "which need a video")
 
 
 def main(config, team, options):

@@ -91,8 +91,8 @@ class Table:
             shutil.rmtree(self.folder)
 
     def read(self):
-        """Yield the rows of the finished table, as lists in the order of the header: values of CSV as text, of
-        JSON lines as they were written. Raises ValueError if it is another kind of file."""
+        """Yield the rows of the finished table, as lists in the order of the header: of CSV as text, of JSON
+        lines as they were written. Raises ValueError if it is something else."""
         with open(self.path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             try:
                 rows = (list(json.loads(line).values()) for line in file) if self.json else csv.reader(file)
@@ -100,8 +100,14 @@ class Table:
                     raise ValueError(f"expected the columns {', '.join(self.header)}")
                 yield from rows
             except (ValueError, AttributeError, csv.Error) as error:
-                raise ValueError(f"{self.path}: not the table that was made ({error}); put it back, or delete "
-                                 f"it and {self.record}") from None
+                raise ValueError(f"{self.path}: not the table that was made ({error}); put a copy back, or "
+                                 f"delete it and {self.record}") from None
+
+
+def beside_a_table(folder: Path) -> bool:
+    """Does this folder, or one above it, hold the parts or the pictures of a table?"""
+    return any(path.suffix in (".parts", ".pictures") and path.with_suffix(".json").exists()
+               for path in (folder, *folder.parents))
 
 
 def without_paths(record: dict) -> dict:

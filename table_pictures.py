@@ -24,7 +24,8 @@ from labels import AU, EXPR, TASKS, VA
 from pictures import CLASS_COLOURS, DARK, GREY, INK, PREDICTION, axes, curve, font, y_of
 from run import Progress
 from table import Table, without_paths
-from timeline import FACE, LEFT, RIGHT, WIDTH, axis, band, draw_faces, frame_axis, legend, round_step, row_title, x_of
+from timeline import (FACE, LEFT, RIGHT, WIDTH, axis, band, draw_faces, frame_axis, legend, round_step,
+                      row_title, x_of)
 
 MADE_OF = "made of"        # the entry of a PNG file that tells which table it belongs to
 PALE = (170, 200, 235)     # from the least to the largest value of a column
@@ -112,12 +113,12 @@ def strip(sheet, y, height: int, colours):
 def draw_title(sheet, y, video: Predicted, smooth: int):
     """The video's name, how many frames it has, and what was done with them."""
     pen = ImageDraw.Draw(sheet)
-    name = "".join(letter if letter.isprintable() else "?" for letter in video.name)
+    name = video.name.encode("unicode_escape").decode()                    # the font has no more than ASCII
     while pen.textlength(name, font(17)) > WIDTH - 20:
-        name = f"{name.removesuffix('...')[:-1]}..."
-    text = f"{len(video.noface):,} frames, {video.noface.sum():,} of them without a readable face image"
+        name = f"{name[:9 * len(name) // 10]}..."
+    text = f"frames: {len(video.noface):,}; without a readable face image: {video.noface.sum():,}"
     if smooth:
-        text += f"; each value is the mean over {smooth} frames before and after it"
+        text += f"; values: mean over {smooth} frames before and after each one"
     pen.text((6, y), name, INK, font(17), anchor="la")
     pen.text((6, y + 24), text, INK, font(13), anchor="la")
     return y + 50
@@ -140,8 +141,8 @@ def draw_value(sheet, y, name: str, columns: Columns, values, paper):
     xs = x_of(np.arange(columns.n), columns.n)
     if columns.n < columns.T:
         pen = ImageDraw.Draw(sheet)
-        least, largest = (y_of(ends, box, low, high) for ends in (columns.least(values), columns.largest(values)))
-        for x, bottom, top in zip(xs, least, largest):
+        ends = np.stack([columns.least(values), columns.largest(values)])
+        for x, (bottom, top) in zip(xs, y_of(ends, box, low, high).T):     # (2, n) -> (n, 2)
             pen.line((x, bottom, x, top), PALE)
     curve(sheet, box, xs, columns.mean(values), low, high, PREDICTION)
     return y + height + 18
@@ -193,9 +194,15 @@ def nearest_faces(noface) -> np.ndarray:
 def read_faces(folder, noface) -> list:
     """The faces to show, as `draw` wants them. folder: of the video's frames"""
     frames = VideoFrames(folder, FACE)
-    places = np.searchsorted(frames.numbers, nearest_faces(noface) + 1)
-    images, rows, _ = frames.collate([frames[i] for i in places if i < len(frames)])     # (B, 80, 80, 3), (B,)
+    places = np.flatnonzero(np.isin(frames.numbers, nearest_faces(noface) + 1))
+    images, rows, _ = frames.collate([frames[i] for i in places])         # (B, 80, 80, 3), (B,)
     return list(zip(rows.tolist(), images.numpy()))
+
+
+def changed(table: Table, found: str) -> ValueError:
+    """What to say of a table that is not as it was written."""
+    return ValueError(f"{table.path}: {found}; the table was changed after it was made: put a copy back, or "
+                      f"delete it and {table.record} to make it again, or leave out --picture")
 
 
 def read_video(table: Table, rows, name: str, T: int) -> Predicted:
@@ -214,9 +221,10 @@ def read_video(table: Table, rows, name: str, T: int) -> Predicted:
             if expression is not None and row[expression]:
                 classes[t] = EXPR.outputs.index(row[expression])
         except (ValueError, TypeError, IndexError):
-            raise ValueError(f"{table.path}: expected frame {t + 1} of {name}, found {row}; the table was "
-                             f"changed since it was made; put it back, or delete it and {table.record}, or "
-                             "leave out --picture") from None
+            found = "no more rows" if row is None else row[:4]
+            raise changed(table, f"expected frame {t + 1} of {name!r}, found {found}") from None
+    if np.isnan(values).any() and not noface.all():
+        raise changed(table, f"values of {name!r} are missing")
     return Predicted(name, noface, dict(zip(names, values.T)), classes)
 
 
@@ -251,8 +259,8 @@ def draw_missing(table: Table, videos, options, team):
     info.add_text(MADE_OF, mark)
     progress, at = Progress(len(mine), "pictures", team), 0
     for number in mine:
-        skipped = sum(videos.sizes[at:number])
-        next(islice(rows, skipped, skipped), None)                         # the rows of videos before it
+        for _ in islice(rows, sum(videos.sizes[at:number])):
+            pass                                                           # the rows of videos before it
         video = read_video(table, rows, videos.names[number], videos.sizes[number])
         picture = draw(video, read_faces(videos.folders[number], video.noface), options.fps, options.smooth)
         write_file(paths[number], lambda file: picture.save(file, "PNG", pnginfo=info))
@@ -267,7 +275,8 @@ def example(T: int = 4000) -> Image.Image:
     rng, t = np.random.default_rng(0), np.arange(T)
     classes = rng.integers(len(EXPR.outputs), size=-(-T // 150)).repeat(150)[:T]
     noface = (t > 0.6 * T) & (t < 0.7 * T)
-    values = {name: 0.8 * np.sin(t / (90 + 40 * k)) + rng.normal(0, 0.1, T) for k, name in enumerate(VA.outputs)}
+    values = {name: 0.8 * np.sin(t / (90 + 40 * k)) + rng.normal(0, 0.1, T)
+              for k, name in enumerate(VA.outputs)}
     values |= {name: (np.sin(t / (60 + 15 * k)) ** 4).clip(0, 1) for k, name in enumerate(AU.outputs)}
     return draw(Predicted("an example", noface, values, classes), [], fps=25)
 
