@@ -1,4 +1,4 @@
-"""The picture of the right crop: the crop is what it says, and the picture in docs is the one that is drawn."""
+"""The picture of the right crop: each crop is what it says, and docs shows the picture that is drawn."""
 
 import runpy
 import sys
@@ -56,5 +56,5 @@ def test_the_command_draws_the_picture_of_the_docs(tmp_path, monkeypatch, capsys
     runpy.run_path(crop_picture.__file__, run_name="__main__")
     assert capsys.readouterr().out == f"{tmp_path}/crop.png\n"
     drawn, kept = (np.asarray(Image.open(folder / "crop.png")).astype(int) for folder in (tmp_path, DOCS))
-    assert drawn.shape == kept.shape and np.abs(drawn - kept).mean() < 2   # another Pillow may differ a little
+    assert drawn.shape == kept.shape and np.abs(drawn - kept).mean() < 2    # another Pillow may differ
     assert_texts_are_apart(texts, drawn)
