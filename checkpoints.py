@@ -123,7 +123,7 @@ def load_weights(model, weights: dict, source, may_miss=(), may_ignore=()):
     Returns (missing, ignored) names. Raises ValueError listing every other missing or unexpected name and
     every shape that differs; nothing is loaded then.
     """
-    _check_names(weights, source)
+    check_names(weights, source)
     own = model.state_dict()
     missing = [name for name in own if name not in weights]
     ignored = [name for name in weights if name not in own]
@@ -140,7 +140,8 @@ def load_weights(model, weights: dict, source, may_miss=(), may_ignore=()):
     return missing, ignored
 
 
-def _check_names(weights, source):
+def check_names(weights, source):
+    """Raises ValueError unless `weights` are a dictionary of names and tensors."""
     named_tensors = isinstance(weights, dict) and all(
         isinstance(name, str) and torch.is_tensor(value) for name, value in weights.items())
     if not named_tensors:
@@ -155,7 +156,7 @@ def load_vit(vit, path) -> str:
     """
     weights = read_checkpoint(path)
     weights = weights.get("model", weights)
-    _check_names(weights, path)
+    check_names(weights, path)
     ours = {name.removeprefix("vit."): value for name, value in weights.items() if name.startswith("vit.")}
     weights = ours or weights                          # fine-tuning puts the ViT's names under "vit."
     # MAE files bring a decoder; the reference's fine-tuned ViTs bring a head, and fc_norm in place of norm.

@@ -1,14 +1,13 @@
-"""Aff-Wild2: label files, splits and folds, frames with their labels (paper §4.1.2, Table 1).
+"""Aff-Wild2: frames with their labels, and what a copy of it holds (paper §4.1.2).
 
-The folders of the videos are found in `frames.py`; the still-face sets of pre-training are in `faces.py`, the
-features of whole videos in `segments.py`.
+The folders of the videos are found in `frames.py`, which videos train and which validate in `splits.py`; the
+still-face sets of pre-training are in `faces.py`, the features of whole videos in `segments.py`.
 Layouts, and counts to check a copy against: docs/data.md.
 
     python data.py --config my.yaml      # what is found in your copy: videos, frames, labels per class
 """
 
 import math
-import re
 import sys
 import zlib
 from collections import Counter
@@ -20,42 +19,7 @@ import torch
 from config import from_command_line
 from frames import list_frames, video_folders
 from images import FaceImages, listed, read_image, resize, sizes
-from labels import EXPR, TASKS, Task, has_labels, label_files, read_labels, targets
-
-# ---- Splits and folds
-
-def scene(video: str) -> str:
-    """`<video>`, `<video>_left` and `<video>_right` show the same scene and stay on one side of a split."""
-    return re.sub(r"_(left|right)$", "", video)
-
-
-def split(root, task: Task, fold: int) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Training and validation label files of one task. Fold 0 is the official split. Fold k of 1 to 4
-    (Table 1) pools both sets and validates on a quarter of the videos; scenes stay whole, quarters are
-    balanced by file size."""
-    if not 0 <= fold <= 4:
-        raise ValueError(f"fold: got {fold}, expected 0 (official split) or 1 to 4")
-    files = label_files(root, task)
-    if fold == 0:
-        return files["Train_Set"], files["Validation_Set"]
-    pooled = files["Train_Set"] | files["Validation_Set"]
-    scenes: dict[str, list[str]] = {}
-    for video in sorted(pooled):
-        scenes.setdefault(scene(video), []).append(video)
-    size = {name: sum(pooled[video].stat().st_size for video in videos) for name, videos in scenes.items()}
-    quarter, filled = {}, [0, 0, 0, 0]
-    # The largest scene first, always into the emptiest quarter.
-    for name in sorted(scenes, key=lambda name: (-size[name], name)):
-        quarter[name] = int(np.argmin(filled))
-        filled[quarter[name]] += size[name]
-    train = {video: file for video, file in pooled.items() if quarter[scene(video)] != fold - 1}
-    val = {video: file for video, file in pooled.items() if quarter[scene(video)] == fold - 1}
-    if not train or not val:
-        purpose = "train" if val else "validate"
-        raise ValueError(f"fold {fold} of {len(scenes)} scenes leaves nothing to {purpose} on; "
-                         "take fold 0, or label at least 4 scenes")
-    return train, val
-
+from labels import EXPR, TASKS, has_labels, label_files, read_labels, targets
 
 # ---- Images to train on
 

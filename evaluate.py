@@ -5,35 +5,51 @@ The model and its segments are built with the settings that its checkpoint carri
 
     python evaluate.py --task au                  # score runs/demo/task_au/best.pt on the validation videos
     python evaluate.py --task va --config my.yaml --checkpoint somewhere/best.pt
+    python evaluate.py --task au --set run.name=k3 --against demo       # the difference, with its interval
+    python evaluate.py --task expr --merge triangular                   # another mean where segments overlap
+    python evaluate.py --task au --set run.name=held --tune             # smoothing and thresholds
 
-Predictions made elsewhere are scored by the functions of `metrics.py`.
+--merge: frames that several segments cover get their mean, a mean that counts the middle of a segment more
+(triangular), or are covered once (none: the segments follow each other). --tune chooses smoothing and
+thresholds on the training videos that the run has held back (task.held_out; `tuning.py`). --against compares
+with the stored score of another run, on the same videos (`intervals.py`).
+
+Predictions made elsewhere are scored by `metrics.py`.
 """
 
+from functools import partial
 from pathlib import Path
 
-from checkpoints import read_checkpoint
+import numpy as np
+
 from config import from_command_line
-from data import split
+from intervals import difference
 from labels import TASKS
-from made_of import finished, like, missing, there
+from made_of import command, finished, missing, there, tuned_on
+from postprocessing import Postprocessing
 from reports import report, to_score
-from scoring import (check_checkpoint, check_task, find_features, load_segment_model, score, shared_out,
-                     stage_of)
+from scoring import (HELD_OUT, MERGING, check_features, check_scenes, count_as_authors, count_frames,
+                     find_features, load, read_sums, score, shared_out, stage_of)
+from score_table import confusion
 from segments import open_videos
+from splits import scene, split
+from tuning import best_way, count_ways
 
 
-def main(config, team, task, checkpoint=""):
+def main(config, team, task, checkpoint="", merge="mean", tune=False, against=""):
     """Score `checkpoint`, or this configuration's best.pt, on the validation videos."""
+    # model
     path = Path(checkpoint or config.folder(stage_of(config, task)) / "best.pt")
     if not checkpoint:
         if not finished(path.parent):
             raise missing(path, f"train_task.py --task {task.name}", config)
         there(path, config)
-    saved = read_checkpoint(path)
-    check_task(path, saved, task)
-    config, changed = like(saved.get("made_of"), config, path)
-    for name, (_, was, now) in changed.items():
+    trained = load(path, config, task, team)
+    config = trained.config
+    for name, (_, was, now) in trained.changed.items():
         team.say(f"  {name}={was} as in the checkpoint; the configuration has {now}")
+
+    # data
     try:
         features, origin = find_features(config, team)
     except ValueError as refusal:
@@ -45,21 +61,95 @@ def main(config, team, task, checkpoint=""):
         other_videos, _, _ = open_videos(train_files, features, task)
     except ValueError:                                       # those of the validation are enough to score
         other_videos = []
-    check_checkpoint(path, saved, origin, videos)
-    model = load_segment_model(path, saved, config, task, dim, team)
-    s = config.segments
-    sums = score(model, shared_out(videos, team), videos, task, s.window, s.stride, config.task.batch, team)
+    check_features(path, trained.record, origin)
+    check_scenes(path, trained.record, videos)
+    if dim != trained.model.dim:
+        raise ValueError(f"{path}: takes features of {trained.model.dim} numbers, those in {features} have "
+                         f"{dim}; give those it was trained on, --set task.features=...")
     scored = to_score(videos, left_out, other_videos, task, origin, config)
-    if "made_of" not in saved:
+    if trained.record is None:
         scored = scored._replace(comparable=False)
         team.say(f"  warning: {path} does not tell what it was made of; "
                  "it may have been trained on these videos")
-    team.say(report(task, sums, scored, path, config.task.fold))
+
+    # score
+    how = choose(trained, other_videos, origin, merge, path) if tune else Postprocessing()
+
+    def count(*video):
+        return np.stack([count_frames(*video, merge, how), count_as_authors(*video)])
+    both = sums_of(trained, videos, merge, count)                                  # (videos, 2, ...)
+    sums, authors = both[:, 0], both[:, 1]
+    team.say(f"{report(task, sums, scored, path, config.task.fold)}\n\n{confusion(task, sums)}\n")
+    if merge != "mean" or tune:
+        team.say(f"merging: {merge}; post-processing: {how.text() or 'none'}")
+    if merge != "none":
+        team.say(f"authors' protocol: {task.metric.score(authors.sum(axis=0)).mean():.3f} (frames of "
+                 "overlapping segments count twice, tails and short videos are lost)")
+    if against:
+        team.say(compare(task, sums, videos, against, config))
+
+
+def sums_of(trained, videos, merge: str, count) -> np.ndarray:
+    """What `count` makes of each video, over all processes."""
+    s, team = trained.config.segments, trained.team
+    stride = s.window if merge == "none" else s.stride
+    return score(trained.model, shared_out(videos, team), videos, trained.task, s.window, stride,
+                 trained.config.task.batch, team, count)
+
+
+def choose(trained, training_videos, origin: dict, merge: str, path) -> Postprocessing:
+    """Smoothing and thresholds that are best on the videos that the training has held back.
+
+    Raises ValueError if it has held back none, or if they are not there.
+    """
+    names = trained.record["data"].get(HELD_OUT) if trained.record else None
+    if not names:
+        run = trained.config.run.name
+        own = f"--set task.held_out=0.15 --set run.name={run}_held --set run.base={run}"
+        script = command(f"train_task.py --task {trained.task.name}", trained.config)
+        raise ValueError(f"{path}: trained on all training videos, so there is none to choose on; train one "
+                         f"that holds some back: {script} {own}")
+    videos = [video for video in training_videos if video.name in names]
+    if len(videos) < len(names):
+        raise ValueError(f"{path}: {len(names)} videos were held back, of which {len(videos)} have labels "
+                         "and features here; bring back the others")
+    sums = sums_of(trained, videos, merge, partial(count_ways, merge=merge)).sum(axis=0)
+    how = best_way(trained.task, sums)
+    tuned = {scene(name) for name in tuned_on(origin)}
+    seen = sum(scene(name) in tuned for name in names)
+    trained.team.say(f"chosen on {len(names)} held-out training videos: {how.text() or 'no post-processing'}"
+                     + (f"\n  the ViT was fine-tuned on {seen} of them, so that fits them better than others"
+                        if seen else ""))
+    return how
+
+
+def compare(task, sums, videos, run_name: str, config) -> str:
+    """Our score less that of another run on the same videos, in words."""
+    folder = Path(config.run.out) / run_name / stage_of(config, task)
+    names, theirs = read_sums(folder)
+    mine = [video.name for video in videos]
+    if sorted(mine) != sorted(names):
+        other = sorted(set(mine) ^ set(names))
+        raise ValueError(f"{folder} was scored on other videos, such as {', '.join(other[:5])}; two systems "
+                         "are compared on the same ones")
+    theirs = theirs[[names.index(name) for name in mine]]
+    if not np.array_equal(task.metric.labelled(sums.sum(axis=0)), task.metric.labelled(theirs.sum(axis=0))):
+        raise ValueError(f"{folder} was scored with other labels; train it again with these")
+    found = difference(sums, theirs, task.metric)
+    verdict = "ours is better" if found.low > 0 else "ours is worse" if found.high < 0 else (
+        "the interval holds 0: these videos do not tell which is better")
+    return (f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}] against {run_name} "
+            f"({task.metric.score(theirs.sum(axis=0)).mean():.3f}), 95 % interval over {len(mine)} videos; "
+            f"{verdict}")
 
 
 if __name__ == "__main__":
     import pipeline
     config, options = from_command_line(
         __doc__, task={"choices": list(TASKS), "required": True, "help": "which labels"},
-        checkpoint={"default": "", "metavar": "FILE", "help": "default: this configuration's best.pt"})
-    pipeline.run("evaluate", config, TASKS[options.task], options.checkpoint)
+        checkpoint={"default": "", "metavar": "FILE", "help": "default: this configuration's best.pt"},
+        merge={"choices": list(MERGING), "default": "mean", "help": "frames that several segments cover"},
+        tune={"action": "store_true", "help": "smoothing and thresholds, chosen on held-out training videos"},
+        against={"default": "", "metavar": "RUN", "help": "another run's name: the difference to it"})
+    pipeline.run("evaluate", config, TASKS[options.task], options.checkpoint, options.merge, options.tune,
+                 options.against)

@@ -11,12 +11,13 @@ import sys
 from collections import Counter
 
 from affectnet import affectnet_2017, affectnet_2021
-from config import Data, from_command_line
+from config import from_command_line
 from face_set import FaceSet, image_folder
 from fer2013 import fer2013
 from images import listed
 from labels import EXPRESSIONS
 from raf_db import raf_db
+from settings import Data
 
 SIZES_OF = 100        # faces of a set are opened to see their sizes
 # A set that cannot be opened is a mistake in the settings; any other OSError is a disk that fails.

@@ -25,11 +25,14 @@ import textwrap
 from pathlib import Path
 
 from checkpoints import checksum, read_checkpoint, read_json
-from config import Config, typed
+from config import typed
+from settings import Config
 
 LEFT_OUT = ("synthetic.root", "finetune.start", "features.checkpoint", "task.features")            # paths
 WAYS_ON = "\ntwo ways on: "
 RANDOM = {"file": "random weights", "checksum": 0}           # what finetune.start=none begins with
+# Settings that were added later, with what was done before: for records that lack them.
+BEFORE = {"finetune": {"finetune.fold": 0}, "task": {"task.held_out": 0.0}}
 MADE = ("last.pt", "previous.pt", "best.pt", "metrics.json", "*.npy")            # files of work that was done
 
 
@@ -120,6 +123,14 @@ def tuned_on(record: dict | None) -> list[str]:
 
 # ---- Comparing
 
+def all_settings(record: dict) -> dict:
+    """A record's settings, with those that came later than the record; {} for a file without a record."""
+    if "settings" not in record:
+        return {}
+    kind = record.get("stage", "").split("_")[0]                        # task_va -> task
+    return {**BEFORE.get(kind, {}), **record["settings"]}
+
+
 def differences(record: dict, config: Config) -> dict[str, tuple]:
     """{setting: (stage, was, now)} of a record and of all that it was made from, the earliest stage first.
 
@@ -128,7 +139,7 @@ def differences(record: dict, config: Config) -> dict[str, tuple]:
     changed, before = {}, record.get("from")
     if before and "file" not in before and not value(config, record["input"]["setting"]):
         changed = differences(before, config)
-    for name, was in record["settings"].items():
+    for name, was in all_settings(record).items():
         now = value(config, name)
         if now != was:
             changed.setdefault(name, (record["stage"], was, now))
@@ -143,7 +154,7 @@ def lines_of(changed: dict) -> str:
 
 def unlike(before: dict, now: dict) -> str:
     """Lines with the settings in which the records of two results of one stage differ."""
-    old, new = before.get("settings", {}), now.get("settings", {})
+    old, new = all_settings(before), all_settings(now)
     return lines_of({name: (now.get("stage"), old[name], new.get(name))
                    for name in old if old[name] != new.get(name)})
 

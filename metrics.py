@@ -8,8 +8,11 @@ then is the score taken. So every labelled frame counts once. NumPy only: this f
     metrics.binary_f1(pred, target)            0/1 arrays (T, K) -> F1 of each column, the score is their mean
 
     python metrics.py      # what constants and noisy copies of random labels score
+    python metrics.py --task expr --predictions FILE --labels FOLDER      # scores a file (docs/scores.md)
 """
 
+import argparse
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +25,9 @@ class Metric(NamedTuple):
     count: Callable            # outputs (T, K), target, valid -> sums, float64
     score: Callable            # sums -> scores (K,); the challenge takes their mean
     chance: Callable           # sums -> scores (K,) of the best constant prediction
+    labelled: Callable         # sums -> (K, 2): labelled frames of this output, of how many labelled frames
+    details: Callable          # sums -> columns, each (K,); counts are whole numbers
+    titles: tuple              # of these columns; () = they are predictions of output 0, 1, ...
 
 
 def finite(outputs) -> np.ndarray:
@@ -65,6 +71,26 @@ def ccc_chance(sums) -> np.ndarray:
     return np.zeros(len(sums))
 
 
+def ccc_labelled(sums) -> np.ndarray:
+    """Each labelled frame has a value of the dimension. Shape: (D, 6) -> (D, 2)."""
+    return np.stack([sums[:, 0], sums[:, 0]], axis=1).astype(int)
+
+
+def ccc_details(sums) -> list[np.ndarray]:
+    """Mean and deviation of the labels, of the predictions, and Pearson's correlation. Five of (D,).
+
+    CCC is the correlation times a factor, at most 1, that is lower the more mean and deviation differ. So
+    these numbers tell why a CCC is low.
+    """
+    n, x, y, xx, yy, xy = sums.T                   # each (D,); x are the predictions, y the labels
+    n = np.maximum(n, 1)
+    mu_x, mu_y = x / n, y / n
+    sd_x = np.sqrt(np.maximum(xx / n - mu_x ** 2, 0))
+    sd_y = np.sqrt(np.maximum(yy / n - mu_y ** 2, 0))
+    bottom = sd_x * sd_y
+    return [mu_y, sd_y, mu_x, sd_x, (xy / n - mu_x * mu_y) / np.where(bottom > 1e-12, bottom, np.inf)]
+
+
 # ---- F1 of classes, for expressions
 
 def class_count(outputs, target, valid) -> np.ndarray:
@@ -99,6 +125,16 @@ def class_chance(sums) -> np.ndarray:
     return class_score(constant)
 
 
+def class_labelled(sums) -> np.ndarray:
+    """Frames labelled as the class, and as any. Shape: (K, K) -> (K, 2)."""
+    return np.stack([sums.sum(axis=1), np.full(len(sums), sums.sum())], axis=1).astype(int)
+
+
+def class_details(sums) -> list[np.ndarray]:
+    """The confusion matrix: a column per predicted class, in it the frames of each labelled class."""
+    return list(sums.T.astype(int))
+
+
 # ---- F1 of yes or no, for action units
 
 def binary_count(outputs, target, valid) -> np.ndarray:
@@ -124,9 +160,24 @@ def binary_chance(sums) -> np.ndarray:
     return f1(labelled, labelled, sums.sum(axis=1))
 
 
-CCC = Metric("CCC", ccc_count, ccc_score, ccc_chance)
-CLASS_F1 = Metric("macro F1", class_count, class_score, class_chance)
-BINARY_F1 = Metric("mean F1", binary_count, binary_score, binary_chance)
+def binary_labelled(sums) -> np.ndarray:
+    """Frames in which the column is labelled 1, and labelled at all. Shape: (K, 4) -> (K, 2)."""
+    return np.stack([sums[:, 2] + sums[:, 3], sums.sum(axis=1)], axis=1).astype(int)
+
+
+def binary_details(sums) -> list[np.ndarray]:
+    """TN, FP, FN, TP, precision TP / (TP + FP) and recall TP / (TP + FN); 0 / 0 is 0. Six of (K,)."""
+    _, false_positive, false_negative, hit = sums.T
+    precision = hit / np.maximum(hit + false_positive, 1)
+    recall = hit / np.maximum(hit + false_negative, 1)
+    return [*sums.T.astype(int), precision, recall]
+
+
+CCC = Metric("CCC", ccc_count, ccc_score, ccc_chance, ccc_labelled, ccc_details,
+             ("label mean", "deviation", "prediction mean", "deviation", "Pearson's r"))
+CLASS_F1 = Metric("macro F1", class_count, class_score, class_chance, class_labelled, class_details, ())
+BINARY_F1 = Metric("mean F1", binary_count, binary_score, binary_chance, binary_labelled, binary_details,
+                   ("TN", "FP", "FN", "TP", "precision", "recall"))
 
 
 # ---- To be called alone
@@ -174,7 +225,8 @@ def binary_f1(pred, target) -> np.ndarray:
     return binary_score(binary_count(pred.astype(np.float64) - 0.5, target, target >= 0))
 
 
-if __name__ == "__main__":
+def demonstration():
+    """What constants and noisy copies of random labels score."""
     rng = np.random.default_rng(0)
     path, noise = np.sin(np.arange(1000) / 50), rng.normal(0, 0.3, 1000)
     classes, units = rng.choice(8, 1000, p=[.3, .05, .05, .05, .2, .1, .05, .2]), rng.random((1000, 12)) < 0.2
@@ -186,3 +238,26 @@ if __name__ == "__main__":
           f"with 30 % of the frames wrong {class_f1(noisy_classes, classes).mean():.3f}")
     print(f"mean F1   of every action unit always on {binary_f1(np.ones_like(units), units).mean():.3f}, "
           f"with 30 % of the frames wrong {binary_f1(units ^ wrong[:, None], units).mean():.3f}")
+
+
+if __name__ == "__main__":
+    from labels import TASKS                               # which imports this file
+    from prediction_files import score_file
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(TASKS), help="which labels")
+    parser.add_argument("--predictions", metavar="FILE", help="predict.py's CSV or .jsonl, or a submission")
+    parser.add_argument("--labels", metavar="FOLDER",
+                        help="Aff-Wild2's annotations (then its validation set), or label files <video>.txt")
+    options = parser.parse_args()
+    given = [options.task, options.predictions, options.labels]
+    if not any(given):
+        demonstration()
+    elif not all(given):
+        parser.error("a file is scored with --task, --predictions and --labels; give all three, or none")
+    else:
+        try:
+            print(score_file(options.predictions, options.labels, TASKS[options.task]))
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)

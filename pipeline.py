@@ -91,7 +91,7 @@ def _run(config, team, stage, *arguments):
     if config.data.synthetic:
         synthetic.check_paths(config)
         if not team.agree(finished(stage, config, *arguments[:1])):
-            make_inputs(stage, config, team, *arguments)
+            make_inputs(stage, config, team, *arguments[:2])             # the task, and a checkpoint
     MAIN[stage](config, team, *arguments)
 
 

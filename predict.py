@@ -51,7 +51,7 @@ from labels import EXPR, TASKS
 from made_of import command, find_input, finished, like, missing, there
 from postprocessing import in_units, smoothed
 from run import Progress
-from scoring import check_checkpoint, check_task, load_segment_model, predict, stage_of
+from scoring import Trained, check_features, load, stage_of
 from table import Table, beside_a_table
 from table_pictures import draw_missing
 from training import loader
@@ -62,7 +62,7 @@ TOGETHER = 1000            # with --still, images that are written together
 
 # ---- Models
 
-def trained(config) -> dict[str, Path]:
+def finished_tasks(config) -> dict[str, Path]:
     """{task name: its best.pt} of the run's tasks that are finished. Raises ValueError if one is gone."""
     paths = {task.name: config.folder(stage_of(config, task)) / "best.pt" for task in TASKS.values()}
     paths = {name: path for name, path in paths.items() if finished(path.parent)}
@@ -71,19 +71,16 @@ def trained(config) -> dict[str, Path]:
     return paths
 
 
-def load_task(path, task, config, origin: dict, team) -> tuple:
-    """A task's segment model, the configuration that it was trained with, and what it is, for the table's
-    record. `origin`: the record of the ViT. Raises ValueError if it needs another ViT's features."""
-    saved = read_checkpoint(path)
-    check_task(path, saved, task)
+def load_task(path, task, config, origin: dict, team) -> tuple[Trained, dict]:
+    """A task's segment model, and what it is, for the table's record. `origin`: the record of the ViT. Raises
+    ValueError if it needs another ViT's features."""
+    trained = load(path, config, task, team)
     features = {"stage": "features", "settings": feature_settings(config), "from": origin}
-    check_checkpoint(path, saved, features, videos=[])
-    own, changed = like(saved.get("made_of"), config, path)
-    for name, (_, was, now) in changed.items():
+    check_features(path, trained.record, features)
+    for name, (_, was, now) in trained.changed.items():
         team.say(f"  {name}={was} as in {path}; the configuration has {now}")
-    model = load_segment_model(path, saved, own, task, config.vit.dim, team).eval()
-    return model, own, {"file": str(path), "checksum": checksum(path), "window": own.segments.window,
-                        "stride": own.segments.stride}
+    s = trained.config.segments
+    return trained, {"file": str(path), "checksum": checksum(path), "window": s.window, "stride": s.stride}
 
 
 # ---- Values
@@ -142,7 +139,7 @@ class Videos:
 
     def load(self, config, team) -> dict:
         """The ViT and the segment models. -> what they are, for the table's record"""
-        paths = trained(config)
+        paths = finished_tasks(config)
         if not paths:
             raise missing(config.folder(stage_of(config, TASKS["au"])) / "best.pt",
                           "train_task.py --task au", config)
@@ -153,12 +150,12 @@ class Videos:
         record = {"vit": {"file": str(path), "checksum": origin["checksum"], "token": config.finetune.token}}
         for task in TASKS.values():
             if task.name in paths:
-                *model, record[task.name] = load_task(paths[task.name], task, config, origin, team)
-                self.models.append((task, *model))
+                trained, record[task.name] = load_task(paths[task.name], task, config, origin, team)
+                self.models.append(trained)
             else:
                 team.say(f"  no columns of {task.name}, which is not trained; to train it: "
                          + command(f"train_task.py --task {task.name}", config))
-        self.tasks = [task for task, _, _ in self.models]
+        self.tasks = [trained.task for trained in self.models]
         self.header = ["video", "frame", "time", "face", *columns(self.tasks)]
         return record
 
@@ -171,10 +168,9 @@ class Videos:
                              "there, and give another --out")
         features, noface = video_features(self.vit, frames, length, self.config, self.team, progress)
         values = []
-        for task, model, own in self.models if not noface.all() else []:
-            s = own.segments
-            outputs = predict(model, features, s.window, s.stride, own.task.batch, self.team)        # (T, K)
-            values.append(smoothed(in_units(outputs, task), o.smooth))
+        for trained in self.models if not noface.all() else []:
+            outputs = trained.predict(features)                                                      # (T, K)
+            values.append(smoothed(in_units(outputs, trained.task), o.smooth))
         nothing = [None] * (len(self.header) - 4)
         return ([self.names[number], t + 1, t / o.fps if o.fps else None, int(not noface[t]),
                  *(cells(self.tasks, [v[t] for v in values]) or nothing)] for t in range(length)), noface

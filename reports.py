@@ -1,5 +1,5 @@
-"""What is said of a score: a table beside the numbers to compare with, and a picture of one video (paper
-§4.2, Table 1).
+"""What is said of a trained model's score: its table, which videos it is of, and a picture of one video
+(paper §4.2, Table 1).
 
 A score is compared with the paper's only on synthetic data, which says so, and on a complete copy of
 Aff-Wild2. Where the ViT was fine-tuned on scenes of the validation set, the score without them stands beside.
@@ -11,13 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 import timeline
-from data import VideoFrames, scene
+from data import VideoFrames
 from distributed import Team
 from frames import find_videos
 from labels import Task, targets
 from made_of import tuned_on
+from score_table import numbers as score_numbers, score_table
 from scoring import predict
 from segments import Video, labelled_faces, read_features, reasons, segments
+from splits import scene
 
 
 class Scored(NamedTuple):
@@ -62,27 +64,6 @@ def data_text(videos: list[Video], left_out: dict[str, str], scored: Scored) -> 
     return "\n".join(lines)
 
 
-def score_table(task: Task, sums, unseen_sums=None, fold: int = 0, comparable: bool = True) -> str:
-    """Each output's score beside chance; that on unseen videos, if `unseen_sums` are given; and the paper's
-    (Table 1) and the challenge's baseline, if `comparable`."""
-    ours, chance = task.metric.score(sums), task.metric.chance(sums)
-    columns = {"ours": [*ours, ours.mean()]}
-    if unseen_sums is not None:
-        unseen = task.metric.score(unseen_sums)
-        columns["unseen"] = [*unseen, unseen.mean()]
-    columns["chance"] = [*chance, chance.mean()]
-    names = [*task.outputs, "mean"]
-    if comparable:
-        columns["paper"] = [task.paper[name][fold] if name in task.paper else None for name in names]
-        columns["baseline"] = [task.baseline.get(name) if fold == 0 else None for name in names]
-    lines = [f"{task.metric.name:14s}" + "".join(f"{title:>10s}" for title in columns)]
-    for i, name in enumerate(names):
-        cells = [column[i] for column in columns.values()]
-        lines.append(f"{name:14s}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>10s}"
-                                             for cell in cells))
-    return "\n".join(lines)
-
-
 def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
     """The score table with what it is about: the checkpoint, the videos, those left out, those seen before.
 
@@ -90,9 +71,8 @@ def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
     """
     frames = sum(len(video.labels) for video in scored.videos)
     some = 0 < scored.seen < len(scored.videos)
-    unseen_sums = sums[scored.unseen].sum(axis=0) if some else None
     lines = [str(checkpoint), f"{len(scored.videos)} validation videos, {frames:,} frames ({scored.data})",
-             score_table(task, sums.sum(axis=0), unseen_sums, fold, scored.comparable)]
+             score_table(task, sums, scored.unseen if some else None, fold, scored.comparable)]
     if scored.seen:
         lines.append(seen_text(scored) + (", so the score is too high" if not some else
                                           "; \"unseen\" is the score of the others alone"))
@@ -103,10 +83,9 @@ def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
 
 def numbers(task: Task, sums, scored: Scored) -> dict:
     """The score and what belongs to it, for metrics.json. Shape: sums (videos, ...)."""
-    scores, chance = task.metric.score(sums.sum(axis=0)), task.metric.chance(sums.sum(axis=0))
-    return {"metric": task.metric.name, "score": scores.mean(), **dict(zip(task.outputs, scores.tolist())),
-            "chance": chance.mean(), "validation_videos": len(scored.videos),
-            "seen_videos": scored.seen, "left_out": scored.left_out}
+    return {**score_numbers(task, sums), "validation_videos": len(scored.videos),
+            "seen_videos": scored.seen, "left_out": scored.left_out, "data": scored.data,
+            "comparable": scored.comparable}
 
 
 def stored_scores(run_folder: Path) -> str:

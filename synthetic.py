@@ -22,9 +22,10 @@ import synthetic_acting
 import synthetic_face
 import synthetic_stills
 from checkpoints import write_text
-from config import Synthetic, from_command_line
+from config import from_command_line
 from distributed import launch
 from labels import TASKS
+from settings import Synthetic
 from synthetic_acting import TRAIN, VAL, act, annotate, bursts, episodes, spoil
 from synthetic_face import draw_face, person, save_sheet
 from synthetic_stills import SETS, draw_still, still, write_lists

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from config import Synthetic
 from labels import EXPRESSIONS
+from settings import Synthetic
 from synthetic_acting import CIRCUMPLEX, MOOD_SPREAD, STILL, blend, cover
 from synthetic_face import Person, State, background, draw_face, oval, person
 

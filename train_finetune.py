@@ -1,7 +1,8 @@
 """Stage 2: fine-tuning the ViT on the expression frames of Aff-Wild2 (paper §3.1, §4.1.1).
 
 The MAE's decoder is gone; fully connected layers take its place, and the whole ViT is trained. Afterwards
-it is the feature extractor of every task.
+it is the feature extractor of every task. `finetune.fold` says whose training videos it sees: those of the
+official split (0), or of a fold (1 to 4, splits.py; folds.py runs them all).
 
     python train_finetune.py                                           # the demo
     torchrun --nproc_per_node=2 train_finetune.py --config my.yaml     # your copy of Aff-Wild2
@@ -25,7 +26,7 @@ from torch.utils.data import BatchSampler
 
 from checkpoints import load_vit, load_weights, read_checkpoint
 from config import from_command_line
-from data import ExprFrames, split
+from data import ExprFrames
 from distributed import all_sum
 from features import build
 from frames import video_folders
@@ -34,6 +35,7 @@ from labels import EXPR
 from losses import expr_loss
 from made_of import find_input, settings_of
 from run import Run
+from splits import split
 from training import (adamw, effective_batch, generator, gradient_norm, in_pieces, loader, pieces,
                       seed_dropout, set_learning_rate, vit_bytes)
 
@@ -55,7 +57,7 @@ def main(config, team):
     videos, merged = video_folders(config.data.frames)
     for line in merged:
         team.say(line)
-    train_files, val_files = split(config.data.labels, EXPR, fold=0)
+    train_files, val_files = split(config.data.labels, EXPR, f.fold)
     size = config.vit.image_size
     crop = partial(augment, size=(size, size), seed=seed, smallest_crop=f.smallest_crop)
     train = ExprFrames(train_files, videos, size, f.every, crop)

@@ -21,15 +21,15 @@ import dataclasses
 import torch
 
 import losses
-from checkpoints import read_checkpoint, write_text
+from checkpoints import write_text
 from config import from_command_line
-from data import split
 from labels import TASKS
 from made_of import input_there, settings_of
 from reports import data_text, draw_timeline, numbers, report, stored_scores, to_score
 from run import Run
-from scoring import FEATURES, find_features, load_segment_model, score, shared_out, stage_of
+from scoring import (FEATURES, HELD_OUT, find_features, load, score, shared_out, stage_of, write_sums)
 from segments import SegmentData, fingerprint, open_videos
+from splits import hold_out, split
 from temporal import SegmentModel
 from training import effective_batch, gradient_norm, seed_dropout, set_learning_rate
 
@@ -47,10 +47,17 @@ def main(config, team, task):
     # data
     features, origin = find_features(config, team)
     train_files, val_files = split(config.data.labels, task, t.fold)
+    train_files, held_out_files = hold_out(train_files, t.held_out)
     videos, train_left_out, dim = open_videos(train_files, features, task)
     val_videos, val_left_out, _ = open_videos(val_files, features, task)
+    choose_on, chosen_by = val_videos, "validation"                    # the best epoch is the best on these
+    if held_out_files:
+        choose_on, _, _ = open_videos(held_out_files, features, task)
+        chosen_by = "held-out"
     found = {"training": fingerprint(videos), "validation": fingerprint(val_videos),
              "training videos": [video.name for video in videos]}
+    if held_out_files:
+        found |= {"held out": fingerprint(choose_on), HELD_OUT: [video.name for video in choose_on]}
     if run.still_finished(found):
         return team.say(f"\n{stored_scores(run.folder)}")
     scored = to_score(val_videos, val_left_out, videos, task, origin, config)
@@ -83,18 +90,19 @@ def main(config, team, task):
             norm = gradient_norm(model)
             optimizer.step()
             run.end_step(loss, norm)
-        mine = run.unless_stopped(shared_out(val_videos, team))
-        sums = score(model, mine, val_videos, task, s.window, s.stride, t.batch, team)
+        mine = run.unless_stopped(shared_out(choose_on, team))
+        sums = score(model, mine, choose_on, task, s.window, s.stride, t.batch, team)
         run.obey_signals()
         mean = task.metric.score(sums.sum(axis=0)).mean()             # (videos, ...) -> (...) -> (K,)
         run.keep_best(mean)
-        run.end_epoch(f"validation {task.metric.name} {mean:.3f}", score=mean)
+        run.end_epoch(f"{chosen_by} {task.metric.name} {mean:.3f}", score=mean)
     run.end()
 
     # finish: the best epoch's weights
-    model = load_segment_model(best, read_checkpoint(best), config, task, dim, team)
+    model = load(best, config, task, team).model
     mine = shared_out(val_videos, team)
     sums = score(model, mine, val_videos, task, s.window, s.stride, t.batch, team)
+    write_sums(run.folder, val_videos, sums, team)
     text, metrics = report(task, sums, scored, best, t.fold), numbers(task, sums, scored)
     team.say(f"\n{text}")
     if team.rank == 0:

@@ -17,12 +17,13 @@ from PIL import Image
 import data
 import extract_features
 import segments
-from config import Config
+import splits
 from distributed import Team
 from frames import find_videos
 from labels import AU, EXPR, VA, read_labels
 from run import Progress
 from run_folder import RunFolder
+from settings import Config
 
 VA_HEADER, EXPR_HEADER = "valence,arousal", "Neutral,Anger,Disgust,Fear,Happiness,Sadness,Surprise,Other"
 ALONE = Team(0, 1, torch.device("cpu"))
@@ -106,7 +107,7 @@ def tree(train=("a",), val=("b",)):
 
 def fold(number):
     """Two labelled videos, which fill two of the four quarters."""
-    return lambda d: (tree()(d), data.split(d, VA, number))
+    return lambda d: (tree()(d), splits.split(d, VA, number))
 
 
 def frames_of(*names):
@@ -251,7 +252,7 @@ def test_a_name_in_any_language_and_of_any_length_works_from_labels_to_features(
     (tmp_path / "frames" / name).mkdir(parents=True)
     for n in (1, 3):
         Image.new("RGB", (8, 8), (50 * n,) * 3).save(tmp_path / "frames" / name / f"{n:05d}.jpg")
-    videos, files = find_videos([tmp_path / "frames"]), data.split(tmp_path, EXPR, 0)[0]
+    videos, files = find_videos([tmp_path / "frames"]), splits.split(tmp_path, EXPR, 0)[0]
     assert list(videos) == list(files) == [name]
     assert data.ExprFrames(files, videos, 8)[1][1] == 2
 

@@ -3,7 +3,8 @@ it may run or be lost.
 
 Each refusal is a ValueError, which the scripts print as one line and exit code 2. A broken image among many
 is no refusal: it is left out of its batch and named (test_data.py, test_faces.py). What can be wrong with a
-copy of Aff-Wild2 and with features is in test_bad_aff_wild2.py.
+copy of Aff-Wild2 and with features is in test_bad_aff_wild2.py, with prediction files in
+test_bad_predictions.py.
 """
 
 import os
@@ -21,6 +22,7 @@ import synthetic
 from distributed import Team
 from images import inside, read_image
 from run_folder import RunFolder
+from settings import Config, Data
 
 COLUMNS = ("subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,"
              "valence,arousal")
@@ -116,7 +118,7 @@ def other_architecture(d):
 
 
 def run_folder(out, settings):
-    resolved = config.Config()
+    resolved = Config()
     resolved.run.out, resolved.run.name = str(out), "mine"
     return RunFolder("run", resolved, ALONE, settings)
 
@@ -189,9 +191,9 @@ TABLE = {
     "a face data set that is not there": (
         lambda d: faces.affectnet_2017(d / "none"), r"looked for .*none/training\.csv, which is not there"),
     "a face folder without images": (
-        lambda d: faces.load_faces(config.Data(folders=[str(d)])), r"data\.folders\[0\]: no image found in"),
+        lambda d: faces.load_faces(Data(folders=[str(d)])), r"data\.folders\[0\]: no image found in"),
     "no face data set at all": (
-        lambda d: faces.load_faces(config.Data()), "no data set is given; set data.affectnet_2017"),
+        lambda d: faces.load_faces(Data()), "no data set is given; set data.affectnet_2017"),
     # checkpoints
     "a checkpoint that is not there": (
         lambda d: checkpoints.read_checkpoint(d / "best.pt"), r"best\.pt: no such checkpoint"),

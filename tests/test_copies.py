@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from settings import Config
 from test_faces import (AFFECTNET_HEADER, affectnet_row, level, make_affectnet_2017, make_affectnet_2021,
                         make_fer2013, make_raf_db, save, settings, write)
 
 import faces
 from affectnet import affectnet_2017
-from config import Config
 from faces import load_faces
 from fer2013 import fer2013
 from images import find_images

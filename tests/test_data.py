@@ -1,5 +1,5 @@
-"""Aff-Wild2 as it lies on disk: label files, splits and folds, and frames with their labels. The folders of
-the videos have a file of their own."""
+"""Aff-Wild2 as it lies on disk: label files, and frames with their labels. The folders of the videos, and the
+folds, have files of their own."""
 
 import pickle
 import runpy
@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import ExprFrames, VideoFrames, describe, scene, split
+from data import ExprFrames, VideoFrames, describe
 from frames import find_videos
 from distributed import Team
 from labels import AU, EXPR, TASKS, VA, has_labels, label_files
@@ -55,74 +55,6 @@ def test_two_expr_folders_are_refused_because_one_of_them_would_be_ignored(tmp_p
     message = "both .*EXPR_Classification_Challenge and .*EXPR_Recognition_Challenge exist; keep one"
     with pytest.raises(ValueError, match=message):
         label_files(tmp_path, EXPR)
-
-
-# ---- Splits and folds
-
-def label_tree(root, order=1):
-    """40 videos of very different lengths. Every fifth scene shows two people, one of them in the other
-    official set. -> {video: its official set}"""
-    rng, videos = np.random.default_rng(0), {}
-    for i in range(40):
-        names = [f"{i}-30_x.y"]
-        if i % 5 == 0:
-            names = [f"{i}-30_x.y_left", f"{i}-30_x.y_right", f"{i}-30_x.y"]
-        for k, name in enumerate(names):
-            videos[name] = ("Train_Set" if (i + k) % 3 else "Validation_Set", int(rng.integers(1, 400)))
-    for name, (part, frames) in list(videos.items())[::order]:
-        label_file(root / VA.folders[0] / part / f"{name}.txt", VA, *["0,0"] * frames)
-    return {name: part for name, (part, _) in videos.items()}
-
-
-def test_fold_0_is_the_official_split(tmp_path):
-    official = label_tree(tmp_path)
-    train, val = split(tmp_path, VA, 0)
-    assert {v: "Train_Set" for v in train} | {v: "Validation_Set" for v in val} == official
-    assert all(file.parent.name == official[v] for v, file in (train | val).items())
-
-
-def test_folds_1_to_4_partition_all_videos_and_keep_scenes_whole(tmp_path):
-    official, held_out = label_tree(tmp_path), []
-    for fold in (1, 2, 3, 4):
-        train, val = split(tmp_path, VA, fold)
-        assert not train.keys() & val.keys() and train.keys() | val.keys() == official.keys()
-        assert not {scene(video) for video in train} & {scene(video) for video in val}
-        assert all(file.stem == video and file.exists() for video, file in (train | val).items())
-        held_out += val
-    assert sorted(held_out) == sorted(official)      # each video is held out exactly once
-
-
-def test_the_quarters_differ_by_no_more_than_one_scene(tmp_path):
-    label_tree(tmp_path)
-    parts = [split(tmp_path, VA, fold)[1] for fold in (1, 2, 3, 4)]
-    scenes = {}
-    for part in parts:
-        for video, file in part.items():
-            scenes[scene(video)] = scenes.get(scene(video), 0) + file.stat().st_size
-    sizes = [sum(file.stat().st_size for file in part.values()) for part in parts]
-    assert max(sizes) - min(sizes) <= max(scenes.values())
-
-
-def test_the_longest_scenes_are_dealt_first(tmp_path):
-    for name, frames in zip("abcdef", (4, 4, 4, 20, 20, 20)):          # with the header, 32 and 96 bytes
-        part = "Train_Set" if name < "d" else "Validation_Set"
-        label_file(tmp_path / VA.folders[0] / part / f"{name}.txt", VA, *["0,0"] * frames)
-    held_out = ["".join(split(tmp_path, VA, fold)[1]) for fold in (1, 2, 3, 4)]
-    assert held_out == ["d", "e", "f", "abc"]
-
-
-def test_folds_do_not_depend_on_the_order_of_the_disk(tmp_path):
-    label_tree(tmp_path / "a"), label_tree(tmp_path / "b", order=-1)
-    for fold in range(5):
-        a, b = split(tmp_path / "a", VA, fold), split(tmp_path / "b", VA, fold)
-        assert [list(part) for part in a] == [list(part) for part in b]
-
-
-@pytest.mark.parametrize("video, name", [
-    ("136_left", "136"), ("28-30-1280x720-2_right", "28-30-1280x720-2"), ("video86_3", "video86_3"),
-    ("left", "left"), ("a_left_2", "a_left_2"), ("a_left_right", "a_left")])
-def test_only_a_last_left_or_right_is_cut_from_a_name(video, name):
-    assert scene(video) == name
 
 
 # ---- Single frames

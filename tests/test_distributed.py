@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 import distributed
-from config import Config
 from distributed import Team, all_sum, choose_device, join, launch
 from processes import ALONE, CPU, in_child, in_team
+from settings import Config
 from training import loader
 
 

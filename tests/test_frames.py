@@ -12,6 +12,7 @@ from test_data import EXPR, NAMES, frame, label_file
 import data
 from frames import find_videos, frame_numbers, list_frames, video_folders
 from labels import VA, read_labels
+from splits import split
 
 
 def touch(root, *names):
@@ -224,7 +225,7 @@ def test_nothing_is_written_into_the_data(tmp_path):
 
     before = tree()
     list(data.describe([tmp_path / "frames"], tmp_path / "labels"))
-    files, videos = data.split(tmp_path / "labels", EXPR, 0)[0], find_videos([tmp_path / "frames"])
+    files, videos = split(tmp_path / "labels", EXPR, 0)[0], find_videos([tmp_path / "frames"])
     assert data.ExprFrames(files, videos, 8)[0][1] == 1 and data.VideoFrames(videos["a"], 8)[0]
     assert tree() == before
 

@@ -108,7 +108,7 @@ def test_a_row_holds_what_the_models_make_of_the_extracted_features(trained, row
 
 
 def test_the_features_are_those_that_extraction_writes_bit_for_bit(trained):
-    with mock.patch.object(predict, "predict", side_effect=scoring.predict) as called:
+    with mock.patch.object(scoring, "predict", side_effect=scoring.predict) as called:
         start(trained, frames="frames/6", out="spied.csv")
     extracted = np.load(trained / "runs/tiny/features/6.npy")
     assert len(called.call_args_list) == 3

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from checkpoints import read_checkpoint
-from config import Config
 from distributed import Team
 from processes import ALONE, CPU, in_child, in_team
 from run import Run, Signals, clock, rate
+from settings import Config
 from training import Batches, adamw, seed_dropout, set_learning_rate
 
 FINITE, NAN, INF = torch.tensor(0.5), torch.tensor(float("nan")), torch.tensor(float("inf"))

@@ -11,11 +11,12 @@ import torch
 
 import run_folder
 from checkpoints import checksum, read_checkpoint
-from config import Config, load
+from config import load
 from distributed import Team
 from made_of import settings_of
 from processes import ALONE, CPU, in_child, in_team
 from run_folder import RunFolder
+from settings import Config
 
 
 def opened(folder, settings=None, config=None, team=ALONE):

@@ -11,13 +11,14 @@ import torch
 
 import losses
 import scoring
-from config import Config
 from distributed import Team
-from labels import AU, EXPR, TASKS, VA
+from labels import AU, EXPR, TASKS, VA, targets
+from made_of import settings_of
 from metrics import binary_f1, ccc, class_f1
-from scoring import (check_checkpoint, check_task, find_features, load_segment_model, predict, score,
-                     shared_out, stage_of)
-from segments import SegmentData, Video, read_features, segments
+from scoring import (check_features, check_scenes, check_task, count_as_authors, find_features, load, merged,
+                     predict, read_sums, score, shared_out, stage_of, triangle, write_sums)
+from segments import SegmentData, Video, pad, read_features, segments
+from settings import Config
 from temporal import SegmentModel
 
 ALONE = Team(0, 1, torch.device("cpu"))
@@ -146,7 +147,53 @@ def test_predictions_are_the_same_whatever_the_padding_holds(rubbish):
     assert np.isfinite(clean).all() and np.array_equal(clean, littered)
 
 
+def test_merging_gives_each_frame_the_weighted_mean_of_its_segments_outputs():
+    cut = [(0, 4), (3, 7), (6, 8)]
+    y = np.arange(24, dtype=np.float32).reshape(3, 4, 2) ** 2                # (S, w, K), the last one padded
+    mean, triangular = merged(cut, y, 8), merged(cut, y, 8, "triangular")
+    for t in range(8):
+        covering = [(i, t - a, min(t - a + 1, b - t)) for i, (a, b) in enumerate(cut) if a <= t < b]
+        rows, weights = [y[i, at] for i, at, _ in covering], [weight for _, _, weight in covering]
+        assert mean[t] == pytest.approx(np.mean(rows, axis=0))
+        assert triangular[t] == pytest.approx(np.average(rows, axis=0, weights=weights))
+    assert triangle(5).tolist() == [1, 2, 3, 2, 1] and triangle(4).tolist() == [1, 2, 2, 1]
+    assert triangle(1).tolist() == [1]
+
+
+def test_without_merging_a_video_is_cut_into_segments_that_follow_each_other():
+    model = Telltale()
+    y = predict(model, counting(23), 10, 7, 2, ALONE, "none")
+    assert model.seen == [list(range(a, b)) for a, b in ((0, 10), (10, 20), (20, 23))]
+    assert y[:, 0].tolist() == list(range(23)) and y[[9, 10, 22], 1].tolist() == [0, 10, 20]
+
+
 # ---- Scoring
+
+@of_each_task
+@pytest.mark.parametrize("frames", [3, 10, 24, 27])
+def test_the_authors_protocol_counts_full_segments_each_by_itself(task, frames):
+    y, labels = drawn(task, frames)
+    target, valid = targets(labels, task)
+    cut = segments(frames, 10, 7)
+    outputs = np.stack([pad(y[a:b] + i, 10) for i, (a, b) in enumerate(cut)])        # (S, 10, K)
+    expected = task.metric.count(y[:0], target[:0], valid[:0])
+    for i, (a, b) in enumerate(cut):
+        if b - a == 10:
+            expected = expected + task.metric.count(y[a:b] + i, target[a:b], valid[a:b])
+    assert count_as_authors(task, cut, outputs, target, valid) == pytest.approx(expected)
+    assert frames >= 10 or not expected.any()                               # a short video is lost
+
+
+def test_the_sums_of_a_finished_task_come_back_as_they_were(tmp_path):
+    videos = [Video(name, Path(name), np.zeros(3)) for name in ("b", "<a>")]
+    sums = np.random.default_rng(0).normal(size=(2, 12, 4))
+    write_sums(tmp_path, videos, sums, Team(1, 2, ALONE.device))
+    with pytest.raises(ValueError, match="video_sums.json not found; train_task.py writes it"):
+        read_sums(tmp_path)
+    write_sums(tmp_path, videos, sums, ALONE)
+    names, found = read_sums(tmp_path)
+    assert names == ["b", "<a>"] and np.array_equal(found, sums)
+
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_every_frame_of_every_video_is_scored_once_by_one_process(tmp_path, world):
@@ -278,32 +325,63 @@ def small_config():
 
 @pytest.mark.parametrize("wrap", [lambda weights: {"model": weights}, lambda weights: weights],
                          ids=["our checkpoint", "weights alone"])
-def test_the_weights_of_a_checkpoint_are_loaded_and_those_of_other_sizes_are_refused(wrap):
+def test_the_weights_of_a_checkpoint_are_loaded_and_those_of_other_sizes_are_refused(tmp_path, wrap):
     model = SegmentModel(5, 12, **SMALL)
-    saved = wrap(model.state_dict())
-    loaded = load_segment_model("best.pt", saved, small_config(), AU, 5, ALONE)
-    pairs = zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-    shapes = r"(?s)best.pt: a checkpoint of another architecture.*file \(8, 5, 3\), model \(8, 6, 3\)"
-    with pytest.raises(ValueError, match=shapes):
-        load_segment_model("best.pt", saved, small_config(), AU, 6, ALONE)
-    with pytest.raises(ValueError, match="another architecture"):
-        load_segment_model("best.pt", saved, small_config(), VA, 5, ALONE)
+    path, config = tmp_path / "best.pt", small_config()
+    torch.save(wrap(model.state_dict()), path)
+    loaded = load(path, config, AU, ALONE)
+    pairs = zip(model.state_dict().values(), loaded.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs) and loaded.model.dim == 5 and not loaded.model.training
+    assert (loaded.task, loaded.record, loaded.changed) == (AU, None, {})
+    with pytest.raises(ValueError, match=r"(?s)best.pt: a checkpoint of another archi.*model \(2, 8\)"):
+        load(path, config, VA, ALONE)
+    config.temporal.channels = [8, 9]
+    with pytest.raises(ValueError, match=r"(?s)another architecture.*file \(8, 8, 3\), model \(9, 8, 3\)"):
+        load(path, config, AU, ALONE)
+    with pytest.raises(ValueError, match="best.pt: does not tell what it was made of; give its config"):
+        load(path)
+
+
+@pytest.mark.parametrize("parts", [dict(), dict(tcn=False), dict(transformer=False, causal=False),
+                                   dict(tcn=False, transformer=False)], ids=["all", "no TCN", "TCN", "head"])
+def test_a_checkpoint_alone_is_enough_to_predict_from_features_as_they_lie_on_disk(tmp_path, parts):
+    torch.manual_seed(0)
+    model, config = SegmentModel(5, 8, **SMALL, **parts).eval(), small_config()
+    for name, value in parts.items():
+        setattr(config.temporal, name, value)
+    config.segments.window, config.segments.stride = 10, 7
+    record = {"stage": "task_expr_fold2", "settings": settings_of(config, "temporal", "segments"),
+              "input": None, "data": {}, "from": None}
+    torch.save({"model": model.state_dict(), "made_of": record}, tmp_path / "best.pt")
+    features = np.random.default_rng(0).normal(size=(27, 5)).astype(np.float16)
+    trained = load(tmp_path / "best.pt")
+    assert trained.task is EXPR and trained.record == record
+    assert np.array_equal(trained.predict(features), predict(model, features, 10, 7, 2, ALONE))
+    with pytest.raises(ValueError, match=r"expected \(B, T, 5\)"):
+        trained.predict(features[:, :4])
+
+
+def test_a_checkpoint_of_no_task_is_no_segment_model(tmp_path):
+    torch.save({"model": {}, "made_of": {"stage": "finetune", "settings": {}, "from": None}},
+               tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="best.pt: of stage finetune, not of a task"):
+        load(tmp_path / "best.pt")
 
 
 def test_a_checkpoint_of_another_task_is_refused_and_one_that_does_not_tell_is_not():
     for stage in ("task_au", "task_au_fold2"):
-        saved = {"made_of": {"stage": stage}}
-        check_task("best.pt", saved, AU)
+        record = {"stage": stage}
+        check_task("best.pt", record, AU)
         with pytest.raises(ValueError, match=f"best.pt: trained for {stage}, not for --task va"):
-            check_task("best.pt", saved, VA)
-    check_task("best.pt", {"model": {}}, VA)
+            check_task("best.pt", record, VA)
+    check_task("best.pt", None, VA)
 
 
 def trained(on, fold=0, vit=7):
-    """A checkpoint that was trained on these videos, with features of a ViT of this checksum."""
-    return {"made_of": {"stage": "task_au", "settings": {"task.fold": fold}, "from": features_of(vit),
-                        "data": {"training videos": on}}}
+    """The record of a checkpoint that was trained on these videos, with features of a ViT of this
+    checksum."""
+    return {"stage": "task_au", "settings": {"task.fold": fold}, "from": features_of(vit),
+            "data": {"training videos": on}}
 
 
 def features_of(vit):
@@ -316,22 +394,27 @@ def test_a_model_takes_features_of_the_vit_it_was_trained_on_and_no_others(given
     refused = pytest.raises(ValueError, match=r"of another ViT, features from finetune \(checksum 7\), not "
                                               r"(features from finetune \(checksum 8\)|x), .*--set task.feat")
     with contextlib.nullcontext() if fits else refused:
-        check_checkpoint("best.pt", trained(["a"]), given, [])
+        check_features("best.pt", trained(["a"]), given)
 
 
 def test_features_of_the_same_vit_with_another_setting_are_named_by_it():
     other = {**features_of(7), "settings": {"finetune.token": "cls"}}
-    saved = trained(["a"])
-    saved["made_of"]["from"] = {**features_of(7), "settings": {"finetune.token": "mean"}}
+    record = trained(["a"])
+    record["from"] = {**features_of(7), "settings": {"finetune.token": "mean"}}
     with pytest.raises(ValueError, match=r"\n  finetune.token: was 'mean', now 'cls' \(of stage features\)"):
-        check_checkpoint("best.pt", saved, other, [])
+        check_features("best.pt", record, other)
 
 
 def test_a_model_is_not_scored_on_scenes_that_it_was_trained_on():
     def on(*names):
         return [Video(name, Path(name), np.zeros(3)) for name in names]
-    check_checkpoint("best.pt", trained(["a", "b_left"]), features_of(7), on("c", "d"))
+    check_scenes("best.pt", trained(["a", "b_left"]), on("c", "d"))
     with pytest.raises(ValueError, match=r"best.pt: trained on 2 of the 3 videos that would be scored "
                                          r"\(a, b_right\); give the labels that it was trained"):
-        check_checkpoint("best.pt", trained(["a", "b_left"], 1), features_of(7), on("a", "b_right", "c"))
-    check_checkpoint("best.pt", {"model": {}}, features_of(7), on("a"))        # nothing is known of it
+        check_scenes("best.pt", trained(["a", "b_left"], 1), on("a", "b_right", "c"))
+    check_features("best.pt", None, features_of(7))
+    held = trained(["a"])
+    held["data"]["held-out videos"] = ["d_right"]                            # chose its epoch
+    with pytest.raises(ValueError, match=r"trained on 1 of the 2 videos .*\(d\)"):
+        check_scenes("best.pt", held, on("c", "d"))
+    check_scenes("best.pt", None, on("a"))                                     # nothing is known of it

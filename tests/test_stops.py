@@ -68,7 +68,7 @@ def test_a_stop_after_the_last_step_of_a_stage_is_not_forgotten(undisturbed, tmp
 # ---- In a validation
 
 @pytest.mark.parametrize("stage, validated, before", [("finetune", "vit.VisionTransformer.features", 5),
-                                                      ("task_au", "scoring.predict", 0)])
+                                                      ("task_au", "scoring.segment_outputs", 0)])
 @pytest.mark.parametrize("world, calls", [(1, 2), (2, 1), (1, 0)], ids=["one process", "two", "just before"])
 def test_stopped_in_a_validation_a_run_does_not_wait_for_its_end(
         finished, tmp_path, stage, validated, before, world, calls):
@@ -92,7 +92,7 @@ def test_one_process_of_two_that_is_told_to_stop_in_a_validation_stops_both(
         undisturbed_by_two, undisturbed, tmp_path):
     """The one that does not save must not leave before the other has."""
     folder, place = ready(undisturbed, tmp_path, "task_au")
-    hook = partial(only, 1, stop("scoring.predict", 1, signal.SIGTERM))
+    hook = partial(only, 1, stop("scoring.segment_outputs", 1, signal.SIGTERM))
     codes, said = run(folder, *TRAIN_AU, world=2, hook=hook)
     assert codes == [143, 143] and said.count("; saved, start the same command again") == 1
     done(folder, *TRAIN_AU, world=2)

@@ -16,10 +16,10 @@ import synthetic
 import synthetic_acting
 import synthetic_stills
 from affectnet import AFFECTNET_COLUMNS
-from config import Config, Data, Synthetic
 from distributed import Team
 from fer2013 import FERPLUS
 from labels import AUS, EXPRESSIONS, TASKS
+from settings import Config, Data, Synthetic
 from synthetic import check_paths, draw, draw_video, index, is_complete, make, videos
 from synthetic_acting import LABEL_LAG, STILL, TRAIN, VAL, act, annotate, spoil
 from synthetic_face import SIDE, State, draw_face, eyes, person

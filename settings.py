@@ -1,0 +1,171 @@
+"""All settings, each beside its meaning and its source in the paper. The defaults are the paper's.
+
+"silent" marks what the paper does not say, and then where our value comes from. `config.py` fills them from a
+file and the command line; `python config.py` prints them.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+def list_of(*items):
+    """A list as the default of a field; each configuration gets its own."""
+    return field(default_factory=lambda: list(items))
+
+
+@dataclass
+class Data:
+    """Where the data lies (§4.1.1 and §4.1.2 name the data sets). "" = not used."""
+    synthetic: bool = False           # draw all data (synthetic.py); a stage makes a missing input itself
+    frames: list[str] = list_of()     # folders that hold a folder of face crops per video; merged
+    labels: str = ""                  # Aff-Wild2's annotations: holds VA_Estimation_Challenge, ...
+    affectnet_2017: str = ""          # AffectNet, first release: holds Manually_Annotated_Images, ...
+    affectnet_crop: bool = False      # of the 2017 release: cut each face out by the box in its list
+    affectnet_2021: str = ""          # AffectNet, second release: holds train_set and val_set
+    raf_db: str = ""                  # RAF-DB: holds basic
+    fer2013: str = ""                 # FER2013: holds fer2013.csv, or train/angry, ..., test/angry, ...
+    ferplus: str = ""                 # FER+: holds fer2013new.csv, new labels for FER2013's images
+    folders: list[str] = list_of()    # any other folders of face images for pre-training
+
+
+@dataclass
+class Synthetic:
+    """How much synthetic data is drawn, and where. Only with data.synthetic; the paper has none."""
+    root: str = "data/demo"           # folder that the data sets are written to
+    seed: int = 0                     # another seed draws other people
+    train_videos: int = 72            # training videos
+    val_videos: int = 24              # validation videos, of other people
+    frames: int = 180                 # typical length of a video, in frames
+    faces: int = 4000                 # still faces over all static sets
+
+
+@dataclass
+class Vit:
+    """The face model, a Vision Transformer (ViT)."""
+    image_size: int = 224             # side of the square input, in pixels. silent: ViT-B/16's usual size
+    patch: int = 16                   # side of a patch, in pixels (§3.1)
+    dim: int = 768                    # width of a token: ViT-Base (§3.1)
+    depth: int = 12                   # blocks: ViT-Base (§3.1)
+    heads: int = 12                   # attention heads: ViT-Base (§3.1)
+
+
+@dataclass
+class Pretrain:
+    """MAE pre-training (§3.1, §4.1.1). "MAE's" is the value of the original MAE's authors."""
+    decoder_dim: int = 512            # width of a token in the decoder. silent: MAE's
+    decoder_depth: int = 8            # blocks of the decoder. silent: MAE's
+    decoder_heads: int = 16           # attention heads of the decoder. silent: MAE's
+    mask_ratio: float = 0.75          # share of the patches that are hidden (§3.1)
+    norm_pix_loss: bool = False       # normalise the target within each patch; the paper: plain pixels (§3.1)
+    epochs: int = 500                 # passes over the face images (§4.1.1)
+    batch: int = 1024                 # images per optimiser step, over all processes (§4.1.1)
+    lr: float = 5e-4                  # peak learning rate, absolute (§4.1.1)
+    betas: list[float] = list_of(0.9, 0.95)     # AdamW's. silent: MAE's
+    weight_decay: float = 0.05        # AdamW's, on matrices only. silent: MAE's
+    warmup_epochs: float = 40.0       # epochs of linear warm-up, then cosine to 0. silent: MAE's
+    smallest_crop: float = 0.2        # a crop's smallest share of the image's area. silent: MAE's
+
+
+@dataclass
+class Finetune:
+    """Training the ViT on the expression labels of single frames of Aff-Wild2 (§3.1, §4.1.1).
+
+    The paper does not mention layer decay and drop path, which are common here; neither is used.
+    """
+    start: str = ""                   # "" = pretrain/last.pt, "none" = random, or a checkpoint, ours or MAE's
+    fold: int = 0                     # trained on the training videos of this fold, as task.fold; folds.py
+    token: Literal["mean", "cls"] = "mean"      # a face's feature, in later stages too: mean of the patch
+                                      # tokens, or the cls token. silent: ours
+    hidden: int = 512                 # width of the layer between feature and classes. silent: ours
+    dropout: float = 0.1              # share that is dropped before the last layer. silent: ours
+    epochs: int = 10                  # passes, each over other frames, one in `every`. silent: ours
+    every: int = 5                    # take one frame in 5: neighbours look alike; 1 = all. silent: ours
+    batch: int = 256                  # frames per optimiser step, over all processes (§4.1.1)
+    lr: float = 1e-4                  # peak learning rate (§4.1.1)
+    betas: list[float] = list_of(0.9, 0.999)    # AdamW's. silent: AdamW's defaults
+    weight_decay: float = 0.05        # AdamW's, on matrices only. silent: MAE's fine-tuning
+    warmup_epochs: float = 1.0        # epochs of linear warm-up, then cosine to 0. silent: ours
+    smallest_crop: float = 0.6        # a crop's smallest share of the frame's area. silent: ours
+
+
+@dataclass
+class Features:
+    """One feature per frame (§3.2)."""
+    checkpoint: str = ""              # extracts the features: "" = this run's finetune/best.pt
+    batch: int = 256                  # frames per forward pass. silent: ours
+
+
+@dataclass
+class Segments:
+    """Cutting videos into overlapping segments (§3.2, §4.1.2)."""
+    window: int = 300                 # w: frames per segment (§4.1.2)
+    stride: int = 200                 # s: frames from one segment's start to the next (§4.1.2)
+
+
+@dataclass
+class Temporal:
+    """TCN -> Transformer encoder -> MLP (§3.2, §3.3). Sizes: silent, from the authors' published code."""
+    tcn: bool = True                  # false: the transformer sees the features themselves (ablation)
+    channels: list[int] = list_of(768, 256, 128)     # width of each TCN level
+    kernels: list[int] = list_of(5, 5, 5)            # kernel size of each level, in frames
+    dilations: list[int] = list_of(1, 2, 4)          # dilation of each level, in frames
+    causal: bool = True               # in the TCN a frame sees only the past. silent: the authors' code
+    transformer: bool = True          # false: the head sees the TCN's output (ablation)
+    width: int = 512                  # width of the transformer
+    layers: int = 8                   # layers of the transformer
+    heads: int = 4                    # attention heads of the transformer
+    hidden: int = 512                 # width of the transformer's feed-forward layers
+    head: int = 256                   # width of the MLP's hidden layer
+    dropout: float = 0.3              # share that is dropped in TCN and transformer (§4.1.2)
+
+
+@dataclass
+class Task:
+    """Training the segment model on one task (§4.1.2)."""
+    features: str = ""                # folder of features: "" = this run's features
+    fold: int = 0                     # 0 = the official sets; 1 to 4 = a part of a 4-fold split (Table 1)
+    held_out: float = 0.0             # share of training scenes kept back, to choose the epoch on. silent: 0
+    epochs: int = 0                   # passes over the segments. 0: VA 40, Expr 10, AU 30 (labels.py)
+    batch: int = 32                   # segments per optimiser step, over all processes (§4.1.2)
+    lr: float = 3e-5                  # peak learning rate (§4.1.2)
+    weight_decay: float = 1e-5        # AdamW's, on all parameters (§4.1.2)
+    warmup_epochs: float = 1.0        # epochs of linear warm-up, then cosine to 0 (§4.1.2)
+
+
+@dataclass
+class Run:
+    """The run itself, of which the paper says nothing."""
+    name: str = ""                    # results go to <out>/<name>/<stage>; "" = the configuration file's name
+    source: str = ""                  # filled in by `load`: the file and every --set, for suggested commands
+    out: str = "runs"                 # folder of all runs; with several machines, one they share
+    base: str = ""                    # another run, whose stages are taken if made with these settings
+    seed: int = 0                     # all randomness follows from it
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto = CUDA where there is a GPU, else the CPU
+    largest_piece: int = 0            # most samples in a forward pass; 0 = what the memory seems to hold
+    workers: int = 8                  # image decoders per training process; 0 = it decodes them itself
+    checkpoint_minutes: float = 10.0  # save at least this often; after an epoch too, if under 2 % of the time
+
+
+@dataclass
+class Config:
+    """Everything. `config.task.lr` is `--set task.lr=...` is `task: {lr: ...}` in YAML."""
+    data: Data = field(default_factory=Data)
+    synthetic: Synthetic = field(default_factory=Synthetic)
+    vit: Vit = field(default_factory=Vit)
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    finetune: Finetune = field(default_factory=Finetune)
+    features: Features = field(default_factory=Features)
+    segments: Segments = field(default_factory=Segments)
+    temporal: Temporal = field(default_factory=Temporal)
+    task: Task = field(default_factory=Task)
+    run: Run = field(default_factory=Run)
+
+    def folder(self, stage: str) -> Path:
+        """runs/<config name>/<stage>"""
+        return Path(self.run.out) / self.run.name / stage
+
+
+SETTINGS = {f"{section.name}.{setting.name}": setting
+            for section in dataclasses.fields(Config) for setting in dataclasses.fields(section.type)}
