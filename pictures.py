@@ -80,10 +80,11 @@ def axes(sheet, box, low: float, high: float, title: str = ""):
 
 def curve(sheet, box, xs, values, low: float, high: float, colour):
     """values (n,) at xs (n,) in a box. NaN leaves a gap; a value with no neighbour is drawn as a dot."""
-    zoom = 4                                                               # drawn large, for smooth edges
-    large = Image.new("L", (zoom * sheet.width, zoom * sheet.height))
+    zoom, margin = 4, 4                                                    # drawn large, for smooth edges
+    left, top, right, bottom = box[0] - margin, box[1] - margin, box[2] + margin, box[3] + margin
+    large = Image.new("L", (zoom * (right - left), zoom * (bottom - top)))
     pen = ImageDraw.Draw(large)
-    ys = y_of(values, box, low, high)
+    xs, ys = xs - left, y_of(values, box, low, high) - top
     known = np.isfinite(values)
     breaks = np.flatnonzero(known[1:] != known[:-1]) + 1                   # where a gap begins or ends
     for run in np.split(np.arange(len(values)), breaks):
@@ -92,7 +93,7 @@ def curve(sheet, box, xs, values, low: float, high: float, colour):
             pen.line(points, 255, 2 * zoom, joint="curve")
         elif known[run[0]]:
             pen.circle(points[0], 3 * zoom, fill=255)
-    sheet.paste(colour, mask=large.reduce(zoom))
+    sheet.paste(colour, (left, top), mask=large.reduce(zoom))
 
 
 def read_log(path) -> dict[str, np.ndarray]:

@@ -270,6 +270,8 @@ def main(config, team, options):
     if team.agree(source.found) != source.found:
         raise ValueError(f"{options.frames}: this process sees other images than the first one")
     team.say(source.text)
+    if config.data.synthetic:
+        team.say("  warning: these models learned from synthetic faces; they say little about real ones")
     record = {**source.load(config, team), "still": options.still, "smooth": options.smooth,
               "fps": options.fps, **source.found}
     table = Table(options.out, source.header, record, team)

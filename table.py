@@ -97,7 +97,7 @@ class Table:
             try:
                 rows = (list(json.loads(line).values()) for line in file) if self.json else csv.reader(file)
                 if not self.json and next(rows, None) != self.header:
-                    raise ValueError(f"expected the columns {', '.join(self.header)}")
+                    raise ValueError("its first line does not name the columns")
                 yield from rows
             except (ValueError, AttributeError, csv.Error) as error:
                 raise ValueError(f"{self.path}: not the table that was made ({error}); put a copy back, or "

@@ -244,6 +244,8 @@ def draw_missing(table: Table, videos, options, team):
     options: with `fps` and `smooth`. Raises ValueError if the table was changed.
     """
     folder = Path(f"{table.path}.pictures")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: found a file, expected a folder for the pictures; move the file away")
     paths = [folder / f"{name}.png" for name in videos.names]
     mark = f"{zlib.crc32(json.dumps(without_paths(table.made_of), sort_keys=True).encode()):08x}"
     left = []

@@ -263,6 +263,7 @@ def test_the_picture_shows_the_rows_of_its_own_video(made, monkeypatch):
             assert not faces and all(np.isnan(values).all() for values in video.values.values())
 
 
+@pytest.mark.parametrize("made", ["t.csv"], indirect=True)
 def test_two_processes_draw_the_pictures_of_one(made, tmp_path):
     table, videos = made
     draw_missing(table, videos, PLAIN, ALONE)
@@ -288,6 +289,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("kill_at", [0, 1, 3])
+@pytest.mark.parametrize("made", ["t.csv"], indirect=True)
 def test_a_killed_run_goes_on_and_no_picture_is_missing_or_drawn_twice(made, monkeypatch, kill_at):
     table, videos = made
     write, calls = table_pictures.write_file, []
@@ -309,6 +311,7 @@ def test_a_killed_run_goes_on_and_no_picture_is_missing_or_drawn_twice(made, mon
     assert len(calls) == len(ODD) + 1
 
 
+@pytest.mark.parametrize("made", ["t.csv"], indirect=True)
 def test_a_picture_of_an_earlier_table_or_a_damaged_one_is_drawn_again(made, tmp_path):
     table, videos = made
     draw_missing(table, videos, PLAIN, ALONE)
@@ -331,7 +334,7 @@ def test_a_picture_of_an_earlier_table_or_a_damaged_one_is_drawn_again(made, tmp
     (lambda head, a, b, rest: [head, a, "a,2,,1\n", rest], r"expected frame 2 of 'a', found \['a', '2'"),
     (lambda head, a, b, rest: [head, a, b.replace(",0,", ",0,high"), rest], r"expected frame 2 of"),
     (lambda head, a, b, rest: [head, head, a, b, rest], r"expected frame 1 of 'a', found \['video'"),
-    (lambda head, a, b, rest: [], r"not the table that was made \(expected the columns video, frame")])
+    (lambda head, a, b, rest: [], r"not the table that was made \(its first line does not name the col")])
 @pytest.mark.parametrize("made", ["t.csv"], indirect=True)
 def test_a_table_that_was_edited_is_refused(made, change, message):
     table, videos = made
@@ -341,6 +344,13 @@ def test_a_table_that_was_edited_is_refused(made, change, message):
     with pytest.raises(ValueError, match=f"t.csv: {message}"):
         draw_missing(table, videos, PLAIN, ALONE)
     assert pictures(table) == {}
+
+
+@pytest.mark.parametrize("made", ["t.csv"], indirect=True)
+def test_a_file_in_place_of_the_folder_is_refused(made, tmp_path):
+    (tmp_path / "t.csv.pictures").write_text("mine")
+    with pytest.raises(ValueError, match="t.csv.pictures: found a file, expected a folder for the pictures"):
+        draw_missing(*made, PLAIN, ALONE)
 
 
 def test_the_command_draws_an_example(tmp_path, monkeypatch, capsys):
