@@ -75,7 +75,7 @@ class Finetune:
     The paper does not mention layer decay and drop path, which are common here; neither is used.
     """
     start: str = ""                   # "" = pretrain/last.pt, "none" = random, or a checkpoint, ours or MAE's
-    fold: int = 0                     # trained on the training videos of this fold, as task.fold; folds.py
+    fold: int = 0                     # trained on this fold's training videos, as task.fold (folds.py)
     token: Literal["mean", "cls"] = "mean"      # a face's feature, in later stages too: mean of the patch
                                       # tokens, or the cls token. silent: ours
     hidden: int = 512                 # width of the layer between feature and classes. silent: ours
