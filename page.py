@@ -144,8 +144,8 @@ def paragraph(words: str, cls: str = "") -> str:
 
 
 def table(header, rows, last: bool = False, words: bool = False) -> str:
-    """Rows of texts below a header. `last`: the last row is a sum or a mean, and set apart. `words`: no column
-    of numbers, so all begin at the left."""
+    """Rows of texts below a header. `last`: the last row is a sum or a mean, and set apart. `words`: there is
+    no column of numbers, so all begin at the left."""
     head = element("tr", *(element("th", text(cell), scope="col") for cell in header))
     body = []
     for i, row in enumerate(rows):
