@@ -45,7 +45,7 @@ class Finished(NamedTuple):
     task: Task
     folder: Path
     metrics: dict
-    examples: dict             # {video: examples.Example}; empty if they could not be predicted
+    examples: dict             # {video: report_examples.Example}; empty if they could not be predicted
     problem: str               # why not
     unseen: float              # the score on videos of which the ViT has seen no scene; NaN if there is none
 
