@@ -72,7 +72,7 @@ class Pretrain:
 class Finetune:
     """Training the ViT on the expression labels of single frames of Aff-Wild2 (§3.1, §4.1.1)."""
     start: str = ""                   # "" = pretrain/last.pt, "none" = random, or a checkpoint, ours or MAE's
-    fold: int = 0                     # trained on the training videos of this fold, as task.fold; folds.py
+    fold: int = 0                     # trained on this fold's training videos, as task.fold (folds.py)
     token: Literal["mean", "cls"] = "mean"      # a face's feature, in later stages too: mean of the patch
                                       # tokens, or the cls token. silent: ours
     hidden: int = 512                 # width of the layer between feature and classes. silent: ours

@@ -29,13 +29,14 @@ import pipeline
 import synthetic
 from config import load
 from distributed import Team
-from labels import TASKS
+from labels import EXPR, TASKS, label_files
 from settings import SETTINGS, Synthetic
 from training import effective_batch, pieces, vit_bytes
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(ROOT.glob("*.py"))
 README = ROOT / "README.md"
+CLUSTER = ROOT / "docs/cluster.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 COMMAND = re.compile(r"(python|torchrun|pytest|pip|cp) ")
@@ -46,7 +47,10 @@ EXAMPLES = {"images.py FILE": "data/Aff-Wild2/cropped_aligned/1-30-1280x720/0000
             "faces.py FOLDER": "data/RAF-DB",
             "checkpoints.py FILE": "some.pt",
             "evaluate.py FILE": "some.pt",
+            "metrics.py FILE": "some.csv",
+            "metrics.py FOLDER": "data/Aff-Wild2/annotations",
             "predict.py FOLDER": "data/Aff-Wild2/cropped_aligned",
+            "submission.py FILE": "template.txt",
             "made_of.py FILE": "some.pt",
             "made_of.py RUN_FOLDER": "runs/demo/task_au",
             "pictures.py RUN_FOLDER": "runs/some"}
@@ -118,6 +122,11 @@ def place(tmp_path_factory):
     synthetic.draw(sizes.root, sizes)
     synthetic.index(sizes.root, sizes)
     torch.save({"model": {"weight": torch.zeros(3)}}, folder / "some.pt")
+    [video] = label_files(folder / "data/Aff-Wild2/annotations", EXPR)["Validation_Set"]
+    rows = ["image_location," + ",".join(EXPR.outputs), *[f"{video}/{n:05d}.jpg,0" for n in range(1, 5)]]
+    (folder / "some.csv").write_text("\n".join(rows))
+    (folder / "template.txt").write_text("136/00001.jpg,\n")
+    (folder / "predictions.txt").write_text("image_location,valence,arousal\n136/00001.jpg,0.5,-0.5\n")
     (folder / "runs/some").mkdir(parents=True)
     (folder / "runs/some/log.csv").write_text("epoch,loss\n1,0.7\n2,0.6\n")
     for task, least in benchmark.PROMISED.items():
@@ -132,8 +141,10 @@ def start(place, script: str, arguments: list[str]) -> tuple[object, str, bool]:
     said, argv, handler = io.StringIO(), sys.argv, signal.getsignal(signal.SIGCHLD)
     work = [mock.patch.object(pipeline, "run"),
             mock.patch.object(shutil, "rmtree"),                     # benchmark.py begins anew
-            mock.patch.object(subprocess, "run", side_effect=SystemExit(0))]
-    if script == "predict.py" or script == "synthetic.py" and "--sheet" not in arguments:
+            mock.patch.object(subprocess, "run", side_effect=SystemExit(0)),
+            mock.patch.object(subprocess, "Popen", side_effect=SystemExit(0))]      # many_runs.py
+    alone = script in ("predict.py", "report.py", "submission.py")
+    if alone or script == "synthetic.py" and "--sheet" not in arguments:
         work.append(mock.patch.object(distributed, "launch"))
     code = 0
     with contextlib.ExitStack() as stack:
@@ -253,16 +264,16 @@ def test_readmes_loss_at_chance_is_that_of_outputs_that_are_all_0():
     assert f"({zero})" in words(README)
 
 
-def test_readmes_memory_is_that_of_the_papers_pre_training_on_two_gpus():
+def test_the_memory_on_the_cluster_page_is_that_of_the_papers_pre_training_on_two_gpus():
     share = 1024 // 2
     batch = share * 224 * 224 * 3 + share * 196 * 4                        # images, and float32 noise
     memory = f"8 workers x 2 batches x {batch / 1e6:.0f} MB = {8 * 2 * batch / 1e9:.1f} GB per process"
-    assert memory in words(README)
+    assert memory in words(CLUSTER)
     mae = vit_bytes(50, 768, 12) + vit_bytes(197, 512, 8)
     with mock.patch.object(torch.cuda, "get_device_properties", return_value=mock.Mock(total_memory=24e9)):
         count = pieces(share, mae, 111_907_840, torch.device("cuda"))
     printed = effective_batch(1024, count, Team(0, 2, torch.device("cuda:0")))
-    assert f"`{printed.split(', on ')[0]}` with two cards of 24 GB" in words(README)
+    assert f"`{printed.split(', on ')[0]}` with two cards of 24 GB" in words(CLUSTER)
 
 
 def test_the_promised_scores_are_those_that_are_checked():
