@@ -63,7 +63,8 @@ def missing(config, stages, tasks: list[Finished]) -> str:
     rows += [(TITLES[task.name], f"train_task.py --task {task.name}")
              for task in TASKS.values() if task not in [found.task for found in tasks]]
     cells = [[title, command(script, config)] for title, script in rows]
-    return section("missing", "What is missing", table(["not finished", "made by"], cells)) if rows else ""
+    commands = table(["not finished", "made by"], cells, words=True)
+    return section("missing", "What is missing", commands) if rows else ""
 
 
 # ---- Videos

@@ -212,7 +212,7 @@ def settings_section(folders: dict[str, Path]) -> str:
         record, metrics = read_record(folder), read_json(folder / "metrics.json")
         if record:
             parts.append(details(f"{title}: what it was made of", preformatted("\n".join(described(record)))))
-        numbers = table(["", "value"], flat(metrics))
+        numbers = table(["", "value"], flat(metrics), words=True)
         parts.append(details(f"{title}: all numbers of its metrics.json", numbers))
     words = "To open with a click. In print, what is open."
     return section("settings", "Settings and numbers", paragraph(words), *parts)
