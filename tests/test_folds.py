@@ -17,13 +17,16 @@ import fake_stages
 import folds
 import made_of
 import many_runs
+import pipeline
 import tiny
+import train_finetune
 from config import load
 from fake_stages import Ran, pretended
 from intervals import interval
-from labels import TASKS
+from labels import EXPR, TASKS
+from processes import ALONE
 from scoring import read_sums
-from splits import scene
+from splits import scene, split
 from test_splits import random_labels
 
 COMMAND = ["folds.py", "--config", "my.yaml", "--processes", "1"]
@@ -165,6 +168,21 @@ def test_what_a_path_in_the_settings_gives_is_not_made_for_each_fold(place, monk
     assert not [line for line in ran.short() if line.startswith(("train_finetune", "extract_features"))]
 
 
+@pytest.mark.parametrize("fold", [0, 3])
+def test_fine_tuning_takes_the_videos_of_its_fold(place, monkeypatch, fold):
+    class Taken(Exception):
+        pass
+
+    def instead(*files_and_more):
+        raise Taken(list(files_and_more[0]))
+    config = load("my.yaml", ["run.name=another", f"finetune.fold={fold}", "task.fold=1"])
+    monkeypatch.setattr(train_finetune, "video_folders", lambda roots: ({}, []))
+    monkeypatch.setattr(train_finetune, "ExprFrames", instead)
+    with pytest.raises(Taken) as taken:
+        train_finetune.main(config, ALONE)
+    assert taken.value.args == (list(split("labels", EXPR, fold)[0]),)
+
+
 # ---- With synthetic data, and without the first stages
 
 def test_synthetic_data_and_what_the_run_lacks_are_made_first_and_once(tmp_path, monkeypatch, capsys):
@@ -179,6 +197,21 @@ def test_synthetic_data_and_what_the_run_lacks_are_made_first_and_once(tmp_path,
     assert len(lines) == 28 and all(line.startswith("to be made") for line in lines[:-1])
     assert lines[-1].startswith("27 commands, 0 of them finished; 27 more of unknown length")
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny.yaml"]
+
+
+def test_what_is_gone_but_no_longer_needed_is_not_made_again(tmp_path, monkeypatch):
+    tiny.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    there = {"extract_features"}
+    monkeypatch.setattr(pipeline, "finished", lambda stage, config, task=None: stage in there)
+    assert pipeline.unfinished("train_task", load("tiny.yaml")) == ["synthetic"]
+    there |= {"synthetic", "train_pretrain"}
+    assert pipeline.unfinished("train_task", load("tiny.yaml")) == []
+    there.remove("extract_features")
+    assert pipeline.unfinished("train_task", load("tiny.yaml")) == ["train_finetune", "extract_features"]
+    there.clear()
+    assert pipeline.unfinished("train_task", load("tiny.yaml", ["data.synthetic=false"])) == [
+        "train_pretrain", "train_finetune", "extract_features"]
 
 
 def test_pre_training_that_is_gone_is_made_in_the_run_itself(tmp_path, monkeypatch):
