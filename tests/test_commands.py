@@ -29,7 +29,7 @@ import pipeline
 import synthetic
 from config import load
 from distributed import Team
-from labels import TASKS
+from labels import EXPR, TASKS, label_files
 from settings import SETTINGS, Synthetic
 from training import effective_batch, pieces, vit_bytes
 
@@ -47,7 +47,10 @@ EXAMPLES = {"images.py FILE": "data/Aff-Wild2/cropped_aligned/1-30-1280x720/0000
             "faces.py FOLDER": "data/RAF-DB",
             "checkpoints.py FILE": "some.pt",
             "evaluate.py FILE": "some.pt",
+            "metrics.py FILE": "some.csv",
+            "metrics.py FOLDER": "data/Aff-Wild2/annotations",
             "predict.py FOLDER": "data/Aff-Wild2/cropped_aligned",
+            "submission.py FILE": "template.txt",
             "made_of.py FILE": "some.pt",
             "made_of.py RUN_FOLDER": "runs/demo/task_au",
             "pictures.py RUN_FOLDER": "runs/some"}
@@ -119,6 +122,11 @@ def place(tmp_path_factory):
     synthetic.draw(sizes.root, sizes)
     synthetic.index(sizes.root, sizes)
     torch.save({"model": {"weight": torch.zeros(3)}}, folder / "some.pt")
+    [video] = label_files(folder / "data/Aff-Wild2/annotations", EXPR)["Validation_Set"]
+    rows = ["image_location," + ",".join(EXPR.outputs), *[f"{video}/{n:05d}.jpg,0" for n in range(1, 5)]]
+    (folder / "some.csv").write_text("\n".join(rows))
+    (folder / "template.txt").write_text("136/00001.jpg,\n")
+    (folder / "predictions.txt").write_text("image_location,valence,arousal\n136/00001.jpg,0.5,-0.5\n")
     (folder / "runs/some").mkdir(parents=True)
     (folder / "runs/some/log.csv").write_text("epoch,loss\n1,0.7\n2,0.6\n")
     for task, least in benchmark.PROMISED.items():
@@ -135,7 +143,8 @@ def start(place, script: str, arguments: list[str]) -> tuple[object, str, bool]:
             mock.patch.object(shutil, "rmtree"),                     # benchmark.py begins anew
             mock.patch.object(subprocess, "run", side_effect=SystemExit(0)),
             mock.patch.object(subprocess, "Popen", side_effect=SystemExit(0))]      # many_runs.py
-    if script == "predict.py" or script == "synthetic.py" and "--sheet" not in arguments:
+    alone = script in ("predict.py", "report.py", "submission.py")
+    if alone or script == "synthetic.py" and "--sheet" not in arguments:
         work.append(mock.patch.object(distributed, "launch"))
     code = 0
     with contextlib.ExitStack() as stack:

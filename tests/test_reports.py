@@ -122,10 +122,10 @@ def video(folder, name, labels):
 
 @pytest.fixture
 def pictured(tmp_path, monkeypatch):
-    """A call that draws the timeline of videos -> the arguments that `pictures.timeline` was given."""
+    """A call that draws the timeline of videos -> the arguments that `timeline.draw` was given."""
     def draw(videos, task, team=ALONE, frames=(tmp_path / "frames",), **keywords):
         given, config = [], Config()
-        monkeypatch.setattr(reports.pictures, "timeline", lambda *arguments: given.append(arguments))
+        monkeypatch.setattr(reports.timeline, "draw", lambda *arguments: given.append(arguments))
         config.segments.window, config.segments.stride = 10, 7
         config.data.frames = [str(root) for root in frames]
         model = StartOfSegment()
