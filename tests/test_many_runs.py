@@ -200,8 +200,7 @@ def test_the_plan_tells_finished_and_stale_ones_and_times(here):
     assert lines[2].split() == ["to", "be", "made", "unknown", *command.format("expr").split()]
     assert lines[3] == (
         "3 commands, 1 of them finished; about 70 s for 1 more; 1 more of unknown length: none of this kind "
-        "is "
-        "finished here; a stale one will be refused, with its reason")
+        "is finished here; a stale one will be refused, with its reason")
 
 
 def test_only_what_is_not_finished_is_run_in_order(here, capsys):
