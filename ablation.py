@@ -73,13 +73,14 @@ def config_of(config, row: Row, seed: int):
     base = config.run.name
     whole = base if seed == config.run.seed else f"{base}_seed{seed}"
     if row.name == WHOLE:
-        return config if whole == base else many_runs.other(config, f"run.name={whole}", f"run.base={base}",
-                                                           f"run.seed={seed}")
+        if whole == base:
+            return config
+        return many_runs.other(config, f"run.name={whole}", f"run.base={base}", f"run.seed={seed}")
     of_whole = config_of(config, Row("", WHOLE), seed)
     mae = config.finetune.start or pipeline.result("train_pretrain", of_whole)
     settings = [setting.format(mae=mae) for setting in row.settings]
     return many_runs.other(config, f"run.name={base}_{row.name}_seed{seed}", f"run.base={whole}",
-                          f"run.seed={seed}", *settings)
+                           f"run.seed={seed}", *settings)
 
 
 def jobs_of(config, tasks: list[Task], seeds) -> list[Job]:
