@@ -199,8 +199,8 @@ def test_the_plan_tells_finished_and_stale_ones_and_times(here):
     assert lines[1].split() == ["stale", "70", "s", *command.format("au").split(), "--set", "run.name=b"]
     assert lines[2].split() == ["to", "be", "made", "unknown", *command.format("expr").split()]
     assert lines[3] == (
-        "3 commands, 1 of them finished; about 70 s for 1 more; 1 more of unknown length: none of this kind is "
-        "finished here; a stale one will be refused, with its reason")
+        "3 commands, 1 of them finished; about 70 s for 1 more; 1 more of unknown length: none of this kind "
+        "is finished here; a stale one will be refused, with its reason")
 
 
 def test_only_what_is_not_finished_is_run_in_order(here, capsys):
