@@ -259,9 +259,9 @@ def test_no_number_is_missing_from_a_page(page):
     assert re.findall(r"@@\w+@@", page.read_text()) == []
 
 
-def test_readmes_loss_at_chance_is_that_of_outputs_that_are_all_0():
+def test_the_loss_at_chance_is_that_of_outputs_that_are_all_0():
     zero = ", ".join(f"{name} {TASKS[name.lower()].zero_loss:.3f}" for name in ("AU", "Expr", "VA"))
-    assert f"({zero})" in words(README)
+    assert f"({zero})" in words(ROOT / "docs/demo.md")
 
 
 def test_the_memory_on_the_cluster_page_is_that_of_the_papers_pre_training_on_two_gpus():
