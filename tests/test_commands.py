@@ -173,7 +173,11 @@ def try_script(place, script: str, arguments: list[str]):
     assert said or begun or written, "it did nothing"
 
 
-@pytest.mark.parametrize("command", commands())
+SLOW = ("python intervals.py", "python benchmark.py --scorer")              # they measure: seconds each
+
+
+@pytest.mark.parametrize("command", [pytest.param(command, marks=[pytest.mark.slow] * (command in SLOW))
+                                     for command in commands()])
 def test_a_command_that_a_reader_finds_works(place, command):
     program, *words = shlex.split(command)
     if program == "python":

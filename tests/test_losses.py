@@ -216,7 +216,8 @@ def test_losses_and_gradients_of_pieces_add_up_to_the_whole_batchs(task, pieces)
 @pytest.mark.parametrize("task", TASKS)
 def test_gradients_are_those_of_finite_differences(task):
     pred, target, valid = batch(task, B=2, T=4)
-    assert torch.autograd.gradcheck(lambda x: getattr(losses, TASKS[task].loss)(x, target, valid), pred.requires_grad_())
+    loss = getattr(losses, TASKS[task].loss)
+    assert torch.autograd.gradcheck(lambda x: loss(x, target, valid), pred.requires_grad_())
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -268,7 +269,8 @@ def test_integer_and_double_targets_do_not_change_the_precision_of_the_loss(task
 def test_shapes_that_do_not_fit_are_refused_with_all_three(task, pred, target, valid, expected):
     message = f"prediction {pred}, target {target}, mask {valid}; target and mask must be {expected}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        getattr(losses, TASKS[task].loss)(torch.zeros(pred), torch.zeros(target), torch.ones(valid, dtype=torch.bool))
+        loss = getattr(losses, TASKS[task].loss)
+        loss(torch.zeros(pred), torch.zeros(target), torch.ones(valid, dtype=torch.bool))
 
 
 def test_in_a_single_process_the_sum_over_processes_is_the_thing_itself():
