@@ -28,6 +28,7 @@ import distributed
 import pipeline
 import synthetic
 from config import load
+from dan import DAN
 from distributed import Team
 from labels import TASKS
 from settings import SETTINGS, Synthetic
@@ -45,6 +46,7 @@ EXAMPLES = {"images.py FILE": "data/Aff-Wild2/cropped_aligned/1-30-1280x720/0000
             "labels.py FILE": "data/Aff-Wild2/annotations/AU_Detection_Challenge/Train_Set/1-30-1280x720.txt",
             "faces.py FOLDER": "data/RAF-DB",
             "checkpoints.py FILE": "some.pt",
+            "dan_weights.py FILE": "dan.pt",
             "evaluate.py FILE": "some.pt",
             "predict.py FOLDER": "data/Aff-Wild2/cropped_aligned",
             "made_of.py FILE": "some.pt",
@@ -118,6 +120,7 @@ def place(tmp_path_factory):
     synthetic.draw(sizes.root, sizes)
     synthetic.index(sizes.root, sizes)
     torch.save({"model": {"weight": torch.zeros(3)}}, folder / "some.pt")
+    torch.save({"model": DAN().state_dict()}, folder / "dan.pt")
     (folder / "runs/some").mkdir(parents=True)
     (folder / "runs/some/log.csv").write_text("epoch,loss\n1,0.7\n2,0.6\n")
     for task, least in benchmark.PROMISED.items():
