@@ -128,19 +128,22 @@ def read_labels(path, task: Task) -> np.ndarray:
         raise ValueError(f"{path}: header is {','.join(header)[:200]!r}, expected {','.join(task.outputs)!r}")
     number, kind = (float, "a number") if task.dtype is np.float32 else (int, "a whole number")
     labels = np.empty((len(lines) - 1, task.width), task.dtype)
+    known: dict[str, list] = {}                      # AU lines repeat: half the time
     for i, line in enumerate(lines[1:]):
-        fields = line.split(",")
-        if len(fields) != task.width:
-            raise ValueError(f"{path}, line {i + 2}: {len(fields)} values {line[:80]!r}, "
-                             f"expected {task.width}")
-        try:
-            row = [number(field) for field in fields]
-        except ValueError:
-            row = [np.nan]                                                    # which fits no range
-        if not all(task.lowest <= value <= task.highest or value == task.invalid for value in row):
-            raise ValueError(f"{path}, line {i + 2}: {line[:80]!r}, expected {kind} from {task.lowest} to "
-                             f"{task.highest}, or {task.invalid}")
-        labels[i] = row
+        if line not in known:
+            fields = line.split(",")
+            if len(fields) != task.width:
+                raise ValueError(f"{path}, line {i + 2}: {len(fields)} values {line[:80]!r}, "
+                                 f"expected {task.width}")
+            try:
+                row = [number(field) for field in fields]
+            except ValueError:
+                row = [np.nan]                                                # which fits no range
+            if not all(task.lowest <= value <= task.highest or value == task.invalid for value in row):
+                raise ValueError(f"{path}, line {i + 2}: {line[:80]!r}, expected {kind} from {task.lowest} "
+                                 f"to {task.highest}, or {task.invalid}")
+            known[line] = row
+        labels[i] = known[line]
     return labels[:, 0] if task.one_class else labels
 
 

@@ -31,8 +31,8 @@ from settings import Config
 LEFT_OUT = ("synthetic.root", "finetune.start", "features.checkpoint", "task.features")            # paths
 WAYS_ON = "\ntwo ways on: "
 RANDOM = {"file": "random weights", "checksum": 0}           # what finetune.start=none begins with
-# Settings that came later: stage -> what was done before, for records that lack them.
-BEFORE = {"finetune": {"finetune.fold": 0}}
+# Settings that were added later, with what was done before: for records that lack them.
+BEFORE = {"finetune": {"finetune.fold": 0}, "task": {"task.held_out": 0.0}}
 MADE = ("last.pt", "previous.pt", "best.pt", "metrics.json", "*.npy")            # files of work that was done
 
 
@@ -125,7 +125,10 @@ def tuned_on(record: dict | None) -> list[str]:
 
 def all_settings(record: dict) -> dict:
     """A record's settings, with those that came later than the record; {} for a file without a record."""
-    return {**BEFORE.get(record.get("stage"), {}), **record["settings"]} if "settings" in record else {}
+    if "settings" not in record:
+        return {}
+    kind = record.get("stage", "").split("_")[0]                        # task_va -> task
+    return {**BEFORE.get(kind, {}), **record["settings"]}
 
 
 def differences(record: dict, config: Config) -> dict[str, tuple]:

@@ -8,8 +8,11 @@ then is the score taken. So every labelled frame counts once. NumPy only: this f
     metrics.binary_f1(pred, target)            0/1 arrays (T, K) -> F1 of each column, the score is their mean
 
     python metrics.py      # what constants and noisy copies of random labels score
+    python metrics.py --task expr --predictions FILE --labels FOLDER      # scores a file (docs/scores.md)
 """
 
+import argparse
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -222,7 +225,8 @@ def binary_f1(pred, target) -> np.ndarray:
     return binary_score(binary_count(pred.astype(np.float64) - 0.5, target, target >= 0))
 
 
-if __name__ == "__main__":
+def demonstration():
+    """What constants and noisy copies of random labels score."""
     rng = np.random.default_rng(0)
     path, noise = np.sin(np.arange(1000) / 50), rng.normal(0, 0.3, 1000)
     classes, units = rng.choice(8, 1000, p=[.3, .05, .05, .05, .2, .1, .05, .2]), rng.random((1000, 12)) < 0.2
@@ -234,3 +238,26 @@ if __name__ == "__main__":
           f"with 30 % of the frames wrong {class_f1(noisy_classes, classes).mean():.3f}")
     print(f"mean F1   of every action unit always on {binary_f1(np.ones_like(units), units).mean():.3f}, "
           f"with 30 % of the frames wrong {binary_f1(units ^ wrong[:, None], units).mean():.3f}")
+
+
+if __name__ == "__main__":
+    from labels import TASKS                               # which imports this file
+    from prediction_files import score_file
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(TASKS), help="which labels")
+    parser.add_argument("--predictions", metavar="FILE", help="predict.py's CSV or .jsonl, or a submission")
+    parser.add_argument("--labels", metavar="FOLDER",
+                        help="Aff-Wild2's annotations (then its validation set), or label files <video>.txt")
+    options = parser.parse_args()
+    given = [options.task, options.predictions, options.labels]
+    if not any(given):
+        demonstration()
+    elif not all(given):
+        parser.error("a file is scored with --task, --predictions and --labels; give all three, or none")
+    else:
+        try:
+            print(score_file(options.predictions, options.labels, TASKS[options.task]))
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)

@@ -84,7 +84,8 @@ def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
 def numbers(task: Task, sums, scored: Scored) -> dict:
     """The score and what belongs to it, for metrics.json. Shape: sums (videos, ...)."""
     return {**score_numbers(task, sums), "validation_videos": len(scored.videos),
-            "seen_videos": scored.seen, "left_out": scored.left_out}
+            "seen_videos": scored.seen, "left_out": scored.left_out, "data": scored.data,
+            "comparable": scored.comparable}
 
 
 def stored_scores(run_folder: Path) -> str:

@@ -196,7 +196,22 @@ def test_a_batch_in_three_pieces_gives_the_weights_of_the_whole_batch(finished, 
     assert log_numbers(place) == pytest.approx(log_numbers(whole), rel=2e-5, abs=1e-6)
 
 
-# ---- Command lines
+# ---- In a Python shell, and command lines
+
+def test_readmes_lines_for_the_python_shell_predict_a_video(finished, monkeypatch, capsys):
+    """With nothing but the checkpoint and the features; no labels, no configuration, no data."""
+    monkeypatch.chdir(finished)
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    path = sorted((finished / "runs/tiny/features").glob("*[0-9x].npy"))[0]
+    named = re.search(r'np.load\("(.*?)"\)', lines)[1]
+    shell = {}
+    exec(lines.replace(named, str(path)).replace("runs/demo", "runs/tiny"), shell)
+    features = np.load(path)
+    assert features.dtype == np.float16 and len(lines.splitlines()) == 5
+    values = shell["va"].predict(features)
+    assert values.shape == (len(features), 2) and np.isfinite(values).all() and capsys.readouterr().out
+
+
 
 @pytest.mark.parametrize("script", ["train_pretrain.py", "train_finetune.py", "extract_features.py",
                                     "train_task.py", "evaluate.py", "synthetic.py", "config.py"])
