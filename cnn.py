@@ -1,7 +1,7 @@
 """ResNet-18, the convolutional network that sees one face (He et al. 2015, "Deep residual learning for image
 recognition", table 1).
 
-Smallest part first: block, trunk, network. Parameter names and shapes are torchvision's, so that public
+Smallest part first: BatchNorm, block, trunk, network. Parameter names and shapes are torchvision's, so that public
 weights load by name. Read this file, then `dan.py`, which puts attention on the trunk.
 
     python cnn.py          # the parameter table, and the shapes on the way from an image to 1,000 scores
@@ -13,8 +13,53 @@ of 2 x 2.
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from checkpoints import load_weights, read_checkpoint
+from distributed import all_sum_inside, several
+
+
+class BatchNorm(nn.Module):
+    """Gives each channel mean 0 and variance 1, then a learned scale γ and shift β:
+
+        y = γ · (x - μ) / √(σ² + ε) + β        (Ioffe & Szegedy 2015, algorithm 1)
+
+    In training μ and σ² are those of the batch over all processes, so that two train as one would.
+    (nn.BatchNorm takes each process's own; nn.SyncBatchNorm needs GPUs.) In evaluation they are running
+    averages, of which a training step changes a tenth. Names and numbers are nn.BatchNorm's.
+
+    Shape: (B, C) or (B, C, h, w), unchanged. A process may have B = 0 in training, but not all of them.
+    A batch must be passed at once, not accumulated in pieces: each piece would have its own μ and σ².
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))      # only because public files have it
+
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked += 1
+        if not (self.training and several()):
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+                                self.momentum, self.eps)
+        places = (0, 2, 3)[:x.ndim - 1]                                   # all dimensions but the channels
+        shape = (1, -1) + (1,) * (x.ndim - 2)                             # (C,) as (1, C) or (1, C, 1, 1)
+        z = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        values = z.new_tensor([x.numel() // x.shape[1]])                  # of a channel, in this process
+        sums = all_sum_inside(torch.cat([z.sum(places), values]))         # (C + 1,)
+        N = sums[-1].detach()
+        mu = sums[:-1] / N                                                # μ, (C,)
+        centred = z - mu.view(shape)
+        var = all_sum_inside((centred ** 2).sum(places)) / N              # σ², (C,)
+        with torch.no_grad():
+            self.running_mean.lerp_(mu, self.momentum)
+            self.running_var.lerp_(var * N / (N - 1), self.momentum)      # unbiased, as in nn.BatchNorm
+        scale = self.weight / (var + self.eps).sqrt()
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
 class BasicBlock(nn.Module):
@@ -27,13 +72,13 @@ class BasicBlock(nn.Module):
     def __init__(self, narrow: int, wide: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(narrow, wide, 3, stride, padding=1, bias=False)    # BN has a bias of its own
-        self.bn1 = nn.BatchNorm2d(wide)
+        self.bn1 = BatchNorm(wide)
         self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(wide)
+        self.bn2 = BatchNorm(wide)
         self.downsample = None
         if stride != 1 or narrow != wide:
             self.downsample = nn.Sequential(nn.Conv2d(narrow, wide, 1, stride, bias=False),
-                                            nn.BatchNorm2d(wide))
+                                            BatchNorm(wide))
 
     def forward(self, x):
         around = x if self.downsample is None else self.downsample(x)             # -> (B, wide, h/s, w/s)
@@ -68,7 +113,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.dim = 8 * width
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm(width)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.layer1 = stage(width, width, 1)
         self.layer2 = stage(width, 2 * width, 2)

@@ -16,7 +16,7 @@ deviation: public DAN weights expect the same. Initialisation: `cnn.init_weights
 import torch
 from torch import nn
 
-from cnn import Trunk, init_weights
+from cnn import BatchNorm, Trunk, init_weights
 from distributed import all_sum
 from labels import EXPRESSIONS
 
@@ -27,7 +27,7 @@ def conv_bn(narrow: int, wide: int, kernel: tuple[int, int]) -> nn.Sequential:
     """A convolution that keeps height and width, then BatchNorm. Its bias has no effect before BatchNorm, but
     public weights have one."""
     padding = (kernel[0] // 2, kernel[1] // 2)
-    return nn.Sequential(nn.Conv2d(narrow, wide, kernel, padding=padding), nn.BatchNorm2d(wide))
+    return nn.Sequential(nn.Conv2d(narrow, wide, kernel, padding=padding), BatchNorm(wide))
 
 
 class SpatialAttention(nn.Module):
@@ -67,7 +67,7 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, D: int):
         super().__init__()
-        self.gate = nn.Sequential(nn.Linear(D, D // 16), nn.BatchNorm1d(D // 16), nn.ReLU(),
+        self.gate = nn.Sequential(nn.Linear(D, D // 16), BatchNorm(D // 16), nn.ReLU(),
                                   nn.Linear(D // 16, D), nn.Sigmoid())
 
     def forward(self, F):
@@ -95,7 +95,8 @@ class DAN(nn.Module):
     `width`: the channels of ResNet's first stage, D / 8; smaller makes everything smaller.
     The last BatchNorm sets the scale of the scores, so they can stand beside those of another network.
     Raises ValueError for images of another shape, for fewer than 2 in training (of which BatchNorm takes the
-    deviation), and for sizes that do not fit.
+    deviation), and for sizes that do not fit. As with BatchNorm, a process passes its whole share of a
+    training batch at once.
     """
 
     def __init__(self, classes: int = len(EXPRESSIONS), heads: int = 4, width: int = 64):
@@ -108,14 +109,16 @@ class DAN(nn.Module):
         self.trunk = Trunk(width)
         self.heads = nn.ModuleList(Head(self.trunk.dim) for _ in range(heads))
         self.fc = nn.Linear(self.trunk.dim, classes)
-        self.bn = nn.BatchNorm1d(classes)
+        self.bn = BatchNorm(classes)
         self.apply(init_weights)
 
     def parts(self, images):
         """Scores (B, M); GAP(F) (B, D), for `affinity_loss`; the heads (B, K, D), for `partition_loss`."""
-        if self.training and len(images) < 2:
-            raise ValueError(f"{len(images)} image(s) in a training batch, at least 2 are needed for "
-                             "BatchNorm; use larger batches, or call eval() first")
+        if self.training:
+            B = int(all_sum(torch.tensor(len(images))))                # over all processes
+            if B < 2:
+                raise ValueError(f"{B} image(s) in a training batch, at least 2 are needed for BatchNorm; "
+                                 "use larger batches, or call eval() first")
         F = self.trunk(images)                                         # (B, 3, height, width) -> (B, D, h, w)
         heads = torch.stack([head(F) for head in self.heads], dim=1)   # K of (B, D) -> (B, K, D)
         heads = heads.log_softmax(dim=1)                               # the heads compete for each channel
@@ -126,12 +129,22 @@ class DAN(nn.Module):
         return self.parts(images)[0]
 
 
+class DANWithCentres(nn.Module):
+    """What a training optimises: the network, and a centre for each class, drawn from N(0, 1).
+
+    forward: images -> what `DAN.parts` gives. `affinity_loss` takes the centres, (M, D).
+    """
+
+    def __init__(self, dan: DAN):
+        super().__init__()
+        self.dan = dan
+        self.centres = nn.Parameter(torch.randn(dan.fc.out_features, dan.fc.in_features))
+
+    def forward(self, images):
+        return self.dan.parts(images)
+
+
 # ---- The losses beside the cross-entropy
-
-def draw_centres(classes: int, D: int) -> nn.Parameter:
-    """A centre for each class, from N(0, 1): what `affinity_loss` trains beside the network. Shape (M, D)."""
-    return nn.Parameter(torch.randn(classes, D))
-
 
 def affinity_loss(features, target, valid, centres):
     """Faces of one class lie near their centre, and the centres far from each other.

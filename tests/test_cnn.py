@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from checkpoints import write_file
-from cnn import BasicBlock, ResNet18, Trunk, load_trunk
+from cnn import BasicBlock, BatchNorm, ResNet18, Trunk, load_trunk
 from plain_cnn import batch_norm, random_weights, resnet_map, resnet_shapes, trunk_shapes
+from processes import in_team
 
 SMALL = 4                                                            # width of the first stage
 
@@ -48,6 +49,68 @@ def test_any_image_size_gives_a_map_of_a_32th_rounded_up(size, sides):
     assert Trunk.forward(model, torch.zeros(2, 3, *size)).shape == (2, 16, *sides)
     assert model(torch.zeros(2, 3, *size)).shape == (2, 5)
     assert model(torch.zeros(0, 3, *size)).shape == (0, 5)
+
+
+# ---- BatchNorm
+
+SHARDS = {2: [4, 3], 3: [5, 2, 0], 4: [0, 1, 0, 6]}                 # world size -> images on each rank
+
+
+def normalised(part, training=True):
+    """Two steps of a 1-d and a 2-d BatchNorm on a part of seven images: outputs, gradients, statistics."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for shape in ((7, 3), (7, 3, 2, 4)):
+        layer, _ = filled(BatchNorm(3).train(training))
+        for _ in range(2):
+            x = 2 + 3 * torch.randn(shape, generator=generator, dtype=torch.double)
+            weights = torch.randn(shape, generator=generator, dtype=torch.double)
+            x = x[part].clone().requires_grad_()
+            y = layer(x)
+            (y * y * weights[part]).sum().backward()
+            found.append({"y": y.detach(), "x": x.grad})
+        found.append({"shares": torch.stack([layer.weight.grad, layer.bias.grad]),
+                      "same": torch.stack([layer.running_mean, layer.running_var]),
+                      "steps": layer.num_batches_tracked})
+    return found
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_batch_norm_is_pytorchs_with_its_names_and_its_running_averages(training):
+    torch.manual_seed(0)
+    for theirs, shape in ((nn.BatchNorm1d(3), (5, 3)), (nn.BatchNorm2d(3), (5, 3, 2, 4))):
+        ours, weights = filled(BatchNorm(3).train(training))
+        theirs.double().train(training).load_state_dict(weights)
+        for _ in range(2):
+            x = 2 + 3 * torch.randn(shape, dtype=torch.double)
+            assert torch.equal(ours(x), theirs(x))
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("world", SHARDS)
+def test_batch_norm_over_processes_is_that_of_one_with_the_whole_batch(world):
+    ends = [sum(SHARDS[world][:rank + 1]) for rank in range(world)]
+    parts = [slice(end - size, end) for size, end in zip(SHARDS[world], ends)]
+    whole = normalised(slice(0, 7))
+    codes, results = in_team(world, lambda team: normalised(parts[team.rank]))
+    assert codes == [0] * world
+    for i, expected in enumerate(whole):
+        for part, found in zip(parts, results):
+            for name in expected.keys() & {"x", "y"}:
+                assert torch.allclose(found[i][name], expected[name][part], rtol=1e-10, atol=1e-12), name
+            for name in expected.keys() & {"same", "steps"}:
+                assert torch.allclose(found[i][name], expected[name], rtol=1e-12), name
+        if "shares" in expected:                                     # which Team.parallel adds up
+            total = sum(found[i]["shares"] for found in results)
+            assert torch.allclose(total, expected["shares"], rtol=1e-10)
+
+
+def test_processes_do_not_wait_for_each_other_in_evaluation():
+    """One process may have more images to score than another."""
+    def one_calls_twice(team):
+        return [normalised(slice(0, 7), training=False)[0]["y"] for _ in range(1 + team.rank)]
+    codes, results = in_team(2, one_calls_twice)
+    assert codes == [0, 0] and torch.equal(results[1][1], results[0][0])
 
 
 # ---- A second forward pass
@@ -180,5 +243,5 @@ def test_images_of_another_shape_are_refused(shape):
 
 
 def test_batch_norms_have_pytorchs_epsilon_and_momentum():
-    norms = [part for part in Trunk(SMALL).modules() if isinstance(part, nn.BatchNorm2d)]
+    norms = [part for part in Trunk(SMALL).modules() if isinstance(part, BatchNorm)]
     assert len(norms) == 20 and {(norm.eps, norm.momentum) for norm in norms} == {(1e-5, 0.1)}

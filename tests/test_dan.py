@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from cnn import Trunk
-from dan import DAN, ChannelAttention, SpatialAttention, affinity_loss, draw_centres, partition_loss
+from dan import DAN, ChannelAttention, DANWithCentres, SpatialAttention, affinity_loss, partition_loss
 from labels import EXPRESSIONS
+from losses import expr_loss
 from plain_cnn import random_weights
-from processes import in_team
+from processes import ALONE, in_team
 
 D = 16
 
@@ -298,17 +299,46 @@ def test_both_losses_and_their_gradients_are_those_of_one_process_with_all_faces
     assert torch.allclose(sum(c for _, _, c, _ in results), of_centres, rtol=1e-12, atol=1e-15)
 
 
+def step(part, team=ALONE):
+    """A training step on a part of six images. -> loss, gradients, BatchNorm's statistics"""
+    torch.manual_seed(0)
+    model = filled(DANWithCentres(DAN(width=2)))[0]
+    images, labels = torch.randn(6, 3, 40, 40, dtype=torch.double), torch.tensor([0, 3, -1, 5, 1, 7])[part]
+    ddp = team.parallel(model)
+    scores, features, heads = ddp(images[part])
+    loss = expr_loss(scores, labels, labels >= 0) + partition_loss(heads)
+    loss = loss + affinity_loss(features, labels, labels >= 0, model.centres)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return loss.item(), gradients, dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("shards", [[4, 2], [5, 0, 1]], ids=str)
+def test_a_training_step_over_processes_is_that_of_one_with_the_whole_batch(shards):
+    loss, gradients, buffers = step(slice(0, 6))
+    ends = [sum(shards[:rank + 1]) for rank in range(len(shards))]
+    parts = [slice(end - size, end) for size, end in zip(shards, ends)]
+    codes, results = in_team(len(shards), lambda team: step(parts[team.rank], team))
+    assert codes == [0] * len(shards)
+    for got, found, statistics_found in results:
+        assert got == pytest.approx(loss, rel=1e-11)
+        for name, whole in gradients.items():
+            assert torch.allclose(found[name], whole, rtol=1e-7, atol=1e-9), name
+        for name, value in buffers.items():
+            assert torch.allclose(statistics_found[name], value, rtol=1e-9), name
+
+
 # ---- Learning
 
 def test_eight_images_are_learned_by_heart_with_all_three_losses_and_the_centres_take_part():
     torch.manual_seed(0)
-    model, centres = DAN(width=8), draw_centres(8, 64)
+    model = DANWithCentres(DAN(width=8))
     images, labels, valid = torch.randn(8, 3, 40, 40), torch.arange(8), torch.ones(8, dtype=torch.bool)
-    optimizer = torch.optim.Adam([*model.parameters(), centres], lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     rows = []
     for _ in range(30):
-        scores, features, heads = model.parts(images)
-        row = [F.cross_entropy(scores, labels), affinity_loss(features, labels, valid, centres),
+        scores, features, heads = model(images)
+        row = [F.cross_entropy(scores, labels), affinity_loss(features, labels, valid, model.centres),
                partition_loss(heads)]
         optimizer.zero_grad()
         sum(row).backward()
