@@ -1,13 +1,11 @@
-"""The numbers in README and docs, measured: time, memory and scores of the demo, and the ablation.
+"""The times in README and docs, measured: the demo from nothing, a checkpoint, a second process. The scores
+without a part are ablation.py's, those of the folds folds.py's.
 
     python benchmark.py --check       # the finished demo against what README promises
     python benchmark.py --training    # a checkpoint, and a second process, at the paper's sizes (5 minutes)
-    python benchmark.py               # everything, from nothing, into runs/benchmark.md, docs/pipeline.png
-                                      # and docs/curves.png (about 40 minutes on two cores)
-
-The ablation takes one thing out at a time, with three seeds each (Table 5 of the paper's final version, and
-two rows more): parts of the temporal model; the Expr fine-tuning, so that the features are the MAE's; the
-pre-training, so that fine-tuning starts from random weights.
+    python benchmark.py --scorer      # a million predictions scored (1 minute)
+    python benchmark.py               # the demo from nothing, into runs/benchmark.md, docs/pipeline.png
+                                      # and docs/curves.png (about 5 minutes on two cores)
 """
 
 import argparse
@@ -19,49 +17,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+import many_runs
 import pictures
 from checkpoints import write_file
+from config import load
 from distributed import join
-from labels import TASKS
+from labels import AU, EXPR, TASKS, VA
 from losses import au_loss
 from mae import MaskedAutoencoder
+from many_runs import Job
 from temporal import SegmentModel
 
 PROMISED = {"va": 0.60, "expr": 0.50, "au": 0.65}     # the demo scores this much or more,
 CONSTANT = {"va": 0.00, "expr": 0.10, "au": 0.35}     # and the best constant prediction this much at most
-SEEDS = (0, 1, 2)
-STAGES = ("train_pretrain.py", "train_finetune.py", "extract_features.py")
-
-
-class Row(NamedTuple):
-    """A row of the ablation. Stages that stay the same are taken from the run that lacks nothing, {whole}."""
-    title: str
-    settings: tuple = ()
-
-
-WHOLE = Row("nothing: the whole system")
-ABLATION = (
-    Row("no TCN", ("temporal.tcn=false",)),
-    Row("no Transformer encoder", ("temporal.transformer=false",)),
-    Row("single frames (neither)", ("temporal.tcn=false", "temporal.transformer=false")),
-    Row("no Expr fine-tuning", ("features.checkpoint=runs/{whole}/pretrain/last.pt",)),
-    Row("no pre-training", ("finetune.start=none",)),
-)
-
-
-def run(script, *arguments, processes: int = 2) -> tuple[float, float]:
-    """Run one script as README does. -> seconds, peak memory of its largest process in GB (of all so far)."""
-    command = ["torchrun", f"--nproc_per_node={processes}", script, *arguments]
-    print("$", " ".join(command), flush=True)
-    began = time.time()
-    subprocess.run([str(Path(sys.executable).with_name("torchrun")), *command[1:]], check=True)
-    return time.time() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+STAGES = ("synthetic", "train_pretrain", "train_finetune", "extract_features")
 
 
 def score(name: str, task: str, kind: str = "score") -> float:
@@ -81,50 +55,18 @@ def check() -> bool:
     return good
 
 
-def folder_name(row: Row, seed: int) -> str:
-    """The run of a row and a seed: the whole system with seed 0 is the demo itself."""
-    if row is WHOLE:
-        return "demo" if seed == 0 else f"seed{seed}"
-    return f"ablation_{ABLATION.index(row)}_seed{seed}"
-
-
-def run_row(row: Row, seed: int) -> dict[str, float]:
-    """Run a row's stages and the three tasks. -> seconds of each, and "GB" of the largest process so far."""
-    settings = [f"run.seed={seed}", *row.settings, f"run.name={folder_name(row, seed)}",
-                "run.base={whole}"]
-    flags = []
-    for setting in settings:
-        flags += ["--set", setting.format(whole=folder_name(WHOLE, seed))]
-    seconds = {}
-    for stage in STAGES if row is WHOLE else ():
-        seconds[stage], seconds["GB"] = run(stage, *flags)
-    for task in TASKS:
-        seconds[f"train_task.py --task {task}"], seconds["GB"] = run("train_task.py", "--task", task, *flags)
-    return seconds
-
-
 def measure():
-    """The demo, then the ablation over all seeds; writes runs/benchmark.md and the pictures of README."""
+    """The demo from nothing, in two processes; writes runs/benchmark.md and the pictures of README."""
     shutil.rmtree("data/demo", ignore_errors=True)
-    for row in (WHOLE, *ABLATION):
-        for seed in SEEDS:
-            shutil.rmtree(Path("runs") / folder_name(row, seed), ignore_errors=True)
-    drawing, _ = run("synthetic.py")
-    seconds = {"synthetic.py": drawing, **run_row(WHOLE, 0)}
-    gigabytes = seconds.pop("GB")
-    lines = ["| stage | seconds |", "|---|---|"]
-    lines += [f"| {stage} | {value:.0f} |" for stage, value in seconds.items()]
-    lines += ["", f"Largest process: {gigabytes:.2f} GB.", ""]
-    lines += ["| left out | VA mean CCC | Expr macro F1 | AU mean F1 |", "|---|---|---|---|"]
-    for row in (WHOLE, *ABLATION):
-        cells = []
-        for seed in SEEDS:
-            if row is not WHOLE or seed:
-                run_row(row, seed)
-        for task in TASKS:
-            values = [score(folder_name(row, seed), task) for seed in SEEDS]
-            cells.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}")
-        lines.append(f"| {row.title} | {' | '.join(cells)} |")
+    shutil.rmtree("runs/demo", ignore_errors=True)
+    config = load("configs/demo.yaml")
+    jobs = [Job(stage, config) for stage in STAGES]
+    jobs += [Job("train_task", config, task) for task in TASKS.values()]
+    lines = ["| stage, in two processes | seconds |", "|---|---|"]
+    for job in jobs:
+        lines.append(f"| {job.title} | {many_runs.run(job, processes=2):.0f} |")
+    gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    lines += ["", f"Largest process: {gigabytes:.2f} GB."]
     Path("runs/benchmark.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     compose(Path("runs/demo"), Path("docs/pipeline.png"))
@@ -213,17 +155,48 @@ def measure_checkpoints(step: float, rounds: int = 3):
         print(f"checkpoint of the {name}: {size:,.0f} MB in {middle:.2f} s, flushed to disk{share}")
 
 
+def measure_scorer(videos: int = 76, frames: int = 13_158):
+    """Seconds that a core works for `metrics.py --task ...`, on a CSV of predict.py with all columns."""
+    folder, rng = Path("runs/benchmark_scorer"), np.random.default_rng(0)
+    table = rng.random((1000, 2 + 8 + 12))
+    cells = [",".join([f"{v:.6f}" for v in row[:2]] + ["Neutral"] + [f"{v:.6f}" for v in row[2:]])
+             for row in table]
+    lines = [",".join(["video,frame,time,face", *VA.outputs, "expression", *EXPR.outputs, *AU.outputs])]
+    for video in range(videos):
+        lines += [f"{video}-30-1280x720,{t + 1},{t / 30:.6f},1,{cells[t % 1000]}" for t in range(frames)]
+        labels = {"va": rng.uniform(-1, 1, (frames, 2)), "expr": rng.integers(0, 8, frames),
+                  "au": rng.integers(0, 2, (frames, 12))}
+        for task in TASKS.values():
+            (folder / task.name).mkdir(parents=True, exist_ok=True)
+            np.savetxt(folder / task.name / f"{video}-30-1280x720.txt", labels[task.name], delimiter=",",
+                       fmt="%.3f" if task is VA else "%d", header=",".join(task.outputs), comments="")
+    (folder / "predictions.csv").write_text("\n".join(lines))
+    for task in TASKS:
+        began, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "metrics.py", "--task", task, "--predictions",
+                        str(folder / "predictions.csv"), "--labels", str(folder / task)], check=True,
+                       stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        work = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        print(f"metrics.py --task {task}: {videos * frames:,} frames in {work:.1f} s of one core, "
+              f"{time.time() - began:.1f} s in all")
+    shutil.rmtree(folder)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare the finished demo with README")
     parser.add_argument("--training", action="store_true", help="only checkpoints and a second process")
+    parser.add_argument("--scorer", action="store_true", help="only metrics.py on a million predictions")
     parser.add_argument("--segment-steps", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.segment_steps:
         segment_steps()
     elif options.training:
         measure_checkpoints(measure_second_process())
+    elif options.scorer:
+        measure_scorer()
     elif options.check:
         sys.exit(0 if check() else 1)
     else:

@@ -57,12 +57,26 @@ def interval(sums: np.ndarray, metric: Metric, rounds: int = ROUNDS) -> list[Int
 
 def difference(ours: np.ndarray, theirs: np.ndarray, metric: Metric, rounds: int = ROUNDS) -> Interval:
     """Our mean score less theirs, on the same videos in the same order. Shape: both (videos, ...)."""
-    if ours.shape != theirs.shape:
-        raise ValueError(f"two systems are compared on the same videos; got sums of {ours.shape} and of "
-                         f"{theirs.shape}")
-    times = drawn(len(ours), rounds)
-    values = [drawn_scores(sums, metric, times).mean(axis=1) for sums in (ours, theirs)]    # two (rounds,)
-    means = [metric.score(sums.sum(axis=0)).mean() for sums in (ours, theirs)]
+    return difference_over_seeds(ours[None], theirs[None], metric, rounds)
+
+
+def difference_over_seeds(ours: np.ndarray, theirs: np.ndarray, metric: Metric,
+                          rounds: int = ROUNDS) -> Interval:
+    """Our mean score less theirs, each trained with several seeds: the scores are averaged over the seeds,
+    the videos are drawn. Shape: ours (seeds, videos, ...), theirs (seeds, videos, ...), the same videos in
+    the same order.
+
+    The interval tells how sure the difference is for other videos. It does not tell how much other seeds
+    would change it: three of them are too few to say.
+    """
+    if ours.shape[1:] != theirs.shape[1:]:
+        raise ValueError(f"two systems are compared on the same videos; got sums of {ours.shape[1:]} and of "
+                         f"{theirs.shape[1:]}")
+    times, values, means = drawn(ours.shape[1], rounds), [], []
+    for system in (ours, theirs):
+        seeds = [drawn_scores(sums, metric, times).mean(axis=1) for sums in system]      # of each (rounds,)
+        values.append(np.mean(seeds, axis=0))
+        means.append(np.mean([metric.score(sums.sum(axis=0)).mean() for sums in system]))
     return Interval(float(means[0] - means[1]), *middle(values[0] - values[1]))
 
 

@@ -49,11 +49,13 @@ def needs(stage: str, config, checkpoint: str = "") -> list[str]:
 
 def result(stage: str, config, task=None) -> Path:
     """The file that the next stage reads."""
-    return {"synthetic": Path(config.synthetic.root) / "complete.json",
-            "train_pretrain": place(config, "pretrain") / "last.pt",
-            "train_finetune": place(config, "finetune") / "best.pt",
-            "extract_features": place(config, "features") / "metrics.json",
-            "train_task": config.folder(stage_of(config, task) if task else "task") / "best.pt"}[stage]
+    if stage == "synthetic":
+        return Path(config.synthetic.root) / "complete.json"
+    if stage == "train_task":
+        return config.folder(stage_of(config, task) if task else "task") / "best.pt"
+    folder, file = {"train_pretrain": ("pretrain", "last.pt"), "train_finetune": ("finetune", "best.pt"),
+                    "extract_features": ("features", "metrics.json")}[stage]
+    return place(config, folder) / file
 
 
 def finished(stage: str, config, task=None) -> bool:
@@ -63,6 +65,23 @@ def finished(stage: str, config, task=None) -> bool:
     if stage == "synthetic":
         return synthetic.is_complete(config.synthetic.root, config.synthetic)
     return made_of.finished(result(stage, config, task).parent)
+
+
+def state(stage: str, config, task=None) -> str:
+    """ "finished", "to be made", or "stale": finished, but with other settings or from another input."""
+    if not finished(stage, config, task):
+        return "to be made"
+    folder = result(stage, config, task).parent
+    return "stale" if stage != "synthetic" and made_of.stale(folder, config) else "finished"
+
+
+def unfinished(stage: str, config) -> list[str]:
+    """The stages that have to run before `stage`, in order. The data of real faces is nobody's to make."""
+    found = []
+    for need in needs(stage, config):
+        if not finished(need, config) and (need != "synthetic" or config.data.synthetic):
+            found += [*unfinished(need, config), need]
+    return list(dict.fromkeys(found))
 
 
 def make_inputs(stage: str, config, team, task=None, checkpoint: str = ""):
@@ -100,7 +119,5 @@ if __name__ == "__main__":
     rows = [(stage, None) for stage in ("synthetic", "train_pretrain", "train_finetune", "extract_features")]
     rows += [("train_task", task) for task in TASKS.values()]
     for stage, task in rows:
-        path, state = result(stage, config, task), "to be made"
-        if finished(stage, config, task):
-            state = "stale" if stage != "synthetic" and made_of.stale(path.parent, config) else "finished"
-        print(f"{stage + (f' {task.name}' if task else ''):18s}{state:12s}{path}")
+        title = stage + (f" {task.name}" if task else "")
+        print(f"{title:18s}{state(stage, config, task):12s}{result(stage, config, task)}")

@@ -18,10 +18,12 @@ no columns. A row per frame, as CSV, or as JSON lines where the output's name en
     Neutral, ... Other  probabilities of the eight expressions: 0 to 1, their sum is 1
     AU1, ... AU26       probability that the action unit is active: 0 to 1, for each by itself
 
---smooth k takes the mean over k frames before and after each one. --still takes each image below FOLDER for
-itself, whatever its name, and lets the fine-tuned ViT tell its expression. Then `file`, the path below
-FOLDER, stands in place of video, frame and time. Valence, arousal and action units, which need a video, are
-left out. Of an image that cannot be read, all but file and face is empty.
+--smooth k takes the mean over k frames before and after each one. --picture draws a picture of each video,
+predictions.csv.pictures/<video>.png, once the table is finished, so also of one that was made without.
+--still takes each image below FOLDER for itself, whatever its name, and lets the fine-tuned ViT tell its
+expression. Then `file`, the path below FOLDER, stands in place of video, frame and time. Valence, arousal
+and action units, which need a video, are left out. Of an image that cannot be read, all but file and face is
+empty.
 
 predictions.csv.json tells what the table was made of. The same command goes on with a killed run. In memory
 are the features of one video, as in extract_features.py.
@@ -50,7 +52,8 @@ from made_of import command, find_input, finished, like, missing, there
 from postprocessing import in_units, smoothed
 from run import Progress
 from scoring import Trained, check_features, load, stage_of
-from table import Table
+from table import Table, beside_a_table
+from table_pictures import draw_missing
 from training import loader
 from vit import VisionTransformer
 
@@ -108,6 +111,8 @@ class Videos:
         empty, beside, ends = [], Counter(), []
         itself = has_frames(folder)
         for path in [folder] if itself else below(folder):
+            if beside_a_table(path):                         # --out may lie in the folder of the videos
+                continue
             name = folder.resolve().name if itself else str(path.relative_to(folder))
             numbers, files, others = list_frames(path)
             beside.update(others)
@@ -253,25 +258,34 @@ def check_options(options):
         raise ValueError(f"--smooth: got {options.smooth}, expected 0 frames or more")
     if options.fps is not None and not 0 < options.fps < math.inf:
         raise ValueError(f"--fps: got {options.fps}, expected frames per second, more than 0")
-    if options.still and (options.smooth or options.fps):
-        raise ValueError("--still takes each image for itself; leave out --smooth and --fps, which need a "
-                         "video")
+    if options.still and (options.smooth or options.fps or options.picture):
+        raise ValueError("--still takes each image for itself; leave out --smooth, --fps and --picture, "
+                         "which need a video")
 
 
 def main(config, team, options):
-    """Write the table, or go on with it, until it is finished."""
+    """Write the table, or go on with it, until it is finished; then the pictures."""
     check_options(options)
     source = (Stills if options.still else Videos)(Path(options.frames), options)
     if team.agree(source.found) != source.found:
         raise ValueError(f"{options.frames}: this process sees other images than the first one")
     team.say(source.text)
+    if config.data.synthetic:
+        team.say("  warning: these models learned from synthetic faces; they say little about real ones")
     record = {**source.load(config, team), "still": options.still, "smooth": options.smooth,
               "fps": options.fps, **source.found}
     table = Table(options.out, source.header, record, team)
-    if table.finished:
-        return team.say(f"{options.out} is finished; nothing to do")
+    if not table.finished:
+        make(table, source, team)
+    else:
+        team.say(f"{options.out} is finished" + ("" if options.picture else "; nothing to do"))
+    if options.picture:
+        draw_missing(table, source, options, team)
 
-    # loop: what is left is shared out, longest first, so that no process waits long for another's last video
+
+def make(table: Table, source, team):
+    """Predict what the table lacks. What is left is shared out, longest first, so that no process waits long
+    for another's last video."""
     sizes, unit = source.sizes, source.unit
     order = sorted(range(len(sizes)), key=lambda number: (-sizes[number], number))
     left = team.agree([number for number in order if not table.part(number).exists()])
@@ -283,12 +297,10 @@ def main(config, team, options):
         rows, noface = source.rows(number, progress)
         table.write(number, rows)
         without += int(noface.sum())
-
-    # finish
     without = int(all_sum(torch.tensor(without)))                  # when it is known, all parts are written
     table.join(len(sizes))
     team.wait()
-    team.say(f"{options.out} is finished: {sum(sizes):,} rows; {without:,} of those made now are of {unit} "
+    team.say(f"{table.path} is finished: {sum(sizes):,} rows; {without:,} of those made now are of {unit} "
              "without a readable face image")
 
 
@@ -299,5 +311,6 @@ if __name__ == "__main__":
         out={"required": True, "metavar": "FILE", "help": "the table: .jsonl for JSON lines, else CSV"},
         fps={"type": float, "metavar": "F", "help": "frames per second, for the column time"},
         smooth={"type": int, "default": 0, "metavar": "K", "help": "mean over K frames before and after"},
+        picture={"action": "store_true", "help": "draw FILE.pictures/<video>.png, too"},
         still={"action": "store_true", "help": "each image for itself: expressions only"})
     launch(main, config, options)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import pictures
+import timeline
 from data import VideoFrames
 from distributed import Team
 from frames import find_videos
@@ -118,5 +118,5 @@ def draw_timeline(model, videos: list[Video], task: Task, config, team: Team, pa
         faces = list(zip(rows.tolist(), images.numpy()))
     except (ValueError, KeyError, OSError):
         pass            # features are enough to score; where the frames lie elsewhere, the picture lacks them
-    pictures.timeline(task, faces, features[:n].astype(np.float32), segments(n, s.window, s.stride),
-                      np.where(valid, target, np.nan), outputs, path)
+    timeline.draw(task, faces, features[:n].astype(np.float32), segments(n, s.window, s.stride),
+                  np.where(valid, target, np.nan), outputs, path)

@@ -28,10 +28,11 @@ class Table:
         self.path, self.header, self.team = Path(path), header, team
         self.json = self.path.suffix == ".jsonl"
         self.folder, self.record = Path(f"{path}.parts"), Path(f"{path}.json")
+        self.made_of = json.loads(json.dumps(record))
         problem = ""
         if team.rank == 0:
             try:
-                self.open(json.loads(json.dumps(record)))
+                self.open(self.made_of)
             except (ValueError, OSError) as error:
                 problem = str(error)
         problem = team.agree(problem)
@@ -88,6 +89,25 @@ class Table:
             write_file(self.folder / "whole", write)
             os.replace(self.folder / "whole", self.path)
             shutil.rmtree(self.folder)
+
+    def read(self):
+        """Yield the rows of the finished table, as lists in the order of the header: of CSV as text, of JSON
+        lines as they were written. Raises ValueError if it is something else."""
+        with open(self.path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            try:
+                rows = (list(json.loads(line).values()) for line in file) if self.json else csv.reader(file)
+                if not self.json and next(rows, None) != self.header:
+                    raise ValueError("its first line does not name the columns")
+                yield from rows
+            except (ValueError, AttributeError, csv.Error) as error:
+                raise ValueError(f"{self.path}: not the table that was made ({error}); put a copy back, or "
+                                 f"delete it and {self.record}") from None
+
+
+def beside_a_table(folder: Path) -> bool:
+    """Does this folder, or one above it, hold the parts or the pictures of a table?"""
+    return any(path.suffix in (".parts", ".pictures") and path.with_suffix(".json").exists()
+               for path in (folder, *folder.parents))
 
 
 def without_paths(record: dict) -> dict:

@@ -1,8 +1,11 @@
 """The finished runs that several test files share. Each is made once, by the first test that asks for it;
-tests compare with it or change a copy of it."""
+tests compare with it or change a copy of it. And the texts of a picture."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import ImageDraw
 
 import tiny
 from tiny import ROOT, TINY, TRAIN_AU, done, ready
@@ -10,7 +13,7 @@ from tiny import ROOT, TINY, TRAIN_AU, done, ready
 torch.set_num_threads(1)
 
 
-# ---- Without dropout, whose masks differ with the number of processes
+# ---- Without dropout and drop path, whose masks differ with the number of processes
 
 @pytest.fixture(scope="session")
 def made_by_command(tmp_path_factory):
@@ -46,7 +49,7 @@ def finished_by_two(made_by_command):
     return folder
 
 
-# ---- With dropout, whose masks must come back after a restart
+# ---- With dropout and drop path, whose masks must come back after a restart
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
@@ -62,3 +65,19 @@ def undisturbed_by_two(undisturbed, tmp_path_factory):
     folder, stage = ready(undisturbed, tmp_path_factory.mktemp("undisturbed_by_two"), "task_au")
     done(folder, *TRAIN_AU, world=2)
     return stage
+
+
+# ---- Pictures
+
+@pytest.fixture
+def texts(monkeypatch):
+    """All texts drawn from here on, in order: the string and the box that it fills."""
+    drawn, draw_text = [], ImageDraw.ImageDraw.text
+
+    def record(pen, xy, string, fill=None, font=None, anchor=None):
+        left, top, right, bottom = pen.textbbox(xy, string, font, anchor)
+        drawn.append(SimpleNamespace(string=string, left=left, top=top, right=right, bottom=bottom,
+                                     x=(left + right) / 2, y=(top + bottom) / 2))
+        draw_text(pen, xy, string, fill, font, anchor=anchor)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
+    return drawn

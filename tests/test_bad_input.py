@@ -21,8 +21,11 @@ import faces
 import synthetic
 from distributed import Team
 from images import inside, read_image
+from labels import AU, EXPR, VA
 from run_folder import RunFolder
 from settings import Config, Data
+from submission_check import check
+from submission_file import check_out, read_template
 
 COLUMNS = ("subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,"
              "valence,arousal")
@@ -131,6 +134,21 @@ def used_folder(d):
     return run_folder(d, {})
 
 
+def template(content, task=VA):
+    return lambda d: read_template(put(d / "t.txt", content), task)
+
+
+def checked(content, task=VA):
+    """A submission for a template of one frame. What else can be wrong is in test_submission_check.py."""
+    def call(d):
+        return check(put(d / "p.txt", content), read_template(put(d / "t.txt", "136/00001.jpg,"), task), task)
+    return call
+
+
+def template_as_output(d):
+    return check_out(f"{d}/t.txt", put(d / "t.txt", "136/00001.jpg,"), VA)
+
+
 NOT_AN_IMAGE = "face.png: not a readable image"
 WHOLE = r"best\.pt: not a whole, plain checkpoint"
 LEAVES = "leaves its data root"
@@ -215,6 +233,31 @@ TABLE = {
         other_architecture, r"(?s)best\.pt: .*another architecture, 3 of 2 entries differ.*"
                             r"weight: file \(2, 4\), model \(2, 3\).*bias: missing in the file.*"
                             "scale: not in the model"),
+    # templates and submissions of the challenge
+    "an empty template": (template(""), r"t\.txt: no rows; expected a line for each frame, like "),
+    "a template of a header alone": (template("image_location,valence,arousal\r\n\r\n"), r"t\.txt: no rows"),
+    "a template that is not there": (
+        lambda d: read_template(d / "none.txt", VA), r"none\.txt: cannot be read \(No such file"),
+    "a folder as a template": (lambda d: read_template(d, VA), r"cannot be read \(Is a directory\)"),
+    "a binary file as a template": (template(b"136/00001.jpg\xff"), r"t\.txt: not a text file; expected"),
+    "a template of another task": (
+        template("image_location,valence,arousal\n136/00001.jpg,-5,-5\n", EXPR),
+        r"t\.txt, line 1: the template of --task va, not of --task expr"),
+    "a template of another task without a header": (
+        template("136/00001.jpg" + ",-1" * 12), r"t\.txt, line 1: 12 dummy values, expected 2 for --task va"),
+    "a label file as a template": (
+        template("valence,arousal\n0,0\n"), r"t\.txt, line 1: 'valence' is no frame; expected a name like"),
+    "a list of videos as a template": (template("136\n137\n"), r"t\.txt, line 1: '136' is no frame"),
+    "a template with a row without a frame": (
+        template("136/00001.jpg,\n136/,\n"), r"t\.txt, line 2: '136/' is no frame; expected a name like"),
+    "a template with a blank line in the middle": (
+        template("136/00001.jpg,\n\n136/00002.jpg,"), r"t\.txt, line 2: '' is no frame"),
+    "the template as the output": (template_as_output, r"--out: .*t\.txt is the template itself"),
+    "a binary file as a submission": (checked(b"\x89PNG\xff"), r"p\.txt: not a text file"),
+    "an empty submission": (checked(""), r"p\.txt, line 1: the header is '', expected 'image_loc"),
+    "a submission of another task": (
+        checked("image_location,valence,arousal\n136/00001.jpg,0,0", AU),
+        r"p\.txt, line 1: the header is .*, that of --task va, expected 'image_location,AU1,AU2"),
     # settings and run folder
     "a YAML tag": (
         settings("run: !!python/object/apply:os._exit [66]"),

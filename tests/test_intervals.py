@@ -46,8 +46,8 @@ def test_a_drawn_set_scores_what_its_videos_one_after_the_other_score(task):
 # ---- The interval
 
 def test_the_interval_of_a_mean_is_that_of_the_textbook():
-    """Each video has one frame, a hit or a miss with a false alarm, which adds 2 to F1's bottom either way. So
-    F1 is the share of hits, and its deviation is that of a binomial."""
+    """Each video has one frame, a hit or a miss with a false alarm, which adds 2 to F1's bottom. So F1
+    is the share of hits, and its deviation is that of a binomial."""
     hits = np.arange(200) % 2                                             # F1 of each video: 0 or 1
     sums = np.stack([[[0, 1 - hit, 1 - hit, hit]] for hit in hits]).astype(float)
     value, low, high = interval(sums, BINARY_F1, rounds=4000)[-1]

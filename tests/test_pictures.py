@@ -7,70 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import pictures
+from drawn import assert_texts_are_apart, found, is_colour, read
 from images import normalise, unnormalise
-from labels import AU, EXPR, TASKS, VA
 from mae import MaskedAutoencoder
 
-LEFT, RIGHT = 150, 1122                  # where a timeline's frames begin and end
-FRAMES = (RIGHT - LEFT) // 3             # so many frames have three pixels each
-RED, BLUE, WHITE = (200, 60, 50), (40, 100, 180), (255, 255, 255)
-
-
-@pytest.fixture
-def texts(monkeypatch):
-    """All texts drawn from here on, in order: the string and the box that it fills."""
-    drawn, draw_text = [], ImageDraw.ImageDraw.text
-
-    def record(pen, xy, string, fill=None, font=None, anchor=None):
-        left, top, right, bottom = pen.textbbox(xy, string, font, anchor)
-        drawn.append(SimpleNamespace(string=string, left=left, top=top, right=right, bottom=bottom,
-                                     x=(left + right) / 2, y=(top + bottom) / 2))
-        draw_text(pen, xy, string, fill, font, anchor=anchor)
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
-    return drawn
-
-
-def found(texts, string: str) -> list:
-    return [text for text in texts if text.string == string]
-
-
-def read(path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB")).astype(int)         # (height, width, 3)
-
-
-def x_of(frame, T: int) -> int:
-    return int(LEFT + (frame + 0.5) * (RIGHT - LEFT) / T)                  # T frames share the width equally
-
-
-def is_colour(pixels, colour) -> np.ndarray:
-    return (np.abs(pixels - np.array(colour)) <= 2).all(-1)                # (..., 3) -> (...)
-
-
-def video(task, T: int):
-    """features, segments, labels with a gap, outputs, of T frames."""
-    rng = np.random.default_rng(0)
-    K = len(task.outputs)
-    labels = {"va": rng.uniform(-1, 1, (T, K)),
-              "expr": rng.integers(K, size=T).astype(float),
-              "au": rng.integers(2, size=(T, K)).astype(float)}[task.name]
-    labels[T // 3:T // 2] = np.nan
-    parts = [(start, min(start + 120, T)) for start in range(0, T, 80)]
-    outputs = rng.normal(size=(T, K)).astype(np.float32)
-    return rng.normal(size=(T, 16)).astype(np.float32), parts, labels, outputs
-
-
-def faces_at(frames) -> list:
-    """A face for each frame, each of another colour."""
-    colours = [(255, 10 + 7 * i, 255 - 7 * i) for i in range(len(frames))]
-    return [(frame, np.full((30, 20, 3), colour, np.uint8)) for frame, colour in zip(frames, colours)]
-
-
-def timeline(folder, task, faces, data) -> np.ndarray:
-    pictures.timeline(task, faces, *data, folder / "t.png")
-    return read(folder / "t.png")
+RED, BLUE = (200, 60, 50), (40, 100, 180)
 
 
 def curves(folder, log: str, chance=None) -> np.ndarray:
@@ -112,125 +56,37 @@ def test_with_normalised_pixels_each_patch_gets_its_mean_and_deviation_back(tmp_
     assert np.abs(rows[2] - pixels).max() <= 1
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-@pytest.mark.parametrize("T", [1, 7, 200, 600])
-def test_no_text_of_a_timeline_overlaps_another_or_is_cut_off(task, T, tmp_path, texts):
-    assert_texts_are_apart(texts, timeline(tmp_path, task, faces_at(range(0, T, 9)), video(task, T)))
+# What the three kinds of colour blindness leave of linear red, green and blue (Machado et al. 2009).
+BLIND = {"none": np.eye(3),
+         "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                    [-0.003882, -0.048116, 1.051998]],
+         "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                    [-0.011820, 0.042940, 0.968881]],
+         "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                    [0.004733, 0.691367, 0.303900]]}
 
 
-def assert_texts_are_apart(texts, pixels):
-    height, width, _ = pixels.shape
-    texts = [text for text in texts if text.string]
-    for i, a in enumerate(texts):
-        assert 0 <= a.left and a.right <= width and 0 <= a.top and a.bottom <= height, f"{a} is cut off"
-        for b in texts[:i]:
-            beside = a.right <= b.left or b.right <= a.left or a.bottom <= b.top or b.bottom <= a.top
-            assert beside, f"{a} and {b} overlap"
+def lab(colours, kind: str) -> np.ndarray:
+    """CIELAB of colours (n, 3) as a reader sees them. 2 apart is just visible, 10 at a glance."""
+    share = np.array(colours) / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    seen = (linear @ np.array(BLIND[kind]).T).clip(0, 1)
+    xyz = seen @ np.array([[.4124, .3576, .1805], [.2126, .7152, .0722], [.0193, .1192, .9505]]).T
+    xyz /= (0.9505, 1, 1.089)
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
 
 
-def test_a_face_stands_above_its_own_frame_and_is_left_out_if_it_would_overlap_the_last(tmp_path, texts):
-    frames = [0, 10, 27, 48, 60, 210, 299]                                 # a face is as wide as 25 frames
-    line = timeline(tmp_path, EXPR, faces_at(frames), video(EXPR, 300))[48]          # through the faces
-    for frame, face in faces_at(frames):
-        columns = np.flatnonzero(is_colour(line, face[0, 0]))
-        numbers = [text for text in found(texts, str(frame)) if text.y < 110]
-        if frame in (10, 48):
-            assert len(columns) == len(numbers) == 0
-        else:
-            assert len(columns) == 80 and abs(columns.mean() - x_of(frame, 300)) <= 1
-            assert len(numbers) == 1 and abs(numbers[0].x - x_of(frame, 300)) <= 1.5
-            assert numbers[0].bottom < found(texts, "features")[0].y - 35   # where the features begin
-
-
-def test_features_and_segments_lie_above_their_frames(tmp_path, texts):
-    features, _, labels, outputs = video(EXPR, 300)
-    features[:] = 9
-    features[75:150] = 11
-    parts = [(0, 100), (80, 180), (160, 300)]
-    pixels = timeline(tmp_path, EXPR, [], (features, parts, labels, outputs))
-    line = pixels[int(found(texts, "features")[0].y), :, 0]
-    assert (line[x_of(76, 300):x_of(148, 300)] > 180).all()
-    assert (line[x_of(1, 300):x_of(73, 300)] < 120).all()
-    assert (line[x_of(151, 300):x_of(298, 300)] < 120).all()
-    for i, (start, end) in enumerate(parts):
-        line = pixels[int(found(texts, "segments")[0].y) + 14 * i, LEFT:]
-        columns = np.flatnonzero(is_colour(line, (120, 120, 120)))
-        assert abs(columns[0] - start * 3.24) <= 1 and abs(columns[-1] - (end * 3.24 - 1)) <= 1
-
-
-@pytest.mark.parametrize("T, step", [(7, 1), (300, 50), (240, 20), (600, 50), (100_000, 10_000)])
-def test_the_axis_numbers_frames_at_round_distances(T, step, texts):
-    pictures.frame_axis(Image.new("RGB", (1180, 50)), 5, T)
-    numbers = [text for text in texts if text.string.isdigit()]
-    assert [int(text.string) for text in numbers] == list(range(0, T, step))
-    assert all(abs(text.x - x_of(int(text.string), T)) <= 1.5 for text in numbers)
-    assert found(texts, "frame, from 0")
-
-
-def test_the_strips_of_expressions_have_the_colours_of_the_legend_at_each_frame(tmp_path, texts):
-    features, parts, labels, outputs = video(EXPR, FRAMES)
-    pixels = timeline(tmp_path, EXPR, [], (features, parts, labels, outputs))
-
-    def legend(name):
-        text = found(texts, name)[0]
-        return tuple(pixels[int(text.y), int(text.left) - 12])
-
-    colours = [legend(name) for name in EXPR.outputs]
-    assert len({*colours, legend("not annotated"), WHITE}) == 10
-    [label], [prediction] = found(texts, "label"), found(texts, "prediction")
-    assert label.right < LEFT and prediction.right < LEFT and label.y < prediction.y
-    for t in range(FRAMES):
-        expected = legend("not annotated") if np.isnan(labels[t]) else colours[int(labels[t])]
-        assert tuple(pixels[int(label.y), x_of(t, FRAMES)]) == expected
-        assert tuple(pixels[int(prediction.y), x_of(t, FRAMES)]) == colours[outputs[t].argmax()]
-
-
-def test_the_strips_of_action_units_show_the_label_above_the_probability(tmp_path, texts):
-    features, parts, labels, outputs = video(AU, FRAMES)
-    outputs[5], outputs[6] = 1000.0, -1000.0                               # exp(1000) would be infinite
-    pixels = timeline(tmp_path, AU, [], (features, parts, labels, outputs))
-    label_rows, prediction_rows = found(texts, "label"), found(texts, "prediction")
-    assert len(label_rows) == len(prediction_rows) == 12
-    for k, name in enumerate(AU.outputs):
-        [title] = found(texts, name)
-        assert title.y - 10 < label_rows[k].y < title.y < prediction_rows[k].y < title.y + 10
-        for t in range(FRAMES):
-            label = {0: WHITE, 1: RED}.get(labels[t, k], (222, 222, 222))
-            probability = 1 / (1 + np.exp(-np.clip(outputs[t, k], -50, 50)))
-            shade = 255 + probability * (np.array(BLUE) - 255)
-            assert tuple(pixels[int(label_rows[k].y), x_of(t, FRAMES)]) == label
-            assert np.abs(pixels[int(prediction_rows[k].y), x_of(t, FRAMES)] - shade).max() <= 1
-
-
-def test_valence_and_arousal_are_curves_on_an_axis_from_minus_one_to_one(tmp_path, texts):
-    features, parts, _, outputs = video(VA, FRAMES)
-    labels = np.tile([0.5, -0.75], (FRAMES, 1))
-    outputs[:] = [-0.25, 0.25]
-    outputs[200:] = 3.0                                                    # drawn at the edge, not outside
-    labels[100:150] = np.nan
-    pixels = timeline(tmp_path, VA, [], (features, parts, labels, outputs))
-    for k, name in enumerate(VA.outputs):
-        top, bottom = found(texts, "1")[k].y, found(texts, "-1")[k].y
-        assert top < found(texts, name)[0].y < bottom
-        assert top < found(texts, "label")[k].y < found(texts, "prediction")[k].y < bottom
-
-        def drawn(value, frame, colour):
-            y = round(bottom - (value + 1) / 2 * (bottom - top))
-            return is_colour(pixels[y - 2:y + 3, x_of(frame, FRAMES)], colour).any()
-
-        assert all(drawn(labels[t, k], t, RED) for t in (1, 98, 151, 322))
-        assert not any(drawn(labels[0, k], t, RED) for t in range(101, 149))
-        assert (pixels[int(top) + 10, x_of(101, FRAMES):x_of(148, FRAMES)] == 222).all()
-        assert (pixels[int(top) + 10, x_of(10, FRAMES):x_of(90, FRAMES)] == 255).all()
-        assert all(drawn(outputs[0, k], t, BLUE) for t in (1, 120, 198)) and drawn(1.0, 300, BLUE)
-
-
-def test_a_timeline_needs_as_many_labels_and_outputs_as_features(tmp_path):
-    features, parts, labels, outputs = video(EXPR, 20)
-    for a, b, c in ((19, 20, 20), (20, 19, 20), (20, 20, 19), (0, 0, 0)):
-        with pytest.raises(ValueError, match=f"{a} features, {b} labels, {c} outputs: expected one a frame"):
-            pictures.timeline(EXPR, [], features[:a], parts, labels[:b], outputs[:c], tmp_path / "t.png")
-    assert not (tmp_path / "t.png").exists()
+@pytest.mark.parametrize("kind", BLIND)
+def test_a_colour_blind_reader_can_tell_the_colours_apart(kind):
+    classes = [*pictures.CLASS_COLOURS, (255, 255, 255)]
+    for colours in ([*classes, pictures.UNKNOWN], [*classes, pictures.GREY],
+                    [pictures.LABEL, pictures.PREDICTION, (255, 255, 255), pictures.GREY]):
+        seen = lab(colours, kind)
+        apart = np.linalg.norm(seen[:, None] - seen, axis=-1) + 1000 * np.eye(len(seen))
+        if pictures.UNKNOWN in colours:
+            apart[-2:, -2:] = 1000                                   # white and UNKNOWN, two kinds of paper
+        assert apart.min() >= 15, f"{kind}: {colours[apart.min(0).argmin()]}"
 
 
 def plot_of(texts, column: str):
@@ -328,12 +184,11 @@ def command(monkeypatch, *arguments):
     runpy.run_path(pictures.__file__, run_name="__main__")
 
 
-def test_the_command_draws_a_run_or_an_example_or_says_what_it_takes(tmp_path, monkeypatch, capsys):
+def test_the_command_draws_a_run_or_says_what_it_takes(tmp_path, monkeypatch, capsys):
     (tmp_path / "log.csv").write_text("epoch,loss\n1,4\n2,2\n")
-    command(monkeypatch, tmp_path, tmp_path / "example.png")
-    assert capsys.readouterr().out == f"{tmp_path}/curves.png\n{tmp_path}/example.png\n"
+    command(monkeypatch, tmp_path)
+    assert capsys.readouterr().out == f"{tmp_path}/curves.png\n"
     assert is_colour(read(tmp_path / "curves.png"), BLUE).any()
-    assert read(tmp_path / "example.png").shape[1] == 1180
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch)
     assert "usage: pictures.py" in capsys.readouterr().err

@@ -30,7 +30,7 @@ from temporal import SegmentModel
 
 ALONE = Team(0, 1, torch.device("cpu"))
 VIDEOS = sorted(name for name, film in FILMS.items() if film.images)
-OPTIONS = {"frames": "frames", "out": "all.csv", "fps": None, "smooth": 0, "still": False}
+OPTIONS = {"frames": "frames", "out": "all.csv", "fps": None, "smooth": 0, "still": False, "picture": False}
 VALUES = ["valence", "arousal", "expression", *EXPR.outputs, *TASKS["au"].outputs]
 
 
@@ -203,6 +203,51 @@ def test_smoothing_is_applied_to_probabilities_within_a_video(trained, rows):
             assert np.array(b) == pytest.approx(expected, abs=2e-6)
 
 
+# ---- Pictures
+
+def pictures(table) -> dict[str, bytes]:
+    folder = table.with_name(f"{table.name}.pictures")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_each_video_has_its_picture_which_the_table_does_not_depend_on(trained, tmp_path, rows):
+    folder = tiny.copied(trained, tmp_path)
+    plain = start(folder, out="plain.csv", fps=8.0)
+    table = start(folder, out="with.csv", fps=8.0, picture=True)
+    assert table.read_bytes() == plain.read_bytes() and pictures(plain) == {}
+    assert sorted(pictures(table)) == sorted(f"{name}.png" for name in VIDEOS)
+    records = [json.loads((folder / f"{name}.csv.json").read_text()) for name in ("plain", "with")]
+    assert records[0] == records[1]
+
+
+def test_pictures_can_be_asked_for_when_the_table_is_finished_and_are_the_same(trained, tmp_path, capsys):
+    folder = tiny.copied(trained, tmp_path)
+    drawn = pictures(start(folder, out="at_once.csv", picture=True))
+    table = start(folder, out="later.csv")
+    before = (table.read_bytes(), table.stat().st_mtime_ns)
+    with mock.patch.object(predict, "video_features", side_effect=AssertionError):     # nothing is made again
+        start(folder, out="later.csv", picture=True)
+        assert pictures(table) == drawn and (table.read_bytes(), table.stat().st_mtime_ns) == before
+        (folder / "later.csv.pictures/6.png").unlink()
+        capsys.readouterr()
+        start(folder, out="later.csv", picture=True)
+        said = capsys.readouterr().out
+        assert f"drawing 1 of {len(VIDEOS)} pictures" in said and "warning" not in said
+        start(folder, out="later.csv", picture=True)
+        assert "later.csv.pictures has a picture of each video" in capsys.readouterr().out
+    assert pictures(table) == drawn
+
+
+def test_a_table_and_its_pictures_may_lie_in_the_folder_of_the_videos(trained, tmp_path):
+    folder = tiny.copied(trained, tmp_path)
+    shutil.copytree(folder / "frames/9", folder / "few/1")          # its picture is 1.png, like a frame
+    shutil.copytree(folder / "frames/9", folder / "few/a/2")
+    table = start(folder, frames="few", out="few/p.csv", picture=True)
+    assert sorted(pictures(table)) == ["1.png", "a/2.png"]
+    start(folder, frames="few", out="few/p.csv", picture=True)             # not refused for other videos
+    assert {row["video"] for row in read(start(folder, frames="few", out="few/q.csv"))} == {"1", "a/2"}
+
+
 # ---- Single images
 
 def test_a_still_image_has_the_expression_that_the_fine_tuned_classifier_sees(trained, monkeypatch):
@@ -267,6 +312,7 @@ def other_table(folder):
     (None, {"fps": 0.0}, r"--fps: got 0.0, expected frames per second, more than 0"),
     (None, {"fps": float("nan")}, r"--fps: got nan"),
     (None, {"still": True, "smooth": 1}, r"--still takes each image for itself; leave out --smooth"),
+    (None, {"still": True, "picture": True}, r"--still takes .*; leave out --smooth, --fps and --picture"),
     (no_task, {}, r"task_au/best.pt not found; make it with: python .*train_task.py --task au --config"),
     (no_vit, {}, r"finetune/best.pt not found; make it with: python .*train_finetune.py --config"),
     (lost_task, {}, r"task_va/best.pt is gone, though its stage is finished; put a copy back, or begin"),
@@ -315,17 +361,19 @@ def test_names_with_commas_quotes_and_of_no_encoding_come_back_from_the_table(tm
 def test_a_killed_run_goes_on_where_it_was_and_two_processes_write_the_table_of_one(finished, tmp_path):
     folder = tiny.copied(finished, tmp_path)
     frames, command = "data/Aff-Wild2/cropped_aligned", ["predict.py", *tiny.TINY, "--frames"]
-    tiny.done(folder, *command, frames, "--out", "by1.csv", world=1)
+    tiny.done(folder, *command, frames, "--out", "by1.csv", "--picture", world=1)
     kill = tiny.stop("os.fsync", 4, after=False)         # the record, two videos, the middle of a third
     assert tiny.run(folder, *command, frames, "--out", "by2.csv", hook=kill).codes == [-9]
     assert len(list((folder / "by2.csv.parts").glob("[0-9]*"))) == 2 and not (folder / "by2.csv").exists()
-    said = tiny.done(folder, *command, frames, "--out", "by2.csv", world=2)
+    said = tiny.done(folder, *command, frames, "--out", "by2.csv", "--picture", world=2)
+    assert "  warning: these models learned from synthetic faces; they say little about real ones\n" in said
     total = len(read(folder / "by1.csv"))
     (line,) = [line for line in said.splitlines() if line.startswith("predicting ")]
     left = int(line.split()[1].replace(",", ""))
     assert 0 < left < total and f" of {total:,} frames" in line
     assert (folder / "by2.csv").read_bytes() == (folder / "by1.csv").read_bytes()
     assert not (folder / "by2.csv.parts").exists()
+    assert pictures(folder / "by2.csv") == pictures(folder / "by1.csv") != {}
     before = tiny.content(folder)
     assert "by2.csv is finished; nothing to do" in tiny.done(folder, *command, frames, "--out", "by2.csv")
     assert tiny.content(folder) == before

@@ -231,7 +231,8 @@ def test_at_most_five_videos_are_named(tmp_path):
     videos = {f"v{k}": [0] for k in range(9)}
     folder = write_labels(tmp_path / "labels", EXPR, videos)
     text = score_file(submission(tmp_path / "p.txt", EXPR, {"v8/1.jpg": 0, "v7/1.jpg": 0}), folder, EXPR)
-    assert text.endswith("7 of 9 videos, have no prediction: v0 (1), v1 (1), v2 (1), v3 (1), v4 (1) and 2 more")
+    assert text.endswith("in 7 of 9 videos, have no prediction: v0 (1), v1 (1), v2 (1), v3 (1), v4 (1) and 2 "
+                         "more")
 
 
 def test_of_aff_wild2s_annotations_the_validation_set_is_scored(tmp_path):
