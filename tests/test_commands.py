@@ -124,15 +124,12 @@ def place(tmp_path_factory):
     synthetic.draw(sizes.root, sizes)
     synthetic.index(sizes.root, sizes)
     torch.save({"model": {"weight": torch.zeros(3)}}, folder / "some.pt")
-<<<<<<< HEAD
     torch.save({"model": DAN().state_dict()}, folder / "dan.pt")
-=======
     [video] = label_files(folder / "data/Aff-Wild2/annotations", EXPR)["Validation_Set"]
     rows = ["image_location," + ",".join(EXPR.outputs), *[f"{video}/{n:05d}.jpg,0" for n in range(1, 5)]]
     (folder / "some.csv").write_text("\n".join(rows))
     (folder / "template.txt").write_text("136/00001.jpg,\n")
     (folder / "predictions.txt").write_text("image_location,valence,arousal\n136/00001.jpg,0.5,-0.5\n")
->>>>>>> d3c7de16fa93db8331f400b83ed2b4a56be676c3
     (folder / "runs/some").mkdir(parents=True)
     (folder / "runs/some/log.csv").write_text("epoch,loss\n1,0.7\n2,0.6\n")
     for task, least in benchmark.PROMISED.items():
