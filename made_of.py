@@ -126,10 +126,8 @@ def tuned_on(record: dict | None) -> list[str]:
 
 def all_settings(record: dict) -> dict:
     """A record's settings, with those that came later than the record; {} for a file without a record."""
-    if "settings" not in record:
-        return {}
     kind = record.get("stage", "").split("_")[0]                        # task_va -> task
-    return {**BEFORE.get(kind, {}), **record["settings"]}
+    return {**BEFORE.get(kind, {}), **record["settings"]} if "settings" in record else {}
 
 
 def differences(record: dict, config: Config) -> dict[str, tuple]:
