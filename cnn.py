@@ -1,8 +1,8 @@
 """ResNet-18, the convolutional network that sees one face (He et al. 2015, "Deep residual learning for image
 recognition", table 1).
 
-Smallest part first: BatchNorm, block, trunk, network. Parameter names and shapes are torchvision's, so that public
-weights load by name. Read this file, then `dan.py`, which puts attention on the trunk.
+Smallest part first: BatchNorm, block, trunk, network. Parameter names and shapes are torchvision's, so that
+public weights load by name. Read this file, then `dan.py`, which puts attention on the trunk.
 
     python cnn.py          # the parameter table, and the shapes on the way from an image to 1,000 scores
 

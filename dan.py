@@ -3,8 +3,7 @@ multi-head cross attention network for facial expression recognition").
 
 ResNet-18 turns a face into a map. Four heads look at the map, each with an attention of its own over places
 and then over channels. Two losses beside the cross-entropy draw the faces of one class together (affinity)
-and the heads apart (partition). Smallest part first: the attentions, head, network, losses. Public weights:
-`dan_weights.py`.
+and the heads apart (partition). Smallest part first. Public weights: `dan_weights.py`; choices: docs/cnn.md.
 
     python dan.py          # the parameter table, and where one head looks in a random image
 
@@ -94,6 +93,8 @@ class DAN(nn.Module):
     parts: images -> the scores, and what the two losses of a training take.
     `width`: the channels of ResNet's first stage, D / 8; smaller makes everything smaller.
     The last BatchNorm sets the scale of the scores, so they can stand beside those of another network.
+    The logarithm of the softmax leaves only the differences between the heads: where they agree, the scores
+    do not depend on the face. So start a training from a trunk that knows faces (`cnn.load_trunk`).
     Raises ValueError for images of another shape, for fewer than 2 in training (of which BatchNorm takes the
     deviation), and for sizes that do not fit. As with BatchNorm, a process passes its whole share of a
     training batch at once.

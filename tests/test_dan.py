@@ -107,6 +107,15 @@ def test_heads_compete_for_each_channel_and_are_summed_for_the_scores(training):
     assert torch.allclose(heads.exp().sum(dim=1), torch.ones(4, D, dtype=torch.double), rtol=1e-12)
 
 
+def test_heads_that_agree_say_nothing_about_the_face():
+    torch.manual_seed(0)
+    model = DAN(width=2).eval()
+    for head in model.heads:
+        head.load_state_dict(model.heads[0].state_dict())
+    scores = model(torch.randn(5, 3, 40, 40))
+    assert torch.allclose(scores, scores[:1].expand(5, -1), atol=1e-4)
+
+
 def test_attention_over_places_does_not_mind_the_size_of_the_map():
     part = filled(SpatialAttention(D).eval())[0]
     x = torch.randn(1, D, 7, 7, dtype=torch.double)
