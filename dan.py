@@ -18,6 +18,7 @@ from torch import nn
 from cnn import BatchNorm, Trunk, init_weights
 from distributed import all_sum
 from labels import EXPRESSIONS
+from losses import at_least_float32
 
 
 # ---- The network
@@ -120,10 +121,12 @@ class DAN(nn.Module):
             if B < 2:
                 raise ValueError(f"{B} image(s) in a training batch, at least 2 are needed for BatchNorm; "
                                  "use larger batches, or call eval() first")
-        F = self.trunk(images)                                         # (B, 3, height, width) -> (B, D, h, w)
+        F = at_least_float32(self.trunk(images))                       # (B, 3, height, width) -> (B, D, h, w)
         heads = torch.stack([head(F) for head in self.heads], dim=1)   # K of (B, D) -> (B, K, D)
-        heads = heads.log_softmax(dim=1)                               # the heads compete for each channel
-        scores = self.bn(self.fc(heads.sum(dim=1)))                    # (B, K, D) -> (B, D) -> (B, M)
+        # Heads are sums over D channels, hundreds large: bf16 would round away what differs between them.
+        with torch.autocast(F.device.type, enabled=False):
+            heads = heads.log_softmax(dim=1)                           # the heads compete for each channel
+            scores = self.bn(self.fc(heads.sum(dim=1)))                # (B, K, D) -> (B, D) -> (B, M)
         return scores, F.mean(dim=(2, 3)), heads
 
     def forward(self, images):

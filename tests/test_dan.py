@@ -149,6 +149,19 @@ def test_in_training_the_last_batch_norm_gives_each_score_mean_0_and_deviation_1
         assert torch.allclose(scores.std(0, correction=0), torch.ones(8), atol=0.05)
 
 
+def test_in_bf16_scores_heads_and_losses_stay_float32_and_near_those_of_float32():
+    torch.manual_seed(0)
+    model, images, labels = DANWithCentres(DAN(width=8)), torch.randn(8, 3, 40, 40), torch.arange(8)
+    exact = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        near = model(images)
+    assert [x.dtype for x in near] == [torch.float32] * 3
+    assert (near[0] - exact[0]).abs().mean() < 0.1 * exact[0].std()
+    loss = affinity_loss(near[1], labels, labels >= 0, model.centres) + partition_loss(near[2])
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_evaluation_leaves_the_statistics_of_batch_norm_alone_and_training_moves_them():
     torch.manual_seed(0)
     model, images = DAN(width=2), torch.randn(4, 3, 40, 40)
