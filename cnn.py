@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from checkpoints import load_weights, read_checkpoint
 from distributed import all_sum_inside, several
+from losses import at_least_float32
 
 
 class BatchNorm(nn.Module):
@@ -48,7 +49,7 @@ class BatchNorm(nn.Module):
                                 self.momentum, self.eps)
         places = (0, 2, 3)[:x.ndim - 1]                                   # all dimensions but the channels
         shape = (1, -1) + (1,) * (x.ndim - 2)                             # (C,) as (1, C) or (1, C, 1, 1)
-        z = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        z = at_least_float32(x)
         values = z.new_tensor([x.numel() // x.shape[1]])                  # of a channel, in this process
         sums = all_sum_inside(torch.cat([z.sum(places), values]))         # (C + 1,)
         N = sums[-1].detach()

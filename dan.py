@@ -3,8 +3,7 @@ multi-head cross attention network for facial expression recognition").
 
 ResNet-18 turns a face into a map. Four heads look at the map, each with an attention of its own over places
 and then over channels. Two losses beside the cross-entropy draw the faces of one class together (affinity)
-and the heads apart (partition). Smallest part first: the attentions, head, network, losses. Public weights:
-`dan_weights.py`.
+and the heads apart (partition). Smallest part first. Public weights: `dan_weights.py`; choices: docs/cnn.md.
 
     python dan.py          # the parameter table, and where one head looks in a random image
 
@@ -19,6 +18,7 @@ from torch import nn
 from cnn import BatchNorm, Trunk, init_weights
 from distributed import all_sum
 from labels import EXPRESSIONS
+from losses import at_least_float32
 
 
 # ---- The network
@@ -94,6 +94,8 @@ class DAN(nn.Module):
     parts: images -> the scores, and what the two losses of a training take.
     `width`: the channels of ResNet's first stage, D / 8; smaller makes everything smaller.
     The last BatchNorm sets the scale of the scores, so they can stand beside those of another network.
+    The logarithm of the softmax leaves only the differences between the heads: where they agree, the scores
+    do not depend on the face. So start a training from a trunk that knows faces (`cnn.load_trunk`).
     Raises ValueError for images of another shape, for fewer than 2 in training (of which BatchNorm takes the
     deviation), and for sizes that do not fit. As with BatchNorm, a process passes its whole share of a
     training batch at once.
@@ -119,10 +121,12 @@ class DAN(nn.Module):
             if B < 2:
                 raise ValueError(f"{B} image(s) in a training batch, at least 2 are needed for BatchNorm; "
                                  "use larger batches, or call eval() first")
-        F = self.trunk(images)                                         # (B, 3, height, width) -> (B, D, h, w)
+        F = at_least_float32(self.trunk(images))                       # (B, 3, height, width) -> (B, D, h, w)
         heads = torch.stack([head(F) for head in self.heads], dim=1)   # K of (B, D) -> (B, K, D)
-        heads = heads.log_softmax(dim=1)                               # the heads compete for each channel
-        scores = self.bn(self.fc(heads.sum(dim=1)))                    # (B, K, D) -> (B, D) -> (B, M)
+        # Heads are sums over D channels, hundreds large: bf16 would round away what differs between them.
+        with torch.autocast(F.device.type, enabled=False):
+            heads = heads.log_softmax(dim=1)                           # the heads compete for each channel
+            scores = self.bn(self.fc(heads.sum(dim=1)))                # (B, K, D) -> (B, D) -> (B, M)
         return scores, F.mean(dim=(2, 3)), heads
 
     def forward(self, images):

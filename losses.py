@@ -27,10 +27,11 @@ def _checked(pred, target, valid, expected):
     if not target.shape == valid.shape == expected:
         raise ValueError(f"shapes do not fit: prediction {tuple(pred.shape)}, target {tuple(target.shape)}, "
                          f"mask {tuple(valid.shape)}; target and mask must be {tuple(expected)}")
-    return _at_least_float32(pred)
+    return at_least_float32(pred)
 
 
-def _at_least_float32(x):
+def at_least_float32(x):
+    """Half precision as float32; float32 and double as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -155,7 +156,7 @@ def js_divergence(*logits):
     shapes = [tuple(view.shape) for view in logits]
     if len(set(shapes)) != 1:
         raise ValueError(f"views of shapes {shapes}; expected at least one, all of the same (..., classes)")
-    log_p = torch.stack([_at_least_float32(view) for view in logits]).log_softmax(dim=-1)   # (V, ..., M)
+    log_p = torch.stack([at_least_float32(view) for view in logits]).log_softmax(dim=-1)   # (V, ..., M)
     log_m = log_p.logsumexp(dim=0) - math.log(len(logits))                                  # (..., M)
     return (log_p.exp() * (log_p - log_m)).sum(dim=-1).mean(dim=0)                          # -> (...)
 

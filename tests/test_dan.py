@@ -107,6 +107,15 @@ def test_heads_compete_for_each_channel_and_are_summed_for_the_scores(training):
     assert torch.allclose(heads.exp().sum(dim=1), torch.ones(4, D, dtype=torch.double), rtol=1e-12)
 
 
+def test_heads_that_agree_say_nothing_about_the_face():
+    torch.manual_seed(0)
+    model = DAN(width=2).eval()
+    for head in model.heads:
+        head.load_state_dict(model.heads[0].state_dict())
+    scores = model(torch.randn(5, 3, 40, 40))
+    assert torch.allclose(scores, scores[:1].expand(5, -1), atol=1e-4)
+
+
 def test_attention_over_places_does_not_mind_the_size_of_the_map():
     part = filled(SpatialAttention(D).eval())[0]
     x = torch.randn(1, D, 7, 7, dtype=torch.double)
@@ -138,6 +147,19 @@ def test_in_training_the_last_batch_norm_gives_each_score_mean_0_and_deviation_1
         scores = model(scale * images)
         assert torch.allclose(scores.mean(0), torch.zeros(8), atol=1e-4)
         assert torch.allclose(scores.std(0, correction=0), torch.ones(8), atol=0.05)
+
+
+def test_in_bf16_scores_heads_and_losses_stay_float32_and_near_those_of_float32():
+    torch.manual_seed(0)
+    model, images, labels = DANWithCentres(DAN(width=8)), torch.randn(8, 3, 40, 40), torch.arange(8)
+    exact = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        near = model(images)
+    assert [x.dtype for x in near] == [torch.float32] * 3
+    assert (near[0] - exact[0]).abs().mean() < 0.1 * exact[0].std()
+    loss = affinity_loss(near[1], labels, labels >= 0, model.centres) + partition_loss(near[2])
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_evaluation_leaves_the_statistics_of_batch_norm_alone_and_training_moves_them():
