@@ -49,7 +49,7 @@ def ideas_of(config) -> list[Idea]:
         Idea(va, Variant("kernels of 3 frames", "k3", (f"temporal.kernels=[{kernels}]",))),
         Idea(va, Variant("centred TCN", "centred", ("temporal.causal=false",))),
         Idea(va, Variant("no position in time at all", "no_tcn", ("temporal.tcn=false",))),
-        Idea(va, Variant("segments of a third", "short", (f"segments.window={s.window // 3}",
+        Idea(va, Variant("segments a third as long", "short", (f"segments.window={s.window // 3}",
                                                           f"segments.stride={s.stride // 3}"))),
         Idea(va, Variant("no overlap of segments", "apart", (f"segments.stride={s.window}",))),
         Idea(va, Variant("triangular weights in merging", WHOLE.name, merge="triangular")),

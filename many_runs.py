@@ -18,6 +18,7 @@ import torch
 
 import made_of
 import pipeline
+from checkpoints import write_text
 from config import load
 from labels import TASKS, Task, has_labels
 from settings import Config
