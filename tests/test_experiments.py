@@ -322,7 +322,7 @@ def test_only_a_variant_with_settings_of_its_own_is_trained():
 
 @pytest.mark.slow
 def test_the_experiments_of_real_stages(tmp_path, monkeypatch):
-    folder = tiny.write(tmp_path, synthetic={"train_videos": 8, "val_videos": 4}, segments={"stride": 8})
+    folder = tiny.write(tmp_path, synthetic={"train_videos": 12, "val_videos": 4}, segments={"stride": 8})
     said = {}
 
     def run(job, processes):

@@ -226,6 +226,7 @@ def test_a_stage_keeps_how_long_its_command_took_unless_that_was_only_the_rest(h
     with mock.patch.object(many_runs, "run", run):
         many_runs.run_all([whole, rest, data], 1)
     assert (whole.folder / "seconds.txt").read_text() == "21.3\n"
+    assert not (data.folder / "seconds.txt").exists()
     assert [many_runs.seconds_of(each.folder) for each in (whole, rest, data)] == [21.3, 3, None]
 
 
