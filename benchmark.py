@@ -3,6 +3,7 @@ without a part are ablation.py's, those of the folds folds.py's.
 
     python benchmark.py --check       # the finished demo against what README promises
     python benchmark.py --training    # a checkpoint, and a second process, at the paper's sizes (5 minutes)
+    python benchmark.py --scorer      # a million predictions scored (1 minute)
     python benchmark.py               # the demo from nothing, into runs/benchmark.md, docs/pipeline.png
                                       # and docs/curves.png (about 5 minutes on two cores)
 """
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -25,7 +27,7 @@ import pictures
 from checkpoints import write_file
 from config import load
 from distributed import join
-from labels import TASKS
+from labels import AU, EXPR, TASKS, VA
 from losses import au_loss
 from mae import MaskedAutoencoder
 from many_runs import Job
@@ -153,17 +155,48 @@ def measure_checkpoints(step: float, rounds: int = 3):
         print(f"checkpoint of the {name}: {size:,.0f} MB in {middle:.2f} s, flushed to disk{share}")
 
 
+def measure_scorer(videos: int = 76, frames: int = 13_158):
+    """Seconds that a core works for `metrics.py --task ...`, on a CSV of predict.py with all columns."""
+    folder, rng = Path("runs/benchmark_scorer"), np.random.default_rng(0)
+    table = rng.random((1000, 2 + 8 + 12))
+    cells = [",".join([f"{v:.6f}" for v in row[:2]] + ["Neutral"] + [f"{v:.6f}" for v in row[2:]])
+             for row in table]
+    lines = [",".join(["video,frame,time,face", *VA.outputs, "expression", *EXPR.outputs, *AU.outputs])]
+    for video in range(videos):
+        lines += [f"{video}-30-1280x720,{t + 1},{t / 30:.6f},1,{cells[t % 1000]}" for t in range(frames)]
+        labels = {"va": rng.uniform(-1, 1, (frames, 2)), "expr": rng.integers(0, 8, frames),
+                  "au": rng.integers(0, 2, (frames, 12))}
+        for task in TASKS.values():
+            (folder / task.name).mkdir(parents=True, exist_ok=True)
+            np.savetxt(folder / task.name / f"{video}-30-1280x720.txt", labels[task.name], delimiter=",",
+                       fmt="%.3f" if task is VA else "%d", header=",".join(task.outputs), comments="")
+    (folder / "predictions.csv").write_text("\n".join(lines))
+    for task in TASKS:
+        began, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "metrics.py", "--task", task, "--predictions",
+                        str(folder / "predictions.csv"), "--labels", str(folder / task)], check=True,
+                       stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        work = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        print(f"metrics.py --task {task}: {videos * frames:,} frames in {work:.1f} s of one core, "
+              f"{time.time() - began:.1f} s in all")
+    shutil.rmtree(folder)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare the finished demo with README")
     parser.add_argument("--training", action="store_true", help="only checkpoints and a second process")
+    parser.add_argument("--scorer", action="store_true", help="only metrics.py on a million predictions")
     parser.add_argument("--segment-steps", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.segment_steps:
         segment_steps()
     elif options.training:
         measure_checkpoints(measure_second_process())
+    elif options.scorer:
+        measure_scorer()
     elif options.check:
         sys.exit(0 if check() else 1)
     else:

@@ -23,9 +23,9 @@ import yaml
 from settings import SETTINGS, Config
 
 MAY_BE_ZERO = ("seed", "workers", "largest_piece", "fold", "weight_decay", "warmup_epochs", "dropout",
-               "held_out", "synthetic.faces", "task.epochs")
-BELOW_ONE = ("mask_ratio", "dropout", "held_out")
-AT_MOST_ONE = ("smallest_crop",)
+               "drop_path", "clip", "held_out", "synthetic.faces", "task.epochs")
+BELOW_ONE = ("mask_ratio", "dropout", "drop_path", "held_out")
+AT_MOST_ONE = ("smallest_crop", "layer_decay")
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number",
          str: "text; put numbers in quotes"}
 # Where `~` becomes the home folder: in these settings and in all that begin with "data.".

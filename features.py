@@ -33,7 +33,8 @@ class ExprClassifier(nn.Module):
 def build(config) -> ExprClassifier:
     """The classifier of a configuration, with random weights."""
     f = config.finetune
-    return ExprClassifier(VisionTransformer(**dataclasses.asdict(config.vit)), f.token, f.hidden, f.dropout)
+    vit = VisionTransformer(**dataclasses.asdict(config.vit), drop_path=f.drop_path)
+    return ExprClassifier(vit, f.token, f.hidden, f.dropout)
 
 
 def feature_settings(config) -> dict:

@@ -42,11 +42,11 @@ def config_of(config, fold: int, shared: bool):
     if shared:
         return many_runs.other(config, f"task.fold={fold}")
     return many_runs.other(config, f"run.name={config.run.name}_fold{fold}", f"run.base={config.run.name}",
-                          f"finetune.fold={fold}", f"task.fold={fold}")
+                           f"finetune.fold={fold}", f"task.fold={fold}")
 
 
 def jobs_of(config, tasks: list[Task], shared: bool) -> list[Job]:
-    """All stages of all folds, in the order in which they need each other."""
+    """All stages of all folds, in the order in which they need each other; first what the run lacks."""
     official, others = [Job("train_task", config, task) for task in tasks], []
     for fold in FOLDS[1:]:
         of_fold = config_of(config, fold, shared)
@@ -77,7 +77,10 @@ def score_of(config, task: Task) -> dict:
 
 
 def unseen_score(folder: Path, task: Task) -> float | None:
-    """The score of the videos on whose scenes the encoder was not fine-tuned; None if there is none."""
+    """The score of the videos on whose scenes the encoder was not fine-tuned; None if there is none, or if
+    the task is from before there was a video_sums.json."""
+    if not (folder / "video_sums.json").exists():
+        return None
     names, sums = read_sums(folder)
     tuned = {scene(name) for name in made_of.tuned_on(made_of.read_record(folder))}
     unseen = np.array([scene(name) not in tuned for name in names])

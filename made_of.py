@@ -32,7 +32,9 @@ LEFT_OUT = ("synthetic.root", "finetune.start", "features.checkpoint", "task.fea
 WAYS_ON = "\ntwo ways on: "
 RANDOM = {"file": "random weights", "checksum": 0}           # what finetune.start=none begins with
 # Settings that were added later, with what was done before: for records that lack them.
-BEFORE = {"finetune": {"finetune.fold": 0}, "task": {"task.held_out": 0.0}}
+BEFORE = {"finetune": {"finetune.fold": 0, "finetune.layer_decay": 1.0, "finetune.drop_path": 0.0,
+                       "finetune.clip": 0.0},
+          "task": {"task.held_out": 0.0}}
 MADE = ("last.pt", "previous.pt", "best.pt", "metrics.json", "*.npy")            # files of work that was done
 
 
@@ -125,10 +127,8 @@ def tuned_on(record: dict | None) -> list[str]:
 
 def all_settings(record: dict) -> dict:
     """A record's settings, with those that came later than the record; {} for a file without a record."""
-    if "settings" not in record:
-        return {}
     kind = record.get("stage", "").split("_")[0]                        # task_va -> task
-    return {**BEFORE.get(kind, {}), **record["settings"]}
+    return {**BEFORE.get(kind, {}), **record["settings"]} if "settings" in record else {}
 
 
 def differences(record: dict, config: Config) -> dict[str, tuple]:

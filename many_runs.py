@@ -94,9 +94,12 @@ def processes_for(config: Config, wanted: int) -> int:
     """How many processes run a stage. Raises ValueError for less than one."""
     if wanted < 0:
         raise ValueError(f"--processes: got {wanted}, expected 1 or more")
-    if wanted or config.run.device == "mps":
-        return wanted or 1
-    return config.run.device != "cpu" and torch.cuda.device_count() or 2
+    if wanted:
+        return wanted
+    if config.run.device == "mps":                           # one GPU, for one process
+        return 1
+    gpus = 0 if config.run.device == "cpu" else torch.cuda.device_count()
+    return gpus or 2
 
 
 # ---- Running them
@@ -109,9 +112,9 @@ def run(job: Job, processes: int) -> float:
     """
     words, asked = job.words(processes), []
     print("$", shlex.join(words), flush=True)
-    program = [sys.executable, *(["-m", "torch.distributed.run", words[1]] if processes > 1 else [])]
+    torchrun = [] if processes == 1 else ["-m", "torch.distributed.run"]
     began = time.time()
-    process = subprocess.Popen([*program, *words[1 if processes == 1 else 2:]])
+    process = subprocess.Popen([sys.executable, *torchrun, *words[1:]])
 
     def pass_on(number, frame):
         asked.append(number)

@@ -44,7 +44,7 @@ table { border-collapse: collapse; margin: .4rem 0; font-size: .9rem; font-varia
         overflow-wrap: normal; }
 th, td { padding: .22rem .7rem .22rem 0; text-align: right; white-space: nowrap;
          border-bottom: 1px solid var(--rule); }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .words th, .words td { text-align: left; }
 thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 tr.last td { font-weight: 600; border-bottom: 0; }
 .tiles, .grid { display: grid; gap: 1rem 1.5rem; }
@@ -143,14 +143,16 @@ def paragraph(words: str, cls: str = "") -> str:
     return element("p", text(words), **({"cls": cls} if cls else {}))
 
 
-def table(header, rows, last: bool = False) -> str:
-    """Rows of texts below a header. `last`: the last row is a sum or a mean, and set apart."""
+def table(header, rows, last: bool = False, words: bool = False) -> str:
+    """Rows of texts below a header. `last`: the last row is a sum or a mean, and set apart. `words`: there is
+    no column of numbers, so all begin at the left."""
     head = element("tr", *(element("th", text(cell), scope="col") for cell in header))
     body = []
     for i, row in enumerate(rows):
         cells = "".join(element("td", text(cell)) for cell in row)
         body.append(element("tr", cells, **({"cls": "last"} if last and i == len(rows) - 1 else {})))
-    whole = element("table", element("thead", head), element("tbody", *body))
+    cls = "words" if words else "numbers"
+    whole = element("table", element("thead", head), element("tbody", *body), cls=cls)
     return element("div", whole, cls="wide")
 
 

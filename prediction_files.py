@@ -13,18 +13,17 @@ prints.
 
 import csv
 import json
-import re
 from array import array
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
+import submission_file
 from labels import Task, has_labels, label_files, read_labels, targets
 from postprocessing import for_metric
 from score_table import confusion, score_table
 
-IMAGE = re.compile(r"(.+)/0*([1-9][0-9]{0,6})\.(?:jpg|jpeg|png)", re.IGNORECASE | re.DOTALL)
 HIGHEST_FRAME = 9_999_999
 SHOWN = 5                      # videos that a message names
 
@@ -51,7 +50,7 @@ def table_rows(rows, header: list[str], path, task: Task):
         still = "; a table of single images (--still) has no videos" if "file" in header else ""
         raise ValueError(f"{path}, line 1: header is {','.join(header)[:200]!r}; expected one column each of "
                          f"{', '.join(missing)} for {task.name}, or a submission, whose header is "
-                         f"{','.join(submission_header(task))!r}{still}")
+                         f"{submission_file.header(task)!r}{still}")
     cells_of, empty = itemgetter(*map(header.index, wanted)), ("",) * len(task.outputs)
     for line, row in rows:
         if len(row) != len(header):
@@ -79,21 +78,17 @@ def json_rows(file, path, task: Task):
             yield line, video, frame, cells
 
 
-def submission_header(task: Task) -> list[str]:
-    return ["image_location", *task.outputs]
-
-
 def submission_rows(rows, header: list[str], path, task: Task):
     """Yield the rows of a challenge submission. Each must be a prediction."""
-    expected = submission_header(task)
-    if [name.lower() for name in header] != [name.lower() for name in expected]:
+    expected = submission_file.header(task)
+    if ",".join(header).lower() != expected.lower():
         raise ValueError(f"{path}, line 1: header is {','.join(header)[:200]!r}, expected "
-                         f"{','.join(expected)!r} for {task.name}")
+                         f"{expected!r} for {task.name}")
     for line, row in rows:
         if len(row) != 1 + task.width:
             raise ValueError(f"{path}, line {line}: {len(row)} fields {','.join(row)[:80]!r}, "
                              f"expected {1 + task.width} for {task.name}")
-        image = IMAGE.fullmatch(row[0])
+        image = submission_file.FRAME.fullmatch(row[0])
         if not image:
             raise ValueError(f"{path}, line {line}: {row[0][:80]!r} is not the name of a frame, "
                              "expected <video>/00001.jpg")

@@ -19,17 +19,17 @@ from pathlib import Path
 from checkpoints import read_json, write_text
 from config import from_command_line
 from distributed import Team, launch
-from examples import Faces, chosen, predicted, worst_segments
 from labels import TASKS, Task
 from made_of import command, finished, place, tuned_on
 from page import details, element, headings, page, paragraph, section, shown, table, text
+from report_examples import Faces, chosen, predicted, worst_segments
 from report_parts import (TITLES, Finished, curves_section, reconstructions, scores_section, settings_section,
                           summary)
 from report_runs import ablation_section, folds_section
+from report_timelines import legend, segment_card, timeline
 from scoring import check_features, check_scenes, find_features, load, stage_of
 from segments import open_videos
 from splits import scene, split
-from timelines import legend, segment_card, timeline
 
 STAGES = {"pretrain": ("Pre-training", "train_pretrain.py"), "finetune": ("Fine-tuning", "train_finetune.py"),
           "features": ("Features", "extract_features.py")}
@@ -63,7 +63,8 @@ def missing(config, stages, tasks: list[Finished]) -> str:
     rows += [(TITLES[task.name], f"train_task.py --task {task.name}")
              for task in TASKS.values() if task not in [found.task for found in tasks]]
     cells = [[title, command(script, config)] for title, script in rows]
-    return section("missing", "What is missing", table(["not finished", "made by"], cells)) if rows else ""
+    commands = table(["not finished", "made by"], cells, words=True)
+    return section("missing", "What is missing", commands) if rows else ""
 
 
 # ---- Videos

@@ -45,7 +45,7 @@ class Finished(NamedTuple):
     task: Task
     folder: Path
     metrics: dict
-    examples: dict             # {video: examples.Example}; empty if they could not be predicted
+    examples: dict             # {video: report_examples.Example}; empty if they could not be predicted
     problem: str               # why not
     unseen: float              # the score on videos of which the ViT has seen no scene; NaN if there is none
 
@@ -212,7 +212,7 @@ def settings_section(folders: dict[str, Path]) -> str:
         record, metrics = read_record(folder), read_json(folder / "metrics.json")
         if record:
             parts.append(details(f"{title}: what it was made of", preformatted("\n".join(described(record)))))
-        numbers = table(["", "value"], flat(metrics))
+        numbers = table(["", "value"], flat(metrics), words=True)
         parts.append(details(f"{title}: all numbers of its metrics.json", numbers))
     words = "To open with a click. In print, what is open."
     return section("settings", "Settings and numbers", paragraph(words), *parts)

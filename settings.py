@@ -70,10 +70,7 @@ class Pretrain:
 
 @dataclass
 class Finetune:
-    """Training the ViT on the expression labels of single frames of Aff-Wild2 (§3.1, §4.1.1).
-
-    The paper does not mention layer decay and drop path, which are common here; neither is used.
-    """
+    """Training the ViT on the expression labels of single frames of Aff-Wild2 (§3.1, §4.1.1)."""
     start: str = ""                   # "" = pretrain/last.pt, "none" = random, or a checkpoint, ours or MAE's
     fold: int = 0                     # trained on this fold's training videos, as task.fold (folds.py)
     token: Literal["mean", "cls"] = "mean"      # a face's feature, in later stages too: mean of the patch
@@ -87,6 +84,12 @@ class Finetune:
     betas: list[float] = list_of(0.9, 0.999)    # AdamW's. silent: AdamW's defaults
     weight_decay: float = 0.05        # AdamW's, on matrices only. silent: MAE's fine-tuning
     warmup_epochs: float = 1.0        # epochs of linear warm-up, then cosine to 0. silent: ours
+    layer_decay: float = 1.0          # a layer's learning rate, as a share of that of the layer above it.
+                                      # silent: 1, as before; EMMA and masked CoTEX: 0.65
+    drop_path: float = 0.0            # share of the samples that skip a branch of the last block; it rises
+                                      # from 0 in the first. silent: 0; EMMA and masked CoTEX: 0.1
+    clip: float = 0.0                 # a gradient longer than this is shortened to it; 0 = never.
+                                      # silent: 0; EMMA and masked CoTEX: 0.05
     smallest_crop: float = 0.6        # a crop's smallest share of the frame's area. silent: ours
 
 

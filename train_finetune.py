@@ -14,7 +14,8 @@ configuration of that size. Writes to runs/<config>/finetune: best.pt (vit.* and
 
 log.csv, one row per epoch: `loss` cross-entropy of the training frames; `val_f1` macro F1 of single frames
 of the validation videos, every `finetune.every`-th; `val_unreadable` frames of those that could not be
-decoded; `gradient_norm`, `unreadable`, `lr`, `seconds` as in train_pretrain.py.
+decoded; `gradient_norm` (before clipping), `lr` (the head's), `unreadable`, `seconds` as in
+train_pretrain.py.
 """
 
 import math
@@ -22,6 +23,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import BatchSampler
 
 from checkpoints import load_vit, load_weights, read_checkpoint
@@ -84,7 +86,7 @@ def main(config, team):
     team.say(f"fine-tuning {parameters:,} parameters for {f.epochs} epochs of {len(train):,} frames; "
              f"{effective_batch(f.batch, count, team)}")
     ddp = team.parallel(model)
-    optimizer = adamw(model, f.lr, f.betas, f.weight_decay)
+    optimizer = adamw(model, f.lr, f.betas, f.weight_decay, f.layer_decay)
     run.begin(model, optimizer, train, f.batch, f.epochs, found, origin)
 
     # loop
@@ -106,6 +108,8 @@ def main(config, team):
                 loss += part.detach()
             loss = all_sum(loss)
             norm = gradient_norm(model)
+            if f.clip:
+                clip_grads_with_norm_(model.parameters(), f.clip, norm)
             optimizer.step()
             run.end_step(loss, norm, unreadable=unreadable)
         batches = run.unless_stopped(read(val, config, team))

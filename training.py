@@ -2,14 +2,15 @@
 
 Nothing random is ever saved, because everything random is a function of numbers that are known anyway: the
 order of an epoch of (seed, epoch); the crop, the flip and the MAE mask of a sample of (seed, epoch,
-sample); dropout of (seed, epoch, step, rank). Step 700 is the same whether a run reached it in one go or
-after three crashes.
+sample); dropout and drop path of (seed, epoch, step, rank). Step 700 is the same whether a run reached it in
+one go or after three crashes.
 
     python training.py     # the learning rate of the paper's task training, and how a batch is cut up
 """
 
 import contextlib
 import math
+import re
 import signal
 from functools import partial
 
@@ -30,7 +31,7 @@ def generator(*numbers) -> np.random.Generator:
 
 
 def seed_dropout(seed: int, epoch: int, step: int, rank: int):
-    """Dropout draws from PyTorch's global generators: set them anew at each step."""
+    """Dropout and drop path draw from PyTorch's global generators: set them anew at each step."""
     state = np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(state >> 1))
 
@@ -159,19 +160,52 @@ def learning_rate(progress: float, warmup: float, peak: float) -> float:
 
 
 def set_learning_rate(optimizer, step: int, steps: int, warmup_steps: float, peak: float) -> float:
-    """Set and return the learning rate of step `step` of `steps`, counted from 0 over the whole run."""
+    """Set and return the learning rate of step `step` of `steps`, counted from 0 over the whole run.
+
+    A group that has a factor (`adamw`) gets lr · factor.
+    """
     lr = learning_rate((step + 1) / (steps + 1), min(warmup_steps, steps) / (steps + 1), peak)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("factor", 1.0)
     return lr
 
 
-def adamw(model, lr: float, betas, weight_decay: float):
-    """AdamW with weight decay on matrices only, not on biases, norms and tokens."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.squeeze().ndim > 1]
-    rest = [p for p in trained if p.squeeze().ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+def layers_of(model) -> dict[str, int]:
+    """The layer of each parameter, by name: 0 for a ViT's patch embedding and cls token, 1 to depth for its
+    blocks, depth + 1 for its last norm and for all that is no part of a ViT. There may be several ViTs, of
+    one depth."""
+    layers = {}
+    for name, _ in model.named_parameters():
+        block = re.search(r"\bblocks\.(\d+)\.", name)
+        if block:
+            layers[name] = int(block[1]) + 1
+        elif re.search(r"\b(patch_embed|cls_token|pos_embed)\b", name):
+            layers[name] = 0
+    top = max(layers.values(), default=0) + 1
+    return {name: layers.get(name, top) for name, _ in model.named_parameters()}
+
+
+def adamw(model, lr: float, betas, weight_decay: float, layer_decay: float = 1.0):
+    """AdamW with weight decay on matrices only, not on biases, norms and tokens.
+
+    With layer_decay below 1, the lower layers of a ViT learn more slowly, since pre-training has taught them
+    what all images need. `set_learning_rate` multiplies the learning rate of a layer by
+
+        factor = layer_decay^(depth + 1 - layer)        ViT-B, 0.65: 1 for the head, 0.0037 for layer 0
+
+    The head's groups come first, because log.csv shows the learning rate of the first group.
+    """
+    layers = layers_of(model)
+    top = max(layers.values())
+    factors = {name: layer_decay ** (top - layer) for name, layer in layers.items()}
+    groups = []
+    for factor in sorted(set(factors.values()), reverse=True):
+        trained = [p for name, p in model.named_parameters() if p.requires_grad and factors[name] == factor]
+        matrices = [p for p in trained if p.squeeze().ndim > 1]
+        rest = [p for p in trained if p.squeeze().ndim <= 1]
+        more = {} if factor == 1 else {"factor": factor}     # without decay, groups as in older checkpoints
+        groups += [{"params": matrices, "weight_decay": weight_decay, **more},
+                   {"params": rest, "weight_decay": 0.0, **more}]
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas))
 
 

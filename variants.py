@@ -56,8 +56,9 @@ def config_of(config, variant: Variant, seed: int):
     base = config.run.name
     whole = base if seed == config.run.seed else f"{base}_seed{seed}"
     if variant.name == WHOLE.name:
-        return config if whole == base else many_runs.other(config, f"run.name={whole}", f"run.base={base}",
-                                                            f"run.seed={seed}")
+        if whole == base:
+            return config
+        return many_runs.other(config, f"run.name={whole}", f"run.base={base}", f"run.seed={seed}")
     settings = settings_of(config_of(config, WHOLE, seed), variant)
     return many_runs.other(config, f"run.name={base}_{variant.name}_seed{seed}", f"run.base={whole}",
                            f"run.seed={seed}", *settings)

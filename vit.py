@@ -78,24 +78,39 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))           # (B, N, D) -> (B, N, hidden) -> (B, N, D)
 
 
+def drop_path(branch, rate: float):
+    """Stochastic depth: leave a residual branch out, for each sample anew (Huang et al. 2016, eq. 2 and 5).
+
+        b / (1 - rate) · branch        b = 0 with probability `rate`, else 1
+
+    Dividing by 1 - rate keeps the expectation, so evaluation takes the branch as it is.
+    Shape: (B, N, D) -> (B, N, D). With rate 0 the branch itself; no random number is drawn then.
+    """
+    if rate == 0:
+        return branch
+    b = torch.rand(len(branch), 1, 1, device=branch.device) >= rate       # (B, 1, 1): one for each sample
+    return branch * b / (1 - rate)
+
+
 class Block(nn.Module):
     """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    Shape: (B, N, D) -> (B, N, D).
-    No drop path (no block is skipped at random) and no layer decay (all blocks have the same learning rate):
-    see `config.Finetune`.
+    Shape: (B, N, D) -> (B, N, D). In training, each of the two branches is left out with probability
+    `rate` (`drop_path`).
     """
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, rate: float = 0.0):
         super().__init__()
+        self.rate = rate
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, 4 * dim)                                      # the ViT's MLP ratio of 4
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        rate = self.rate if self.training else 0.0
+        x = x + drop_path(self.attn(self.norm1(x)), rate)
+        return x + drop_path(self.mlp(self.norm2(x)), rate)
 
 
 class PatchEmbed(nn.Module):
@@ -157,17 +172,22 @@ class VisionTransformer(nn.Module):
     forward: images (B, C, height, width) -> tokens (B, 1 + N, D), the cls token first.
     features: images -> (B, D), one vector per face, 768 numbers by default: the mean of the patch tokens, or
     the cls token (the paper does not say which).
-    Raises ValueError for sizes that do not divide and for images of another shape.
+    drop_path: the rate at which the last block's branches are left out in training; it rises in a line from 0
+    in the first block, as in the MAE's fine-tuning. Pre-training has none.
+    Raises ValueError for sizes that do not divide, for a rate outside [0, 1) and for images of another shape.
     """
 
     def __init__(self, image_size=224, patch: int = 16, channels: int = 3, dim: int = 768, depth: int = 12,
-                 heads: int = 12):
+                 heads: int = 12, drop_path: float = 0.0):
         super().__init__()
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path={drop_path}: expected 0 or more, and below 1; try drop_path=0.1")
         self.patch_embed = PatchEmbed(pair(image_size), patch, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         # A parameter and not a buffer because that is what public checkpoints hold; it is never trained.
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.patch_embed.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]     # 0 in the first block
+        self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)

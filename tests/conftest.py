@@ -13,7 +13,7 @@ from tiny import ROOT, TINY, TRAIN_AU, done, ready
 torch.set_num_threads(1)
 
 
-# ---- Without dropout, whose masks differ with the number of processes
+# ---- Without dropout and drop path, whose masks differ with the number of processes
 
 @pytest.fixture(scope="session")
 def made_by_command(tmp_path_factory):
@@ -49,7 +49,7 @@ def finished_by_two(made_by_command):
     return folder
 
 
-# ---- With dropout, whose masks must come back after a restart
+# ---- With dropout and drop path, whose masks must come back after a restart
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):

@@ -1,9 +1,9 @@
-"""Stages that only pretend: they leave the records and results of the real ones, in no time. What the tests of
-the scripts that train many runs share.
+"""Stages that only pretend: they leave the records and results of the real ones, in no time. What the tests
+of the scripts that train many runs share.
 
 `pretended` takes the place of subprocess.Popen in many_runs.py. A pretended stage does what the real one does
-with the settings and the records, so that made_of.py finds, lends and refuses its results as usual; scores are
-drawn at random.
+with the settings and the records, so that made_of.py finds, lends and refuses its results as usual; scores
+are drawn at random.
 """
 
 import json
@@ -113,7 +113,8 @@ def scored(folder, config, task, record) -> dict:
         outputs = rng.normal(size=(20, len(task.outputs)))
         target = rng.integers(0, 8, 20) if task.one_class else rng.integers(0, 2, outputs.shape)
         sums.append(task.metric.count(outputs, target, np.ones(target.shape, bool)))
-    (folder / "video_sums.json").write_text(json.dumps({"videos": list(val), "sums": np.array(sums).tolist()}))
+    stored = {"videos": list(val), "sums": np.array(sums).tolist()}
+    (folder / "video_sums.json").write_text(json.dumps(stored))
     tuned = {video.removesuffix("_left").removesuffix("_right") for video in made_of.tuned_on(record)}
     seen = [video.removesuffix("_left").removesuffix("_right") in tuned for video in val]
     scores = task.metric.score(np.sum(sums, axis=0))

@@ -25,11 +25,11 @@ def seed_dropout(seed: int, epoch: int, step: int):
     torch.manual_seed(int(state) // 2)
 
 
-def adamw(model, settings):
-    """AdamW with weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.squeeze().ndim > 1], "weight_decay": settings.weight_decay},
-              {"params": [p for p in trained if p.squeeze().ndim <= 1], "weight_decay": 0}]
+def adamw(model, settings, factors=None):
+    """AdamW with weight decay on matrices only; `factors`: of the learning rate, by the parameter's name."""
+    groups = [{"params": [p], "weight_decay": settings.weight_decay if p.squeeze().ndim > 1 else 0,
+               "times": factors[name] if factors else 1} for name, p in model.named_parameters()
+              if p.requires_grad]
     return torch.optim.AdamW(groups, betas=settings.betas)
 
 
@@ -49,17 +49,25 @@ class Plain:
         self.peak, self.warmup = settings.lr, settings.warmup_epochs * steps
         self.steps, self.epochs, self.done, self.seen, self.best = steps, epochs, 0, 0, -1.0
         self.rows, self.lines, self.losses, self.norms = [], [], [], []
+        self.clip, self.clipped = getattr(settings, "clip", 0), 0            # steps with a shorter gradient
 
     def step(self, samples: int, loss):
         """Step along the gradient that there is. The learning rate is peak · t / w up to t = w, then half a
         cosine: the first step is t = 1 of the run's steps + 1, w is the number of warm-up steps."""
-        self.norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf))   # clips nothing
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        if 0 < self.clip < norm:
+            for gradient in gradients:
+                gradient *= self.clip / (norm + 1e-6)        # PyTorch's: never divides by 0
+        self.clipped += int(0 < self.clip < norm)
+        self.norms.append(norm)
         self.losses.append(loss.detach())
         self.done, self.seen, total = self.done + 1, self.seen + samples, self.steps * self.epochs
         t, w = self.done / (total + 1), self.warmup / (total + 1)
         cosine = (1 + math.cos(math.pi * (t - w) / (1 - w))) / 2
+        self.rate = self.peak * t / w if t < w else self.peak * cosine
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate = self.peak * t / w if t < w else self.peak * cosine
+            group["lr"] = self.rate * group.get("times", 1)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.lines.append(step_text(self.done, total, self.seen, loss, self.unit))

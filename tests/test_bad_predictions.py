@@ -78,7 +78,7 @@ REFUSED = {
     "a name without a number": (EXPR, "p.txt", [SUBMITTED_EXPR, "136/face.jpg,1"],
         r"line 2: '136/face\.jpg' is"),
     "image 0": (EXPR, "p.txt", [SUBMITTED_EXPR, "136/00000.jpg,1"],
-        r"line 2: '136/00000\.jpg' is not the name"),
+        "line 2: frame 0 of video '136', expected a video's name and a number from 1"),
     "a name without an extension": (EXPR, "p.txt", [SUBMITTED_EXPR, "136/00001,1"],
         r"line 2: '136/00001' is not"),
     "a frame twice": (

@@ -173,7 +173,11 @@ def try_script(place, script: str, arguments: list[str]):
     assert said or begun or written, "it did nothing"
 
 
-@pytest.mark.parametrize("command", commands())
+SLOW = ("python intervals.py", "python benchmark.py --scorer")              # they measure: seconds each
+
+
+@pytest.mark.parametrize("command", [pytest.param(command, marks=[pytest.mark.slow] * (command in SLOW))
+                                     for command in commands()])
 def test_a_command_that_a_reader_finds_works(place, command):
     program, *words = shlex.split(command)
     if program == "python":
@@ -259,9 +263,9 @@ def test_no_number_is_missing_from_a_page(page):
     assert re.findall(r"@@\w+@@", page.read_text()) == []
 
 
-def test_readmes_loss_at_chance_is_that_of_outputs_that_are_all_0():
+def test_the_loss_at_chance_is_that_of_outputs_that_are_all_0():
     zero = ", ".join(f"{name} {TASKS[name.lower()].zero_loss:.3f}" for name in ("AU", "Expr", "VA"))
-    assert f"({zero})" in words(README)
+    assert f"({zero})" in words(ROOT / "docs/demo.md")
 
 
 def test_the_memory_on_the_cluster_page_is_that_of_the_papers_pre_training_on_two_gpus():

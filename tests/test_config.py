@@ -52,6 +52,15 @@ def test_the_default_is_the_papers_number(name, value):
     assert get(Config(), name) == value and type(get(Config(), name)) is type(value)
 
 
+def test_what_the_paper_does_not_mention_is_off_unless_it_is_asked_for(file):
+    f = Config().finetune
+    assert (f.layer_decay, f.drop_path, f.clip) == (1.0, 0.0, 0.0)
+    f = load(file, ["finetune.layer_decay=0.65", "finetune.drop_path=0.1", "finetune.clip=0.05"]).finetune
+    assert (f.layer_decay, f.drop_path, f.clip) == (0.65, 0.1, 0.05)
+    f = load(file, ["finetune.layer_decay=1", "finetune.drop_path=0", "finetune.clip=0"]).finetune
+    assert f == Config().finetune
+
+
 def test_two_configurations_share_no_list():
     Config().temporal.channels.append(1), Config().data.frames.append("x")
     assert Config().temporal.channels == [768, 256, 128] and Config().data.frames == []
@@ -207,6 +216,12 @@ def test_what_is_written_as_yaml_reads_back_the_same(file):
     "finetune.betas=[0.9]": r"finetune\.betas: got \[0\.9\], expected two numbers below 1",
     "finetune.betas=[1.0, 0.9]": r"finetune\.betas: got \[1\.0, 0\.9\], expected two numbers below 1",
     "finetune.betas=[-0.1, 0.9]": "finetune.betas: got -0.1, expected more than 0",
+    "finetune.layer_decay=0": "finetune.layer_decay: got 0.0, expected more than 0",
+    "finetune.layer_decay=1.01": "finetune.layer_decay: got 1.01, expected a share of at most 1",
+    "finetune.drop_path=1": "finetune.drop_path: got 1.0, expected a share below 1",
+    "finetune.drop_path=-0.1": "finetune.drop_path: got -0.1, expected 0 or more",
+    "finetune.clip=-1": "finetune.clip: got -1.0, expected 0 or more",
+    "finetune.clip=.inf": "finetune.clip: got inf, expected a finite number",
     "segments.stride=301": r"segments\.stride: got 301 > segments\.window=300",
     "vit.image_size=225": r"vit\.image_size: got 225, expected a multiple of vit\.patch=16",
     "vit.heads=5": r"vit\.dim: got 768, expected a multiple of its 5 heads",

@@ -17,13 +17,16 @@ import fake_stages
 import folds
 import made_of
 import many_runs
+import pipeline
 import tiny
+import train_finetune
 from config import load
 from fake_stages import Ran, pretended
 from intervals import interval
-from labels import TASKS
+from labels import EXPR, TASKS
+from processes import ALONE
 from scoring import read_sums
-from splits import scene
+from splits import scene, split
 from test_splits import random_labels
 
 COMMAND = ["folds.py", "--config", "my.yaml", "--processes", "1"]
@@ -129,7 +132,7 @@ def test_an_encoder_that_was_made_anew_leaves_no_fold_with_old_scores(finished, 
     with pretended(Ran()) as ran:
         ran.fails = "my_fold3"
         assert start(monkeypatch) == 2
-    assert ran.short() == [f"extract_features {of_fold(3)}"]           # stale: the real one says so, and refuses
+    assert ran.short() == [f"extract_features {of_fold(3)}"]     # stale: the real one says so, and refuses
 
 
 def test_one_encoder_for_all_is_lent_with_a_warning_and_the_clean_score(place, monkeypatch, capsys):
@@ -137,7 +140,7 @@ def test_one_encoder_for_all_is_lent_with_a_warning_and_the_clean_score(place, m
         assert start(monkeypatch, "--shared-encoder") == 0
     assert ran.short() == OFFICIAL + [f"{task} task.fold={k}" for k in (1, 2, 3, 4) for task in OFFICIAL]
     said = capsys.readouterr().out
-    assert said.startswith("warning: one encoder for all folds: it was fine-tuned on scenes that folds 1 to 4")
+    assert said.startswith("warning: one encoder for all folds: it was fine-tuned on scenes that folds 1 to")
     found = json.loads((place / "runs/my/folds_shared.json").read_text())
     assert found["encoder"] == "shared" and not (place / "runs/my/folds.json").exists()
     tuned = {scene(video) for video in made_of.tuned_on(made_of.read_record(place / "runs/my/finetune"))}
@@ -165,6 +168,21 @@ def test_what_a_path_in_the_settings_gives_is_not_made_for_each_fold(place, monk
     assert not [line for line in ran.short() if line.startswith(("train_finetune", "extract_features"))]
 
 
+@pytest.mark.parametrize("fold", [0, 3])
+def test_fine_tuning_takes_the_videos_of_its_fold(place, monkeypatch, fold):
+    class Taken(Exception):
+        pass
+
+    def instead(*files_and_more):
+        raise Taken(list(files_and_more[0]))
+    config = load("my.yaml", ["run.name=another", f"finetune.fold={fold}", "task.fold=1"])
+    monkeypatch.setattr(train_finetune, "video_folders", lambda roots: ({}, []))
+    monkeypatch.setattr(train_finetune, "ExprFrames", instead)
+    with pytest.raises(Taken) as taken:
+        train_finetune.main(config, ALONE)
+    assert taken.value.args == (list(split("labels", EXPR, fold)[0]),)
+
+
 # ---- With synthetic data, and without the first stages
 
 def test_synthetic_data_and_what_the_run_lacks_are_made_first_and_once(tmp_path, monkeypatch, capsys):
@@ -179,6 +197,21 @@ def test_synthetic_data_and_what_the_run_lacks_are_made_first_and_once(tmp_path,
     assert len(lines) == 28 and all(line.startswith("to be made") for line in lines[:-1])
     assert lines[-1].startswith("27 commands, 0 of them finished; 27 more of unknown length")
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny.yaml"]
+
+
+def test_what_is_gone_but_no_longer_needed_is_not_made_again(tmp_path, monkeypatch):
+    tiny.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    there = {"extract_features"}
+    monkeypatch.setattr(pipeline, "finished", lambda stage, config, task=None: stage in there)
+    assert pipeline.unfinished("train_task", load("tiny.yaml")) == ["synthetic"]
+    there |= {"synthetic", "train_pretrain"}
+    assert pipeline.unfinished("train_task", load("tiny.yaml")) == []
+    there.remove("extract_features")
+    assert pipeline.unfinished("train_task", load("tiny.yaml")) == ["train_finetune", "extract_features"]
+    there.clear()
+    assert pipeline.unfinished("train_task", load("tiny.yaml", ["data.synthetic=false"])) == [
+        "train_pretrain", "train_finetune", "extract_features"]
 
 
 def test_pre_training_that_is_gone_is_made_in_the_run_itself(tmp_path, monkeypatch):
@@ -291,8 +324,8 @@ def test_a_task_without_labels_is_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("setting", ["task.fold=1", "finetune.fold=2"])
 def test_a_fold_in_the_settings_is_refused(place, monkeypatch, capsys, setting):
     assert start(monkeypatch, "--set", setting) == 2
-    assert capsys.readouterr().err == ("error: task.fold and finetune.fold are set by folds.py for each fold; "
-                                       "leave them at 0\n")
+    assert capsys.readouterr().err == (
+        "error: task.fold and finetune.fold are set by folds.py for each fold; leave them at 0\n")
 
 
 # ---- Really
@@ -317,7 +350,8 @@ def test_folds_of_real_stages_score_each_video_once_by_an_encoder_that_has_not_s
         scored = []
         for row in task["folds"][1:]:
             names, sums = read_sums(folder / row["folder"])
-            trained = {scene(video) for video in made_of.tuned_on(made_of.read_record(folder / row["folder"]))}
+            record = made_of.read_record(folder / row["folder"])
+            trained = {scene(video) for video in made_of.tuned_on(record)}
             assert trained and not trained & {scene(video) for video in names} and row["seen_videos"] == 0
             assert row["score"] == pytest.approx(TASKS[name].metric.score(sums.sum(axis=0)).mean())
             low, high = interval(sums, TASKS[name].metric)[-1][1:]

@@ -144,16 +144,27 @@ def f1_of(model, rows) -> np.ndarray:
     return class_f1(pred, true)
 
 
+def below(name: str) -> int:
+    """How far under the head a parameter lies in the ViT of two blocks."""
+    for start, layers in {"vit.blocks.1.": 1, "vit.blocks.0.": 2, "vit.cls_token": 3, "vit.pos_embed": 3,
+                          "vit.patch_embed.": 3}.items():
+        if name.startswith(start):
+            return layers
+    return 0
+
+
 def plain_finetune(folder, config, start) -> Plain:
     """`start`: weights of the ViT, among others; None: random ones."""
     f, seed = config.finetune, config.run.seed
     rows, val = labelled_frames(folder, "Train_Set"), labelled_frames(folder, "Validation_Set")[::f.every]
     samples = math.ceil(len(rows) / f.every)
     torch.manual_seed(seed)
-    model = ExprClassifier(VisionTransformer(**asdict(config.vit)), "cls", f.hidden, f.dropout)
+    vit = VisionTransformer(**asdict(config.vit), drop_path=f.drop_path)
+    model = ExprClassifier(vit, "cls", f.hidden, f.dropout)
     if start:
         model.vit.load_state_dict({name: start[name] for name in model.vit.state_dict()})
-    plain = Plain(model, adamw(model, f), f, math.ceil(samples / f.batch), f.epochs, "images")
+    factors = {name: f.layer_decay ** below(name) for name, _ in model.named_parameters()}
+    plain = Plain(model, adamw(model, f, factors), f, math.ceil(samples / f.batch), f.epochs, "images")
     for epoch in range(f.epochs):
         model.train()
         unreadable = 0
@@ -191,6 +202,7 @@ def test_fine_tuning_is_the_plain_loop(made, tmp_path):
     assert same(best["model"], plain.best_weights) and best["score"] == pytest.approx(plain.best)
     assert best["epoch"] == plain.best_epoch
     assert 1 < plain.best_epoch < 5, "take another seed or learning rate"
+    assert 0 < plain.clipped < plain.done, "take another finetune.clip"
     columns = "epoch,lr,loss,gradient_norm,unreadable,val_f1,val_unreadable,seconds"
     assert log_lines(out) == [columns, *plain.rows]
     numbers = sum(p.numel() for p in plain.model.parameters())

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+import losses
 from distributed import Team, all_sum
 from labels import TASKS
 from temporal import SegmentModel
@@ -55,7 +56,7 @@ def make_batch(task, world, silent):
 
 def backward(model, task, batch):
     x, frames, target, valid = batch
-    loss = TASKS[task].loss(model(x, frames), target, valid)
+    loss = getattr(losses, TASKS[task].loss)(model(x, frames), target, valid)
     loss.backward()
     return loss.item()
 
@@ -67,7 +68,7 @@ def backward_in_pieces(model, task, batch, pieces, count, world):
     for i, (x, frames, target, valid) in enumerate(zip(*(part.tensor_split(pieces) for part in batch))):
         silent = i < pieces - 1 and world > 1
         with model.no_sync() if silent else contextlib.nullcontext():
-            share = TASKS[task].loss(model(x, frames), target, valid, count)
+            share = getattr(losses, TASKS[task].loss)(model(x, frames), target, valid, count)
             share.backward()
         total = total + share.detach()
     return all_sum(total).item()
@@ -173,6 +174,6 @@ def test_averaging_each_shards_own_loss_would_be_another_loss(world, task):
     x, frames, target, valid = make_batch(task, world, SILENT["rank 1"])
     outputs = make_model(task)(x, frames)
     shards = zip(*(part.split(SHARDS[world]) for part in (outputs, target, valid)))
-    loss = TASKS[task].loss
+    loss = getattr(losses, TASKS[task].loss)
     own = [loss(*shard).item() for shard in shards]
     assert abs(sum(own) / world - loss(outputs, target, valid).item()) > 0.05

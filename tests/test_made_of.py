@@ -119,6 +119,20 @@ def test_an_encoder_from_before_there_were_encoders_of_folds_is_that_of_fold_0(t
     assert said == "\n  finetune.fold: was 0, now 2 (of stage finetune)"
 
 
+def test_an_encoder_from_before_there_was_layer_decay_drop_path_and_clipping_had_none_of_them(tmp_path):
+    record = two_stages(config_of(tmp_path))
+    added = {"finetune.layer_decay": 1.0, "finetune.drop_path": 0.0, "finetune.clip": 0.0}
+    old = {name: was for name, was in record["settings"].items() if name not in added}
+    assert {**old, **added} == record["settings"] and len(old) == len(record["settings"]) - 3
+    folder = tmp_path / "mine/finetune"
+    (folder / "made_of.json").write_text(json.dumps({**record, "settings": old}))
+    check(folder, config_of(tmp_path))
+    for name, now in {"layer_decay": 0.65, "drop_path": 0.1, "clip": 0.05}.items():
+        was = added[f"finetune.{name}"]
+        with pytest.raises(ValueError, match=rf"finetune.{name}: was {was}, now {now} \(of stage finetune\)"):
+            check(folder, config_of(tmp_path, f"finetune.{name}={now}"))
+
+
 def test_a_start_that_a_setting_names_is_compared_by_its_checksum_not_by_its_settings(tmp_path):
     config = config_of(tmp_path)
     two_stages(config)

@@ -29,7 +29,8 @@ def stopped(number, frame):
 signal.signal(signal.SIGTERM, stopped)
 print(sys.argv[1:], os.environ.get("WORLD_SIZE"), flush=True)
 open("begun", "w").close()
-while "WAIT" in os.environ and not os.path.exists("go"):
+end = time.monotonic() + 20
+while "WAIT" in os.environ and not os.path.exists("go") and time.monotonic() < end:
     time.sleep(0.01)
 sys.exit(code)
 """
@@ -198,8 +199,9 @@ def test_the_plan_tells_finished_and_stale_ones_and_times(here):
     assert [line.split(maxsplit=1) for line in lines[:1]] == [["finished", "runs/my/task_au"]]
     assert lines[1].split() == ["stale", "70", "s", *command.format("au").split(), "--set", "run.name=b"]
     assert lines[2].split() == ["to", "be", "made", "unknown", *command.format("expr").split()]
-    assert lines[3] == ("3 commands, 1 of them finished; about 70 s for 1 more; 1 more of unknown length: none "
-                        "of this kind is finished here; a stale one will be refused, with its reason")
+    assert lines[3] == (
+        "3 commands, 1 of them finished; about 70 s for 1 more; 1 more of unknown length: none of this kind "
+        "is finished here; a stale one will be refused, with its reason")
 
 
 def test_only_what_is_not_finished_is_run_in_order(here, capsys):

@@ -18,13 +18,13 @@ import torch
 import report
 import stages
 from distributed import Team
-from examples import Faces
 from labels import AU, EXPR, TASKS, VA
 from page import shown
+from report_examples import Faces
 from report_parts import Finished, about_score, flat, score_bars, table_of_scores
-from test_examples import example
+from report_timelines import timeline
+from test_report_examples import example
 from test_page import Reader
-from timelines import timeline
 
 EVIL = "<script>alert(1)<script>&amp;\"'"                     # as the name of a folder, so without a slash
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

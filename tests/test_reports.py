@@ -64,7 +64,8 @@ def test_a_report_says_how_many_videos_the_vit_has_seen_and_scores_the_others_al
 def test_the_numbers_of_a_report_are_those_of_the_score_and_of_its_videos():
     left_out = {"ghost": "no labels"}
     assert numbers(VA, each_video(), scored(seen="a", left_out=left_out)) == {
-        **score_numbers(VA, each_video()), "validation_videos": 2, "seen_videos": 1, "left_out": left_out}
+        **score_numbers(VA, each_video()), "validation_videos": 2, "seen_videos": 1, "left_out": left_out,
+        "data": "Aff-Wild2", "comparable": True}
 
 
 def to_score_of(tmp_path, frames, synthetic=False, tuned=()):

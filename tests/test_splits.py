@@ -19,9 +19,9 @@ QUARTERS = (1, 2, 3, 4)
 
 
 def random_labels(root, seed, tasks=TASKS, order=1, end="\n", count=40) -> dict[str, dict[str, str]]:
-    """Label files of `count` scenes of very different lengths, some of two people, in the official sets of `tasks`
-    at random, so that a scene is in both sets, in the training set of one task and the validation set of
-    another, or in one task only. -> {task: {video: its official set}}"""
+    """Label files of `count` scenes of very different lengths, some of two people, in the official sets of
+    `tasks` at random, so that a scene is in both sets, in the training set of one task and the validation set
+    of another, or in one task only. -> {task: {video: its official set}}"""
     rng, official = np.random.default_rng(seed), {name: {} for name in tasks}
     files = []
     for i in range(count):
@@ -202,7 +202,7 @@ def test_the_folds_are_printed_with_videos_and_frames_of_each_task(tmp_path, cap
     assert last.startswith(f"{len(scene_frames(tmp_path / 'labels'))} scenes over all tasks")
 
 
-def test_folds_for_which_there_are_too_few_scenes_are_named_and_missing_labels_refused(tmp_path, capsys, monkeypatch):
+def test_folds_of_too_few_scenes_are_named_and_missing_labels_refused(tmp_path, capsys, monkeypatch):
     for part, video in (("Train_Set", "1"), ("Validation_Set", "2"), ("Validation_Set", "2_left")):
         label_file(tmp_path / VA.folders[0] / part / f"{video}.txt", VA, "0,0")
     code, lines, err = said_by_the_command(tmp_path, capsys, monkeypatch, tmp_path)

@@ -15,7 +15,7 @@ from torch import nn
 from distributed import Team
 from processes import ALONE, CPU, in_child
 from training import (STOP, Batches, adamw, effective_batch, generator, gradient_norm, in_pieces,
-                      learning_rate, loader, pieces, seed_dropout, set_learning_rate, vit_bytes)
+                      layers_of, learning_rate, loader, pieces, seed_dropout, set_learning_rate, vit_bytes)
 from vit import VisionTransformer
 
 
@@ -262,6 +262,103 @@ def test_a_warm_up_longer_than_the_run_ends_at_the_peak():
     optimizer = two_groups()
     rates = [set_learning_rate(optimizer, step, 4, 100, 2.0) for step in range(4)]
     assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0], rel=1e-12)
+
+
+class Tower(nn.Module):
+    """The names of a ViT's three kinds of layers, with a linear layer for each: depth 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embed, self.head = nn.Linear(2, 3), nn.Linear(3, 2)
+        self.blocks = nn.ModuleList([nn.Linear(3, 3)])
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.blocks[0](torch.tanh(self.patch_embed(x)))))
+
+
+def test_the_layers_of_a_vit_are_those_of_the_references_fine_tuning():
+    """Its rule: cls token, positions and patch embedding 0, block i has i + 1, all else is the head's."""
+    with torch.device("meta"):
+        model = nn.ModuleDict({"vit": VisionTransformer(), "head": nn.Linear(768, 8)})
+    layers = layers_of(model)
+    assert set(layers) == set(dict(model.named_parameters()))
+    for name, layer in layers.items():
+        part = name.split(".")
+        if part[1] in ("cls_token", "pos_embed", "patch_embed"):
+            assert layer == 0, name
+        else:
+            assert layer == (int(part[2]) + 1 if part[1] == "blocks" else 13), name
+    groups = adamw(model, 1e-3, (0.9, 0.999), 0.05, layer_decay=0.65).param_groups
+    factors = [group.get("factor", 1.0) for group in groups]
+    assert factors == pytest.approx([0.65 ** (k // 2) for k in range(2 * 14)], rel=1e-12)   # two for a layer
+    assert factors[-1] == pytest.approx(0.0037, abs=5e-6)                                   # 0.65 ** 13
+    names = {id(p): name for name, p in model.named_parameters()}
+    of_layer = {names[id(p)]: 13 - k // 2 for k, group in enumerate(groups) for p in group["params"]}
+    assert of_layer == {name: layer for name, layer in layers.items() if name != "vit.pos_embed"}
+
+
+def test_layers_are_counted_in_each_of_two_vits_and_a_decoder_is_none():
+    two = nn.ModuleList(VisionTransformer(image_size=16, patch=8, dim=8, depth=3, heads=2) for _ in range(2))
+    two.append(nn.ModuleDict({"decoder_blocks": nn.ModuleList([nn.Linear(2, 2)])}))
+    layers = layers_of(two)
+    for i in range(2):
+        assert (layers[f"{i}.cls_token"], layers[f"{i}.patch_embed.proj.bias"]) == (0, 0)
+        assert [layers[f"{i}.blocks.{b}.mlp.fc1.weight"] for b in range(3)] == [1, 2, 3]
+        assert layers[f"{i}.norm.weight"] == 4
+    assert layers["2.decoder_blocks.0.weight"] == 4
+
+
+def test_steps_with_layer_decay_are_adamw_written_out_with_a_learning_rate_for_each_layer():
+    torch.manual_seed(0)
+    model, beta1, beta2, decay = Tower().double(), 0.8, 0.9, 0.3
+    w = {name: p.detach().clone() for name, p in model.named_parameters()}
+    m, v = ({name: torch.zeros_like(p) for name, p in w.items()} for _ in range(2))
+    factor = {"head": 1, "blocks": 0.5, "patch_embed": 0.25}
+    optimizer = adamw(model, 9.0, (beta1, beta2), decay, layer_decay=0.5)
+    for t in range(1, 5):
+        lr = set_learning_rate(optimizer, t - 1, 4, 2, 0.1)
+        assert lr == pytest.approx([0.05, 0.1, 0.075, 0.025][t - 1], rel=1e-12)
+        optimizer.zero_grad()
+        model(torch.randn(5, 2, dtype=torch.double)).square().sum().backward()
+        for name, p in model.named_parameters():
+            own, g = lr * factor[name.split(".")[0]], p.grad
+            if p.ndim == 2:
+                w[name] -= own * decay * w[name]
+            m[name] = beta1 * m[name] + (1 - beta1) * g
+            v[name] = beta2 * v[name] + (1 - beta2) * g ** 2
+            w[name] -= own * m[name] / (1 - beta1 ** t) / ((v[name] / (1 - beta2 ** t)).sqrt() + 1e-8)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, w[name], rtol=1e-10, atol=1e-12), name
+
+
+def test_the_logged_learning_rate_is_the_heads():
+    """run.py logs that of the first group."""
+    model = Tower()
+    optimizer = adamw(model, 9.0, (0.9, 0.99), 0.1, layer_decay=0.5)
+    assert set_learning_rate(optimizer, 1, 4, 2, 0.1) == optimizer.param_groups[0]["lr"] == 0.1
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(model.head.weight)}
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
+
+
+def test_without_layer_decay_the_optimiser_is_the_one_of_earlier_checkpoints():
+    model = Tower()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    earlier = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05},
+                                 {"params": rest, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.95))
+    ours = adamw(model, 1e-3, [0.9, 0.95], 0.05)
+    assert ours.state_dict() == earlier.state_dict()
+    for a, b in zip(ours.param_groups, earlier.param_groups, strict=True):
+        assert [id(p) for p in a["params"]] == [id(p) for p in b["params"]]
+
+
+def test_an_optimiser_that_goes_on_keeps_its_factors():
+    first, second = (adamw(Tower(), 1e-3, (0.9, 0.95), 0.05, layer_decay=0.5) for _ in range(2))
+    set_learning_rate(first, 0, 4, 2, 0.1)
+    second.load_state_dict(first.state_dict())
+    set_learning_rate(second, 1, 4, 2, 0.1)
+    assert [group["lr"] for group in second.param_groups] == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
 
 
 def test_adamw_decays_matrices_only_and_leaves_out_what_is_frozen():

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vit import MLP, Attention, Block, PatchEmbed, VisionTransformer, attention, pair, sincos_positions
+from vit import (MLP, Attention, Block, PatchEmbed, VisionTransformer, attention, drop_path, pair,
+                 sincos_positions)
 
 TINY = dict(image_size=(8, 12), patch=4, channels=3, dim=16, depth=2, heads=2)
 BLOCK_TO_TORCH = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "self_attn.out_proj",
@@ -115,6 +116,71 @@ def test_the_mlp_sees_each_token_alone():
     torch.manual_seed(0)
     mlp, x = MLP(4, 16).double(), torch.randn(1, 3, 4, dtype=torch.double)
     assert torch.allclose(mlp(x)[:, 1:2], mlp(x[:, 1:2]), rtol=1e-12, atol=1e-14)
+
+
+# ---- Drop path
+
+def test_drop_path_leaves_out_whole_samples_and_enlarges_the_others():
+    torch.manual_seed(0)
+    branch = torch.randn(400, 3, 5, dtype=torch.double)
+    dropped = drop_path(branch, 0.2)
+    for out, whole in zip(dropped, branch):
+        assert not out.any() or torch.allclose(out, whole / 0.8, rtol=1e-15, atol=0)
+    out = dropped.flatten(1).any(dim=1).logical_not().double().mean().item()
+    assert abs(out - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 400)                   # 4 deviations of a share of 400
+
+
+def test_drop_path_keeps_the_expectation():
+    torch.manual_seed(0)
+    branch = torch.tensor([2.0, -3.0]).expand(40_000, 1, 2)
+    for rate in (0.1, 0.5, 0.9):
+        error = (drop_path(branch, rate).mean(dim=0) - branch[0]).abs() / branch[0].abs()
+        assert error.max() < 4 * math.sqrt(rate / (1 - rate) / 40_000)       # 4 deviations of the mean
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_drop_path_keeps_the_type_and_takes_an_empty_share(dtype):
+    assert drop_path(torch.ones(2, 3, 4, dtype=dtype), 0.5).dtype == dtype
+    assert drop_path(torch.ones(0, 3, 4, dtype=dtype), 0.5).shape == (0, 3, 4)
+
+
+@pytest.mark.parametrize("depth, rate, rates", [
+    (12, 0.11, [i / 100 for i in range(12)]), (4, 0.3, [0, 0.1, 0.2, 0.3]), (2, 0.4, [0, 0.4]), (1, 0.4, [0]),
+    (3, 0.0, [0, 0, 0])])
+def test_the_rate_of_drop_path_rises_in_a_line_from_the_first_block_to_the_last(depth, rate, rates):
+    model = VisionTransformer(**(TINY | dict(depth=depth)), drop_path=rate)
+    assert [block.rate for block in model.blocks] == pytest.approx(rates, abs=1e-12)
+
+
+def test_a_block_draws_for_each_of_its_two_branches_anew():
+    """Each sample ends as one of four: with both branches, one, the other, or none."""
+    torch.manual_seed(0)
+    block, x = shuffled(Block(8, heads=2, rate=0.5)).double(), torch.randn(1, 3, 8, dtype=torch.double)
+    both = set()
+    for first in (0, 2):
+        y = x + first * block.attn(block.norm1(x))
+        both |= {(first, second, y + second * block.mlp(block.norm2(y))) for second in (0, 2)}
+    seen = [(first, second) for out in block(x.expand(64, -1, -1))
+            for first, second, expected in both if torch.allclose(out, expected[0], rtol=1e-10, atol=1e-12)]
+    assert len(seen) == 64 and set(seen) == {(0, 0), (0, 2), (2, 0), (2, 2)}
+
+
+def test_drop_path_is_off_in_evaluation_and_at_rate_0_where_no_random_number_is_drawn():
+    torch.manual_seed(0)
+    model, images = shuffled(VisionTransformer(**TINY, drop_path=0.5)), torch.randn(6, 3, 8, 12)
+    plain = VisionTransformer(**TINY)
+    plain.load_state_dict(model.state_dict())                              # drop path has no parameters
+    state = torch.get_rng_state()
+    expected = plain.train()(images)
+    assert torch.equal(model.eval()(images), expected) and torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(model.train()(images), expected)
+    assert not torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1, 1.5, math.nan])
+def test_a_rate_of_drop_path_that_is_no_share_is_refused(rate):
+    with pytest.raises(ValueError, match=f"drop_path={rate}: expected 0 or more, and below 1"):
+        VisionTransformer(**TINY, drop_path=rate)
 
 
 # ---- Patches and positions

@@ -50,11 +50,11 @@ SETTINGS = {
              "affectnet_2021": "data/AffectNet-2021", "raf_db": "data/RAF-DB",
              "fer2013": "data/FER2013", "ferplus": "data/FERPlus"},
     "synthetic": {"root": "data", "train_videos": 4, "val_videos": 3, "frames": 40, "faces": 60},
-    "vit": {"image_size": 16, "patch": 8, "dim": 8, "depth": 1, "heads": 2},
+    "vit": {"image_size": 16, "patch": 8, "dim": 8, "depth": 2, "heads": 2},
     "pretrain": {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2, "epochs": 2, "batch": 17,
                  "lr": 3e-3, "warmup_epochs": 0.5},
     "finetune": {"hidden": 8, "dropout": 0.0, "epochs": 2, "every": 3, "batch": 12, "lr": 3e-3,
-                 "warmup_epochs": 0.5},
+                 "warmup_epochs": 0.5, "layer_decay": 0.7, "clip": 0.5},
     "features": {"batch": 16},
     "segments": {"window": 20, "stride": 12},
     "temporal": {"channels": [8], "kernels": [3], "dilations": [1], "width": 8, "layers": 1, "heads": 2,
@@ -62,7 +62,7 @@ SETTINGS = {
     "task": {"epochs": 2, "batch": 3, "lr": 3e-3, "warmup_epochs": 0.5},
     "run": {"workers": 0},
 }
-DROPOUT = {"finetune": {"dropout": 0.2}, "temporal": {"dropout": 0.2}}      # changes for `write`
+DROPOUT = {"finetune": {"dropout": 0.2, "drop_path": 0.3}, "temporal": {"dropout": 0.2}}   # for `write`
 
 
 def write(folder, name="tiny.yaml", **changes) -> Path:

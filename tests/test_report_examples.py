@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples import Example, Faces, chosen, errors, in_words, own_score, predicted, worst_segments
 from labels import AU, EXPR, TASKS, VA, targets
+from report_examples import Example, Faces, chosen, errors, in_words, own_score, predicted, worst_segments
 from segments import Video, segments
 
 WINDOW, STRIDE = 10, 7

@@ -3,9 +3,9 @@
 import numpy as np
 
 from charts import frame_axis, strip_row, values_row
-from examples import Example, Faces, Segment, in_words
 from metrics import CCC
 from page import element, faces as face_row, percent, shown, text
+from report_examples import Example, Faces, Segment, in_words
 
 FACES, FEW_FACES = 8, 4          # above a timeline, in a card
 
