@@ -95,12 +95,40 @@ class _AllSum(torch.autograd.Function):
         return gradient
 
 
+def several() -> bool:
+    """Does this run have more than one process?"""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def all_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum of x over all processes; x itself in a single process. Any shape, the same on each process.
 
     Every process must call it. What lies on the CPU is summed on the CPU, without waiting for a GPU.
     """
-    return _AllSum.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    return _AllSum.apply(x) if several() else x
+
+
+class _AllSumInside(torch.autograd.Function):
+    """As _AllSum, but what follows differs: each process goes on with images of its own, so each has a share
+    of the gradient of the sum, and the whole gradient is the sum of these."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def all_sum_inside(x: torch.Tensor) -> torch.Tensor:
+    """`all_sum` for the inside of a network, as in BatchNorm: behind it the processes compute different
+    things. Every process must call it, and go backward through it."""
+    return _AllSumInside.apply(x) if several() else x
 
 
 def choose_device(wanted: str = "auto") -> torch.device:

@@ -1,4 +1,4 @@
-"""The three task losses (paper §3.4), exact over any number of processes.
+"""The three task losses (paper §3.4) and those of EMMA and masked CoTEX, exact over any number of processes.
 
 CCC is not a mean over frames, and valid frames lie unevenly over processes. So the mean of the losses that
 the processes would find alone is a different loss. Here every loss is a function of sums, and the sums are
@@ -10,6 +10,8 @@ With no valid entry the loss is exactly 0 and so is its gradient.
 
     python losses.py       # each loss at chance, and on a perfect prediction
 """
+
+import math
 
 import torch
 from torch.nn import functional as F
@@ -25,7 +27,11 @@ def _checked(pred, target, valid, expected):
     if not target.shape == valid.shape == expected:
         raise ValueError(f"shapes do not fit: prediction {tuple(pred.shape)}, target {tuple(target.shape)}, "
                          f"mask {tuple(valid.shape)}; target and mask must be {tuple(expected)}")
-    return pred.float() if pred.dtype in (torch.float16, torch.bfloat16) else pred
+    return _at_least_float32(pred)
+
+
+def _at_least_float32(x):
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def ccc_loss(pred, target, valid):
@@ -112,6 +118,61 @@ def au_loss(logits, target, valid, count=None):
     return _mean(loss, valid, count)
 
 
+# ---- EMMA and masked CoTEX
+
+def weighted_au_loss(logits, target, valid, pos_weight, count=None):
+    """EMMA's action units: binary cross-entropy, rare ones weighted up, added over the AUs of a frame.
+
+        L_AU = -1/N Σ_i Σ_k [w_k · y_ik · log(σ(x_ik)) + (1 - y_ik) · log(1 - σ(x_ik))]
+
+    y_ik is the label of AU k in frame i; N frames in which at least one AU is labelled. w_k = negatives /
+    positives of AU k in the training file, so that both add the same at logit 0: a frame then costs
+    2 ln 2 · Σ_k (1 - p_k) on average, p_k the share of positives.
+    Unlike `au_loss`, added and not averaged over the AUs: the term is several times larger (EMMA's choice).
+
+    Shape: logits, target, mask (..., K), pos_weight (K,) -> scalar. Masked per entry. `count` as in
+    `expr_loss`. Raises ValueError if the shapes differ.
+    """
+    x = _checked(logits, target, valid, logits.shape).masked_fill(~valid, 0)
+    if pos_weight.shape != logits.shape[-1:]:
+        raise ValueError(f"pos_weight {tuple(pos_weight.shape)} does not fit logits {tuple(logits.shape)}; "
+                         "expected a weight for each action unit")
+    y, w = target.to(x.dtype).masked_fill(~valid, 0), pos_weight.to(x.dtype)
+    loss = F.binary_cross_entropy_with_logits(x, y, pos_weight=w, reduction="none")      # (..., K)
+    return _mean((loss * valid).sum(dim=-1), valid.any(dim=-1), count)                   # (..., K) -> (...)
+
+
+def js_divergence(*logits):
+    """Jensen-Shannon divergence between the predictions of several views of the same samples, in nats.
+
+        JS(p_1, ..., p_V) = 1/V Σ_v Σ_c p_vc · log(p_vc / m_c),    m = 1/V Σ_v p_v
+
+    p_v = softmax(logits_v). 0 where all views agree, at most log V where each is sure of another class.
+    Computed from the logits, so that a probability of 0 has a finite gradient.
+
+    Shape: V of (..., M) -> (...), one number for each sample. Raises ValueError if the shapes differ.
+    """
+    shapes = [tuple(view.shape) for view in logits]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"views of shapes {shapes}; expected at least one, all of the same (..., classes)")
+    log_p = torch.stack([_at_least_float32(view) for view in logits]).log_softmax(dim=-1)   # (V, ..., M)
+    log_m = log_p.logsumexp(dim=0) - math.log(len(logits))                                  # (..., M)
+    return (log_p.exp() * (log_p - log_m)).sum(dim=-1).mean(dim=0)                          # -> (...)
+
+
+def js_loss(logits, valid, count=None):
+    """CoTEX: the mean of `js_divergence` over the valid samples. Gradients flow into every view.
+
+    Shape: a list of V of (..., M), (...) mask -> scalar in [0, log V]. `count` as in `expr_loss`.
+    Raises ValueError if the shapes do not fit.
+    """
+    if any(view.shape[:-1] != valid.shape for view in logits):
+        raise ValueError(f"shapes do not fit: views {[tuple(view.shape) for view in logits]}, mask "
+                         f"{tuple(valid.shape)}; expected (..., classes) and (...)")
+    views = [view.masked_fill(~valid[..., None], 0) for view in logits]
+    return _mean(js_divergence(*views), valid, count)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     va, expr = torch.rand(4, 300, 2) * 2 - 1, torch.randint(8, (4, 300))
@@ -122,3 +183,6 @@ if __name__ == "__main__":
         valid = torch.ones(target.shape, dtype=torch.bool)
         chance, best = loss(torch.zeros_like(perfect), target, valid), loss(perfect, target, valid)
         print(f"{name:5s}loss of a model that always outputs 0: {chance:.3f}, of a perfect one: {best:.3f}")
+    sure, other = torch.tensor([100.0, 0, 0]), torch.tensor([0, 100.0, 0])
+    print(f"JS   of two views that are sure of different classes: {js_divergence(sure, other):.3f}, "
+          f"of the same: {js_divergence(sure, sure):.3f}")

@@ -32,9 +32,8 @@ LEFT_OUT = ("synthetic.root", "finetune.start", "features.checkpoint", "task.fea
 WAYS_ON = "\ntwo ways on: "
 RANDOM = {"file": "random weights", "checksum": 0}           # what finetune.start=none begins with
 # Settings that were added later, with what was done before: for records that lack them.
-BEFORE = {"finetune": {"finetune.fold": 0, "finetune.layer_decay": 1.0, "finetune.drop_path": 0.0,
-                       "finetune.clip": 0.0},
-          "task": {"task.held_out": 0.0}}
+BEFORE = {"task": {"task.held_out": 0.0}, "finetune": {
+    "finetune.fold": 0, "finetune.layer_decay": 1.0, "finetune.drop_path": 0.0, "finetune.clip": 0.0}}
 MADE = ("last.pt", "previous.pt", "best.pt", "metrics.json", "*.npy")            # files of work that was done
 
 

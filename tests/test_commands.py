@@ -28,6 +28,7 @@ import distributed
 import pipeline
 import synthetic
 from config import load
+from dan import DAN
 from distributed import Team
 from labels import EXPR, TASKS, label_files
 from settings import SETTINGS, Synthetic
@@ -46,6 +47,7 @@ EXAMPLES = {"images.py FILE": "data/Aff-Wild2/cropped_aligned/1-30-1280x720/0000
             "labels.py FILE": "data/Aff-Wild2/annotations/AU_Detection_Challenge/Train_Set/1-30-1280x720.txt",
             "faces.py FOLDER": "data/RAF-DB",
             "checkpoints.py FILE": "some.pt",
+            "dan_weights.py FILE": "dan.pt",
             "evaluate.py FILE": "some.pt",
             "metrics.py FILE": "some.csv",
             "metrics.py FOLDER": "data/Aff-Wild2/annotations",
@@ -122,6 +124,7 @@ def place(tmp_path_factory):
     synthetic.draw(sizes.root, sizes)
     synthetic.index(sizes.root, sizes)
     torch.save({"model": {"weight": torch.zeros(3)}}, folder / "some.pt")
+    torch.save({"model": DAN().state_dict()}, folder / "dan.pt")
     [video] = label_files(folder / "data/Aff-Wild2/annotations", EXPR)["Validation_Set"]
     rows = ["image_location," + ",".join(EXPR.outputs), *[f"{video}/{n:05d}.jpg,0" for n in range(1, 5)]]
     (folder / "some.csv").write_text("\n".join(rows))

@@ -73,6 +73,14 @@ def test_labels_are_read_as_they_stand_whatever_the_line_ends(tmp_path, task, ro
     assert read.dtype == dtype and np.array_equal(read, expected)
 
 
+def test_a_row_that_repeats_an_earlier_one_is_read_like_it(tmp_path):
+    path = write(tmp_path / "v.txt", HEADER["expr"], *"3070370")
+    assert read_labels(path, EXPR).tolist() == [3, 0, 7, 0, 3, 7, 0]
+    rows = ["0,1", "0.5,0", "0,1", "-5,-5", "0.5,0"]
+    expected = [[0, 1], [.5, 0], [0, 1], [-5, -5], [.5, 0]]
+    assert read_labels(write(tmp_path / "v.txt", HEADER["va"], *rows), VA).tolist() == expected
+
+
 def test_a_header_may_have_spaces_and_another_case_and_a_file_may_have_no_frames(tmp_path):
     assert read_labels(write(tmp_path / "v.txt", "Valence, Arousal", "0, 1"), VA).tolist() == [[0, 1]]
     for task, shape in ((VA, (0, 2)), (EXPR, (0,)), (AU, (0, 12))):

@@ -329,7 +329,7 @@ def test_whether_the_data_is_synthetic_is_a_matter_of_the_data_not_of_the_checkp
 
 @pytest.mark.parametrize("changed, was, stage", [
     ("pretrain.mask_ratio=0.5", 0.75, "pretrain"), ("finetune.token=cls", "'mean'", "finetune"),
-    ("vit.depth=2", 1, "pretrain"), ("synthetic.seed=5", 0, "pretrain")])
+    ("vit.depth=3", 2, "pretrain"), ("synthetic.seed=5", 0, "pretrain")])
 def test_a_changed_setting_of_an_earlier_stage_is_not_answered_with_the_old_score(
         finished, tmp_path, changed, was, stage):
     folder = copied(finished, tmp_path)

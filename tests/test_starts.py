@@ -185,7 +185,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_and_what_differs_listed
     start = ["--set", "run.name=other", "--set", "finetune.start=runs/tiny/pretrain/last.pt"]
     for change, lines, world in (
             ("vit.dim=12", ["blocks.0.norm1.weight: file (8,), model (12,)"], 2),
-            ("vit.depth=2", ["12 of 30 entries differ", "blocks.1.norm1.weight: missing in the file"], 1)):
+            ("vit.depth=3", ["12 of 42 entries differ", "blocks.2.norm1.weight: missing in the file"], 1)):
         codes, said = run(folder, "train_finetune.py", *TINY, *start, "--set", change, world=world)
         assert codes == [2] * world and "Traceback" not in said
         assert "error: runs/tiny/pretrain/last.pt: a checkpoint of another architecture" in said
