@@ -1,7 +1,8 @@
 """Many runs, one after the other: each stage as a command of its own, and what is finished left out.
 
-folds.py and ablation.py are lists of such commands. A command that was stopped or has failed is started again
-by starting the list again: what is finished is not run twice, and a training goes on where it was.
+folds.py, ablation.py and experiments.py are lists of such commands. A command that was stopped or has failed
+is started again by starting the list again: what is finished is not run twice, and a training goes on where
+it was.
 """
 
 import os
@@ -17,6 +18,7 @@ import torch
 
 import made_of
 import pipeline
+from checkpoints import write_text
 from config import load
 from labels import TASKS, Task, has_labels
 from settings import Config
@@ -32,6 +34,7 @@ class Job(NamedTuple):
     stage: str
     config: Config
     task: Task | None = None
+    options: tuple[str, ...] = ()               # more words of the command
 
     @property
     def title(self) -> str:
@@ -53,7 +56,7 @@ class Job(NamedTuple):
         script = os.path.relpath(HERE / f"{self.stage}.py")
         launcher = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
         task = ["--task", self.task.name] if self.task else []
-        return [*launcher, script, *task, "--config", *shlex.split(self.config.run.source)]
+        return [*launcher, script, *task, *self.options, "--config", *shlex.split(self.config.run.source)]
 
 
 # ---- Runs
@@ -133,19 +136,29 @@ def run(job: Job, processes: int) -> float:
 
 
 def run_all(jobs: list[Job], processes: int):
-    """Run those that are not finished, in order. Raises ValueError at the first that fails."""
+    """Run those that are not finished, in order, and leave their seconds in seconds.txt. Raises ValueError at
+    the first that fails."""
     for i, job in enumerate(jobs, 1):
         if job.state == "finished":
             continue
         print(f"\n---- {i} of {len(jobs)}", flush=True)
-        print(f"---- done in {in_words(run(job, processes))}", flush=True)
+        anew = not made_of.begun(job.folder)
+        seconds = run(job, processes)
+        print(f"---- done in {in_words(seconds)}", flush=True)
+        if anew and made_of.finished(job.folder):             # not if this was the rest of a stopped one
+            write_text(job.folder / "seconds.txt", f"{seconds:.1f}\n")
 
 
 # ---- How long it takes
 
 def seconds_of(folder: Path) -> float | None:
-    """How long a finished training took, from its log.csv; None if it does not tell."""
-    if not made_of.finished(folder) or not (folder / "log.csv").exists():
+    """How long a finished stage took: its command, from seconds.txt; or else its epochs, from log.csv. None
+    if neither tells."""
+    if not made_of.finished(folder):
+        return None
+    if (folder / "seconds.txt").exists():
+        return float((folder / "seconds.txt").read_text())
+    if not (folder / "log.csv").exists():
         return None
     header, *rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
     return sum(float(row[header.index("seconds")]) for row in rows) if "seconds" in header else None

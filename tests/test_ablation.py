@@ -21,7 +21,8 @@ import many_runs
 import scoring
 import stages
 import tiny
-from ablation import config_of, jobs_of, rows_of, short
+import variants
+from ablation import all_jobs, rows_of
 from config import load
 from fake_stages import Ran, pretended
 from intervals import difference, difference_over_seeds, drawn, drawn_scores
@@ -29,6 +30,7 @@ from labels import TASKS, VA, read_labels, targets
 from scoring import read_sums
 from temporal import SegmentModel
 from test_splits import random_labels
+from variants import config_of, short
 
 ROUNDS = 60
 COMMAND = ["ablation.py", "--config", "my.yaml", "--processes", "1"]
@@ -61,7 +63,7 @@ def start(monkeypatch, *more, command=COMMAND):
     return 0
 
 
-def not_merged(config, task, merge, read=ablation.sums_of):
+def not_merged(config, task, merge, tune, read=variants.sums_of):
     """Stands for a scoring without overlap: the stored sums, in another order, times 2."""
     names, sums = read(config, task, "mean")
     return (names, sums) if merge == "mean" else (names[::-1], 2 * sums[::-1])
@@ -69,7 +71,7 @@ def not_merged(config, task, merge, read=ablation.sums_of):
 
 def few_rounds(patch):
     """Draw fewer sets of videos, which is faster."""
-    patch.setattr(ablation, "difference_over_seeds", partial(difference_over_seeds, rounds=ROUNDS))
+    patch.setattr(variants, "difference_over_seeds", partial(difference_over_seeds, rounds=ROUNDS))
 
 
 class Finished(NamedTuple):
@@ -83,7 +85,7 @@ def finished(tmp_path_factory):
     """The whole ablation with two seeds, run once."""
     folder, said = prepare(tmp_path_factory.mktemp("finished")), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation, "sums_of", not_merged)
+        patch.setattr(variants, "sums_of", not_merged)
         few_rounds(patch)
         with pretended(Ran()) as ran:
             assert start(patch, "--seeds", "2") == 0
@@ -141,7 +143,7 @@ def test_a_system_that_sees_the_future_is_compared_with_one_that_does_not(finish
 def test_the_seeds_begin_with_that_of_the_run(finished, monkeypatch):
     monkeypatch.chdir(finished.folder)
     config = load("my.yaml", ["run.seed=5"])
-    listed = jobs_of(config, [VA], range(5, 7))
+    listed = all_jobs(config, [VA], range(5, 7))
     assert listed[0].config is config and listed[0].title == "train_task va"
     assert {(job.config.run.seed, job.config.run.base) for job in listed} == {
         (5, ""), (5, "my"), (6, "my"), (6, "my_seed6")}
@@ -156,7 +158,7 @@ def test_a_given_mae_is_what_extracts_features_without_fine_tuning(finished, mon
 def test_with_synthetic_data_everything_is_made_and_the_data_once(tmp_path, monkeypatch, capsys):
     tiny.write(tmp_path)
     monkeypatch.chdir(tmp_path)
-    listed = [job.stage for job in jobs_of(load("tiny.yaml"), list(TASKS.values()), range(3))]
+    listed = [job.stage for job in all_jobs(load("tiny.yaml"), list(TASKS.values()), range(3))]
     assert listed[:4] == ["synthetic", "train_pretrain", "train_finetune", "extract_features"]
     counts = {stage: listed.count(stage) for stage in dict.fromkeys(listed)}
     assert counts == {"synthetic": 1, "train_pretrain": 3, "train_finetune": 6, "extract_features": 9,
@@ -170,7 +172,7 @@ def test_with_synthetic_data_everything_is_made_and_the_data_once(tmp_path, monk
 def test_what_is_finished_is_not_run_again_and_a_failure_ends_it(finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ablation, "sums_of", not_merged)
+    monkeypatch.setattr(variants, "sums_of", not_merged)
     few_rounds(monkeypatch)
     for run in ("my_no_pretraining_seed1", "my_centred_seed1", "ablation.json"):
         path = tmp_path / "runs" / run
@@ -246,10 +248,10 @@ def test_runs_that_were_scored_on_other_videos_are_not_compared(finished, monkey
     monkeypatch.chdir(finished.folder)
     config = load("my.yaml")
 
-    def fewer(of_row, task, merge):
+    def fewer(of_row, task, merge, tune):
         names, sums = read_sums(of_row.folder(f"task_{task.name}"))
         return (names[1:], sums[1:]) if "no_tcn" in of_row.run.name else (names, sums)
-    monkeypatch.setattr(ablation, "sums_of", fewer)
+    monkeypatch.setattr(variants, "sums_of", fewer)
     with pytest.raises(ValueError, match="runs/my_no_tcn_seed0/task_va was scored on other videos"):
         ablation.collect(config, [VA], range(2))
 
@@ -306,7 +308,7 @@ def test_without_overlap_each_frame_comes_from_one_segment(tmp_path, monkeypatch
     model = SegmentModel(stages.FEATURE_WIDTH, 2, **dataclasses.asdict(config.temporal))
     record = {"stage": "task_va", "settings": made_of.settings_of(config, "segments", "temporal", "task")}
     torch.save({"model": model.state_dict(), "made_of": record}, best)
-    names, sums = ablation.sums_of(config, VA, "none")
+    names, sums = variants.sums_of(config, VA, "none")
     assert names == [name for name, film in stages.FILMS.items() if film.split == "Validation_Set"
                      and film.images]
     trained = scoring.load(best)
@@ -316,7 +318,7 @@ def test_without_overlap_each_frame_comes_from_one_segment(tmp_path, monkeypatch
         outputs = np.concatenate([trained.predict(features[first:first + 20])
                                   for first in range(0, len(features), 20)])
         assert np.allclose(found, VA.metric.count(outputs, *targets(labels, VA)))
-    assert not np.allclose(sums, ablation.sums_of(config, VA, "triangular")[1])
+    assert not np.allclose(sums, variants.sums_of(config, VA, "triangular")[1])
 
 
 @pytest.mark.slow

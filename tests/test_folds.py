@@ -262,9 +262,8 @@ def test_a_dry_run_tells_what_is_finished_and_how_long_the_rest_takes(place, mon
         "runs/my/task_va", "runs/my/task_expr", "runs/my/task_au", "runs/my_fold1/finetune",
         "runs/my_fold1/features"]
     assert lines[5].split()[3:7] == ["12", "s", "python", lines[5].split()[6]]
-    seconds = 3 * 45 + 12 * 12                                          # fine-tunings, tasks
-    assert last == (f"23 commands, 5 of them finished; about {seconds / 60:.1f} min for 15 more; "
-                    "3 more of unknown length: none of this kind is finished here")
+    seconds = 3 * (45 + 6) + 12 * 12                            # fine-tunings, extractions, tasks
+    assert last == f"23 commands, 5 of them finished; about {seconds / 60:.1f} min for 18 more"
 
 
 # ---- What is written

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -205,9 +206,32 @@ def test_the_plan_tells_finished_and_stale_ones_and_times(here):
 
 def test_only_what_is_not_finished_is_run_in_order(here, capsys):
     states, ran = {"a": "finished", "b": "stale", "c": "finished", "d": "to be made"}, []
-    jobs = [SimpleNamespace(state=state, name=name) for name, state in states.items()]
+    jobs = [SimpleNamespace(state=state, name=name, folder=Path(name)) for name, state in states.items()]
     with mock.patch.object(many_runs, "run", side_effect=lambda job, processes: ran.append(job.name) or 3):
         many_runs.run_all(jobs, 1)
     assert ran == ["b", "d"]
     assert [line for line in capsys.readouterr().out.splitlines() if line] == [
         "---- 2 of 4", "---- done in 3 s", "---- 4 of 4", "---- done in 3 s"]
+
+
+def test_a_stage_keeps_how_long_its_command_took_unless_that_was_only_the_rest(here, capsys):
+    whole, rest, data = (job(f"run.name={name}") for name in ("whole", "rest", "data"))
+    rest.folder.mkdir(parents=True)
+    (rest.folder / "last.pt").touch()                                    # it was stopped before
+
+    def run(job, processes):
+        if job is not data:                                              # what is drawn has no metrics.json
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / "metrics.json").write_text("{}")
+            (job.folder / "log.csv").write_text("epoch,seconds\n1,3\n")
+        return 21.34
+    with mock.patch.object(many_runs, "run", run):
+        many_runs.run_all([whole, rest, data], 1)
+    assert (whole.folder / "seconds.txt").read_text() == "21.3\n"
+    assert not (data.folder / "seconds.txt").exists()
+    assert [many_runs.seconds_of(each.folder) for each in (whole, rest, data)] == [21.3, 3, None]
+
+
+def test_options_of_a_script_come_before_the_settings(here):
+    assert Job("evaluate", load("my.yaml"), AU, ("--merge", "none")).words(1) == [
+        "python", "evaluate.py", "--task", "au", "--merge", "none", "--config", "my.yaml"]
