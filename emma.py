@@ -3,7 +3,8 @@
 
 A ViT, pre-trained as a masked autoencoder, gives scores for 8 expressions and 12 AUs. A CNN that has learned
 expressions from AffectNet, and learns nothing here, gives 8 scores more. Valence and arousal come from these
-28 scores alone. Reading order: network, losses, score. Labels: `s_aff_wild2.py`.
+28 scores alone. Reading order: network, losses, score. Labels: `s_aff_wild2.py`. Where abstract, published
+code and this file differ: docs/choices.md.
 
     python emma.py         # the parameter table, the losses before training, the score of a perfect answer
 
@@ -42,9 +43,10 @@ class EMMA(nn.Module):
     Shape: images (B, 3, height, width) -> (B, 22) = [valence, arousal | 8 expressions | 12 AUs], the scores
     before softmax and sigmoid. The gradient of valence and arousal reaches the ViT through s.
 
-    `cnn` takes the same images and gives (B, 8) scores before the softmax, in the order of labels.EXPRESSIONS:
-    `dan.DAN`, say. It is frozen here: no gradient, and evaluation mode whatever `train` says, so that the
-    statistics of its BatchNorm stay as they are. Without it (None) v comes from s alone, to compare.
+    `cnn` takes the same images and gives (B, 8) scores before the softmax, in the order of
+    labels.EXPRESSIONS: `dan.DAN`, say. It is frozen here: no gradient, and evaluation mode whatever `train`
+    says, so that the statistics of its BatchNorm stay as they are. Without it (None) v comes from s alone,
+    to compare.
     Raises ValueError if the CNN gives something else.
     """
 
@@ -127,8 +129,8 @@ def count(outputs, labels, thresholds=0.5) -> np.ndarray:
     check(outputs, labels)
     t = np.asarray(thresholds, dtype=np.float64)
     if t.shape not in ((), (UNITS,)) or not ((0 < t) & (t < 1)).all():
-        raise ValueError(f"thresholds {thresholds}: expected one probability between 0 and 1, or one for each "
-                         f"of {UNITS} AUs")
+        raise ValueError(f"thresholds {thresholds}: expected one probability between 0 and 1, "
+                         f"or one for each of {UNITS} AUs")
     va, expr, au = split_outputs(outputs)
     outputs_of_task = va, expr, au - np.log(t / (1 - t))
     sums = []

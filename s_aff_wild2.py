@@ -170,10 +170,10 @@ class MultiTaskFrames(FaceImages):
         if not labelled.any():
             raise ValueError(f"{found.path}: none of its {len(labelled):,} frames has a label")
         absent = found.frames[labelled & ~there]
-        self.absent = [f"{found.videos[v]}/{number:05d}.jpg" for v, number in absent]
+        self.absent = [f"{found.videos[v]}/{number:05d}.jpg" for v, number in absent[:4]]     # for messages
         if len(absent) > MOST_MISSING * labelled.sum():
-            raise ValueError(f"{found.path}: {len(absent):,} of the {labelled.sum():,} images that it names are "
-                             f"not there; looked for {self.absent[0]}; check data.frames")
+            raise ValueError(f"{found.path}: {len(absent):,} of the {labelled.sum():,} images that it names "
+                             f"are not there; looked for {self.absent[0]}; check data.frames")
         reasons = {"image not on disk": len(absent), "no label": int((~labelled).sum()),
                    "repeats an earlier row": found.repeated}
         self.skipped = Counter({reason: count for reason, count in reasons.items() if count})
