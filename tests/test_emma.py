@@ -43,7 +43,7 @@ def pictures(B=8):
 
 
 def batch(B=8, missing=()):
-    """Labels (B, 15), each missing somewhere and each there somewhere; those of the tasks in `missing` nowhere."""
+    """Labels (B, 15), each kind missing in some rows; those of the tasks in `missing` in all."""
     generator = torch.Generator().manual_seed(2)
     va = torch.rand(B, 2, generator=generator, dtype=torch.double) * 2 - 1
     expr = torch.randint(8, (B, 1), generator=generator).double()
@@ -139,6 +139,12 @@ def test_a_cnn_that_was_being_trained_is_frozen_when_it_is_given():
     assert not cnn.training and not any(p.requires_grad for p in cnn.parameters())
 
 
+def test_a_loop_that_unfreezes_everything_still_gives_the_cnn_no_gradient():
+    model, images = tiny().requires_grad_(True), pictures(4).requires_grad_()
+    emma_losses(model(images), batch(4), WEIGHT).sum().backward()
+    assert all(p.grad is None for p in model.cnn.parameters()) and images.grad.any()
+
+
 def test_any_network_that_gives_eight_scores_will_do_and_its_scores_reach_valence_and_arousal_alone():
     class Level(nn.Module):
         def forward(self, images):
@@ -169,20 +175,23 @@ def test_the_gradient_of_valence_and_arousal_reaches_the_vit_through_its_scores_
         if name.startswith("cnn.") or name == "vit.pos_embed":
             assert p.grad is None
         else:
-            # a bias of all keys changes no softmax
             assert p.grad.norm() > 1e-8, name
-    # the chain rule by hand: dL/ds = W3ᵀ (1[W3 x + b3 > 0] · W4ᵀ dL/dv), the columns of s
-    vit = model.vit.eval()
-    s = model.head(vit.features(images, "cls")).detach().requires_grad_()
-    c = model.cnn(images)
-    v = model.va_head(torch.cat([c, s], dim=1))
-    ccc_loss(v, batch()[:, :2], batch()[:, :2] != -5).backward()
+
+
+def test_the_gradient_of_each_score_from_valence_and_arousal_is_the_chain_rule():
+    """dL/ds = W3ᵀ (1[W3 [c | s] + b3 > 0] · W4ᵀ dL/dv), the columns of s."""
+    model, images = tiny().eval(), pictures()
+    target, valid = batch()[:, :2], batch()[:, :2] != -5
+    s = model.head(model.vit.features(images, "cls")).detach().requires_grad_()
+    model.head.forward = lambda z: s
+    outputs = model(images)
+    ccc_loss(outputs[:, :2], target, valid).backward()
     W3, b3, W4 = (model.state_dict()[f"va_head.{name}"] for name in ("0.weight", "0.bias", "2.weight"))
-    dv = torch.autograd.grad(ccc_loss(v2 := v.detach().requires_grad_(), batch()[:, :2], batch()[:, :2] != -5),
-                             v2)[0]
-    open_ = (torch.cat([c, s], dim=1).detach() @ W3.T + b3 > 0).double()
-    by_hand = ((dv @ W4) * open_) @ W3
-    assert torch.allclose(s.grad, by_hand[:, 8:], rtol=1e-9, atol=1e-14) and s.grad.any(dim=0).all()
+    v = outputs[:, :2].detach().requires_grad_()
+    ccc_loss(v, target, valid).backward()
+    hidden = torch.cat([model.cnn(images), s], dim=1).detach() @ W3.T + b3
+    expected = (v.grad @ W4 * (hidden > 0)) @ W3                             # (8, 28)
+    assert torch.allclose(s.grad, expected[:, 8:], rtol=1e-9, atol=1e-14) and s.grad.any(dim=0).all()
 
 
 def test_the_scores_of_expressions_and_aus_give_the_va_head_no_gradient():
@@ -200,7 +209,8 @@ def test_missing_labels_have_exactly_zero_gradient_and_what_the_network_says_the
     assert not va[labels[:, :2] == -5].any() and va[labels[:, :2] != -5].all()
     assert not expr[labels[:, 2] == -1].any() and expr[labels[:, 2] != -1].all()
     assert not au[labels[:, 3:] == -1].any() and au[labels[:, 3:] != -1].all()
-    missing = torch.cat([labels[:, :2] == -5, (labels[:, 2:3] == -1).expand(-1, 8), labels[:, 3:] == -1], dim=1)
+    no_class = (labels[:, 2:3] == -1).expand(-1, 8)
+    missing = torch.cat([labels[:, :2] == -5, no_class, labels[:, 3:] == -1], dim=1)
     for rubbish in (math.nan, math.inf, 1e30):
         assert torch.equal(emma_losses(outputs.masked_fill(missing, rubbish), labels, WEIGHT), losses)
 
@@ -238,7 +248,8 @@ def test_every_output_has_the_gradient_of_finite_differences():
     assert torch.autograd.gradcheck(lambda x: emma_losses(x, batch(), WEIGHT), outputs_of())
 
 
-@pytest.mark.parametrize("missing", [("va",), ("expr",), ("au",), ("va", "au"), ("va", "expr", "au")], ids=str)
+@pytest.mark.parametrize("missing", [("va",), ("expr",), ("au",), ("va", "au"),
+                                     ("va", "expr", "au")], ids=str)
 def test_a_term_without_any_label_in_the_batch_is_0_and_leaves_the_others_as_they_are(missing):
     outputs, whole = outputs_of(), emma_losses(outputs_of(), batch(), WEIGHT)
     losses = emma_losses(outputs, batch(missing=missing), WEIGHT)
@@ -279,18 +290,23 @@ def step(part, labels, team=ALONE):
 
 
 def steps(team=ALONE, world=1):
-    """With labels of all tasks, and of one only, on this process's images."""
+    """With labels of all tasks, and without those of two, on this process's images."""
     ends = np.cumsum([0, *SHARDS[world]])
     part = slice(ends[team.rank], ends[team.rank + 1])
-    return [step(part, batch(missing=missing), team) for missing in ((), ("va", "au"), ("expr",))]
+    return [step(part, batch(missing=missing), team) for missing in ((), ("va", "au"))]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return steps()
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_a_step_over_processes_is_that_of_one_with_the_whole_batch(world):
+def test_a_step_over_processes_is_that_of_one_with_the_whole_batch(alone, world):
     codes, results = in_team(world, lambda team: steps(team, world))
     assert codes == [0] * world
     for result in results:
-        for (losses, gradients, buffers), (got, found, kept) in zip(steps(), result):
+        for (losses, gradients, buffers), (got, found, kept) in zip(alone, result):
             assert got == pytest.approx(losses, rel=1e-10)
             for name, whole in gradients.items():
                 assert torch.allclose(found[name], whole, rtol=1e-7, atol=1e-10), name
@@ -311,7 +327,8 @@ def answers(N=400):
     return outputs, labels
 
 
-@pytest.mark.parametrize("thresholds", [0.5, 0.3, np.linspace(0.2, 0.8, 12)], ids=["0.5", "0.3", "each its own"])
+@pytest.mark.parametrize("thresholds", [0.5, 0.3, np.linspace(0.2, 0.8, 12)],
+                         ids=["0.5", "0.3", "each its own"])
 def test_the_three_parts_are_the_metrics_called_alone(thresholds):
     outputs, labels = answers()
     va = [metrics.ccc(outputs[:, d][labels[:, d] != -5], labels[:, d][labels[:, d] != -5]) for d in (0, 1)]
@@ -359,9 +376,10 @@ def test_an_au_at_its_threshold_is_absent_and_thresholds_are_probabilities():
     assert present == {0.49: [2] * 12, 0.5: [1] * 12, 0.68: [1] * 12, 0.7: [0] * 12}
 
 
-@pytest.mark.parametrize("thresholds", [0, 1, -0.1, math.nan, [0.5] * 11, [0.5] * 11 + [1.0], [[0.5] * 12]], ids=str)
+@pytest.mark.parametrize("thresholds", [0, 1, -0.1, math.nan, [0.5] * 11, [0.5] * 11 + [1.0],
+                                        [[0.5] * 12]], ids=str)
 def test_thresholds_that_are_no_probabilities_are_refused(thresholds):
-    with pytest.raises(ValueError, match="expected one probability between 0 and 1, or one for each of 12 AUs"):
+    with pytest.raises(ValueError, match="expected one probability between 0 and 1, or one for each of 12"):
         count(*answers(), thresholds)
 
 
@@ -379,15 +397,14 @@ def test_a_handful_of_images_with_partial_labels_is_learned_by_heart():
     images, labels = torch.randn(8, 3, SIZE, SIZE), batch().float()
     model = EMMA(VisionTransformer(SIZE, patch=16, dim=32, depth=2, heads=2, drop_path=0.1), DAN(width=2))
     weight = pos_weight(labels.numpy())
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
     first = score(count(model(images).detach().numpy(), labels.numpy()))
-    for _ in range(120):
+    for _ in range(60):
         losses = emma_losses(model(images), labels, weight)
         optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()
-    sums = count(model.eval()(images).detach().numpy(), labels.numpy())
-    there = np.unique(labels[labels[:, 2] >= 0, 2].int())                    # a class that never occurs has F1 0
-    parts = score(sums)
-    assert first.sum() < 0.8 and parts[0] > 0.95, parts
-    assert parts[1] == pytest.approx(len(there) / 8) and parts[2] > 0.99, parts
+    ccc, expr, au = score(count(model.eval()(images).detach().numpy(), labels.numpy()))
+    classes = len(set(labels[:, 2].tolist()) - {-1})
+    units = int((labels[:, 3:] == 1).any(dim=0).sum())                       # F1 is 0 where one never occurs
+    assert first.sum() < 0.8 and ccc > 0.95 and (expr, au) == pytest.approx((classes / 8, units / 12))

@@ -66,7 +66,7 @@ def test_the_labels_of_a_row_are_split_in_three(tmp_path, kind):
     assert len(COLUMNS) == VA.width + EXPR.width + AU.width == 15
 
 
-@pytest.mark.parametrize("header", ["image,valence,arousal,expression,aus", "Image, Valence,Arousal,Expression,AUs",
+@pytest.mark.parametrize("header", [HEADER, "Image, Valence,Arousal,Expression,AUs",
                                     "image,valence,arousal,expression," + ",".join(AU.outputs)])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_crlf_blank_lines_at_the_end_blanks_and_a_byte_order_mark_change_nothing(tmp_path, header, newline):
@@ -105,11 +105,13 @@ def changed(column, text):
     ("a/00002.jpg,0,0,1", "4 fields 'a/00002.jpg,0,0,1', expected 16: the frame, valence, arousal"),
     ("a/00002.jpg" + FULL + ",0", "17 fields"), ("", "1 fields ''"),
     (changed(0, ""), "got the frame '', expected <video>/00001.jpg"),
-    (changed(0, "00002.jpg"), "got the frame '00002.jpg'"), (changed(0, "/00002.jpg"), "got the frame '/00002"),
+    (changed(0, "00002.jpg"), "got the frame '00002.jpg'"),
+    (changed(0, "/00002.jpg"), "got the frame '/00002.jpg'"),
     (changed(0, "../00002.jpg"), "got the frame '../"), (changed(0, "./00002.jpg"), "got the frame './"),
-    (changed(0, "x/../a/00002.jpg"), "got the frame 'x/../a"), (changed(0, "a/face.jpg"), "got the frame 'a/face"),
+    (changed(0, "x/../a/00002.jpg"), "got the frame 'x/../a"),
+    (changed(0, "a/face.jpg"), "got the frame 'a/face.jpg'"),
     (changed(0, "a/00000.jpg"), "got the frame"), (changed(0, "a/00002.txt"), "got the frame"),
-    (changed(1, "high"), "got valence 'high', expected a number from -1 to 1, or -5 where it is not annotated"),
+    (changed(1, "high"), "got valence 'high', expected a number from -1 to 1, or -5 where it is not"),
     (changed(1, "1.01"), "got valence '1.01'"), (changed(2, "-4"), "got arousal '-4'"),
     (changed(2, "nan"), "got arousal 'nan'"), (changed(2, "inf"), "got arousal 'inf'"),
     (changed(2, ""), "got arousal ''"),
@@ -170,7 +172,8 @@ def test_each_au_has_a_weight_of_its_own():
         labels[:k % 3 + 1, 3 + k] = 1
     expected = [(2 * k + 1 - k % 3) / (k % 3 + 1) for k in range(12)]
     expected[0] = 1.0                                                    # 1 positive, 1 negative
-    assert pos_weight(labels).tolist() == pytest.approx(expected) and pos_weight(labels).dtype == torch.float32
+    weights = pos_weight(labels)
+    assert weights.tolist() == pytest.approx(expected) and weights.dtype == torch.float32
 
 
 def test_missing_labels_are_told_by_the_code_of_their_own_task():
@@ -250,7 +253,8 @@ def test_images_in_two_roots_and_of_other_names_are_found_by_their_number(tmp_pa
     Image.new("RGB", (8, 8)).save(tmp_path / "one/cropped_aligned/a/1.PNG")
     Image.new("RGB", (8, 8)).save(tmp_path / "two/b/000007.jpg")
     path = write(tmp_path / "a.txt", "b/00007.jpg" + FULL, "a/00001.jpg" + FULL)
-    frames = MultiTaskFrames(read_annotations(path), find_videos([tmp_path / "one", tmp_path / "two"]), size=8)
+    videos = find_videos([tmp_path / "one", tmp_path / "two"])
+    frames = MultiTaskFrames(read_annotations(path), videos, size=8)
     assert [frames.where(i) for i in (0, 1)] == [str(tmp_path / "two/b/000007.jpg"),
                                                  str(tmp_path / "one/cropped_aligned/a/1.PNG")]
     assert frames[1][0].shape == (8, 8, 3) and pickle.loads(pickle.dumps(frames)).where(0) == frames.where(0)
@@ -283,7 +287,8 @@ def test_a_batch_has_images_labels_and_what_could_not_be_read(tmp_path, workers)
     (pixels, labels, problems), (none, no_labels, _) = loader(frames, [[2, 1, 0], []], workers, ALONE)
     assert pixels.shape == (2, 8, 8, 3) and pixels.dtype == torch.uint8
     assert pixels.float().mean((1, 2, 3)).round().tolist() == [30, 10]
-    assert labels.dtype == torch.float32 and torch.allclose(labels[:, :3], torch.tensor([[.3, -5, 3], [.1, -5, 1]]))
+    assert labels.dtype == torch.float32
+    assert torch.allclose(labels[:, :3], torch.tensor([[0.3, -5, 3], [0.1, -5, 1]]))
     assert len(problems) == 1 and problems[0].startswith(f"{frames.where(1)}: not a readable image")
     assert none.shape == (0, 8, 8, 3) and no_labels.shape == (0, 15) and no_labels.dtype == torch.float32
 
