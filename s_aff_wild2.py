@@ -139,7 +139,7 @@ def describe(found: Annotations) -> str:
             f"  va    {va.all(axis=1).sum():,} frames, {partly[0]:,} more with one of both\n"
             f"  expr  {expr.sum():,} frames: {expressions}\n"
             f"  au    {au.all(axis=1).sum():,} frames, {partly[1]:,} more with some of them; "
-            f"present (negatives / positives): {aus}")
+            f"present (weight of its positives): {aus}")
 
 
 # ---- Images to train on

@@ -188,7 +188,7 @@ DESCRIBED = """\
 {}: 5 frames of 2 videos, 4 of them with a label; 1 rows that repeat an earlier one
   va    2 frames, 1 more with one of both
   expr  2 frames: Neutral 0, Anger 0, Disgust 0, Fear 0, Happiness 1, Sadness 0, Surprise 0, Other 1
-  au    2 frames, 1 more with some of them; present (negatives / positives): AU1 2 (0.50), AU2 1 (1.00), \
+  au    2 frames, 1 more with some of them; present (weight of its positives): AU1 2 (0.50), AU2 1 (1.00), \
 AU4 1 (1.00), AU6 1 (1.00), AU7 1 (1.00), AU10 1 (1.00), AU12 1 (1.00), AU15 1 (1.00), AU23 1 (1.00), \
 AU24 1 (1.00), AU25 1 (1.00), AU26 1 (1.00)
 """
