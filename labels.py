@@ -107,6 +107,23 @@ def label_files(root, task: Task) -> dict[str, dict[str, Path]]:
     return splits
 
 
+def read_lines(path, header: str) -> list[str]:
+    """The lines of a text file, without blank ones at its end. CRLF and a byte-order mark are accepted.
+
+    Raises ValueError with the header that is expected if it is no text; OSError naming the file if the disk
+    fails.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:                            # in the middle of a file, the system does not name it
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file; expected a label file with the header {header}") from None
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
 def read_labels(path, task: Task) -> np.ndarray:
     """One label file: a header line, then a line per frame; line i belongs to frame i, counted from 1.
 
@@ -114,15 +131,7 @@ def read_labels(path, task: Task) -> np.ndarray:
     lines are accepted. Raises ValueError naming file and line for a wrong header, a short or long row, text
     for a number, and a value that the task does not have; OSError naming the file if the disk fails.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:                            # in the middle of a file, the system does not name it
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file; expected a label file with the header "
-                         f"{','.join(task.outputs)}") from None
-    while lines and not lines[-1].strip():
-        lines.pop()
+    lines = read_lines(path, ",".join(task.outputs))
     header = [name.strip() for name in lines[0].split(",")] if lines else []
     if [name.lower() for name in header] != [name.lower() for name in task.outputs]:
         raise ValueError(f"{path}: header is {','.join(header)[:200]!r}, expected {','.join(task.outputs)!r}")

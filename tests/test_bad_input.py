@@ -3,8 +3,8 @@ it may run or be lost.
 
 Each refusal is a ValueError, which the scripts print as one line and exit code 2. A broken image among many
 is no refusal: it is left out of its batch and named (test_data.py, test_faces.py). What can be wrong with a
-copy of Aff-Wild2 and with features is in test_bad_aff_wild2.py, with prediction files in
-test_bad_predictions.py.
+copy of Aff-Wild2 and with features is in test_bad_aff_wild2.py, with s-Aff-Wild2 in test_s_aff_wild2.py,
+with prediction files in test_bad_predictions.py.
 """
 
 import os

@@ -50,6 +50,7 @@ EXAMPLES = {"images.py FILE": "data/Aff-Wild2/cropped_aligned/1-30-1280x720/0000
             "dan_weights.py FILE": "dan.pt",
             "evaluate.py FILE": "some.pt",
             "metrics.py FILE": "some.csv",
+            "s_aff_wild2.py FILE": "training_set_annotations.txt",
             "metrics.py FOLDER": "data/Aff-Wild2/annotations",
             "predict.py FOLDER": "data/Aff-Wild2/cropped_aligned",
             "submission.py FILE": "template.txt",
@@ -129,6 +130,8 @@ def place(tmp_path_factory):
     rows = ["image_location," + ",".join(EXPR.outputs), *[f"{video}/{n:05d}.jpg,0" for n in range(1, 5)]]
     (folder / "some.csv").write_text("\n".join(rows))
     (folder / "template.txt").write_text("136/00001.jpg,\n")
+    rows = ["image,valence,arousal,expression,aus", "136/00001.jpg,0.5,-0.5,4" + ",0" * 12]
+    (folder / "training_set_annotations.txt").write_text("\n".join(rows))
     (folder / "predictions.txt").write_text("image_location,valence,arousal\n136/00001.jpg,0.5,-0.5\n")
     (folder / "runs/some").mkdir(parents=True)
     (folder / "runs/some/log.csv").write_text("epoch,loss\n1,0.7\n2,0.6\n")
