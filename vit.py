@@ -168,8 +168,8 @@ def init_weights(module):
 def keep_some(x, noise, count: int):
     """The `count` tokens with the smallest noise: how the MAE and masked CoTEX hide patches (cotex.py).
 
-    Shape: x (B, N, D), noise (B, N) -> kept (B, count, D), order (B, N): all tokens by their noise. The tokens
-    are shuffled, which changes nothing for the encoder: each of them carries its position.
+    Shape: x (B, N, D), noise (B, N) -> kept (B, count, D), order (B, N): all tokens by their noise. So the
+    kept ones are shuffled, which changes nothing for the encoder: each of them carries its position.
     """
     order = noise.argsort(dim=1)
     index = order[:, :count, None].expand(-1, -1, x.shape[-1])        # (B, N) -> (B, count, D)
