@@ -45,9 +45,8 @@ def class_folders(root) -> FaceSet:
                    if entry.is_dir() and not entry.name.startswith("."))
     unknown = [name for name in found if class_of(name) is None]
     if unknown or not found:
-        got = f"the folder(s) {', '.join(unknown[:5])}" if unknown else "no folder"
-        raise ValueError(f"{root}: got {got}, expected {NAMES}; give the folder that holds these, and nothing "
-                         "else in it")
+        raise ValueError(f"{root}: found {', '.join(unknown[:5]) or 'no folder'}, expected {NAMES}; "
+                         "give the folder that holds these class folders and no others")
     for name in found:
         other = folders.setdefault(class_of(name), name)
         if other != name:
@@ -88,7 +87,8 @@ class ClassFaces(FaceImages):
     def __init__(self, found: FaceSet, size: int, seed: int | None = None, smallest_crop: float = 1.0,
                  noise: tuple[int, int] = (0, 0)):
         super().__init__(size, torch.zeros(0, dtype=torch.long), torch.zeros(0, *noise))
-        self.found, self.seed, self.smallest_crop, self.noise, self.epoch = found, seed, smallest_crop, noise, 0
+        self.found, self.seed, self.epoch = found, seed, 0
+        self.smallest_crop, self.noise = smallest_crop, noise
 
     def __len__(self):
         return len(self.found)
