@@ -38,7 +38,7 @@ def class_folders(root) -> FaceSet:
     Hidden folders, and files outside of the class folders, are left out. Raises ValueError if there is no
     class folder, a folder of another name, two folders of one class, or no image.
     """
-    root, skipped, folders = need(Path(root), f"give the folder that holds {NAMES}"), Counter(), {}
+    root = need(Path(root), f"give the folder that holds {NAMES}")
     if not root.is_dir():
         raise ValueError(f"{root} is a file; give the folder that holds {NAMES}")
     found = sorted(entry.name for entry in os.scandir(root)
@@ -47,12 +47,13 @@ def class_folders(root) -> FaceSet:
     if unknown or not found:
         raise ValueError(f"{root}: found {', '.join(unknown[:5]) or 'no folder'}, expected {NAMES}; "
                          "give the folder that holds these class folders and no others")
+    folder_of = {}
     for name in found:
-        other = folders.setdefault(class_of(name), name)
+        other = folder_of.setdefault(class_of(name), name)           # the first folder of this class
         if other != name:
             raise ValueError(f"{root}: both {other} and {name} hold {CLASSES[class_of(name)]}; "
                              "put their images into one folder")
-    paths, labels = [], []
+    paths, labels, skipped = [], [], Counter()
     for path in find_images(root, skipped):
         folder, _, rest = os.fsdecode(path).partition("/")
         if not rest:

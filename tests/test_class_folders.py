@@ -1,4 +1,4 @@
-"""Class folders: classes by name, refusals, counts; what stands beside an image; the way into masked CoTEX."""
+"""Class folders: classes by name, refusals, counts; what stands beside an image; the way into CoTEX."""
 
 import runpy
 import sys
@@ -95,7 +95,7 @@ def test_a_folder_without_folders_a_file_and_a_missing_folder_are_refused(tmp_pa
 
 def test_two_folders_of_one_class_are_refused(tmp_path):
     save(make(tmp_path) / "ANGER/1.jpg")
-    with pytest.raises(ValueError, match="both ANGER and ANGRER hold Anger; put their images into one folder"):
+    with pytest.raises(ValueError, match="both ANGER and ANGRER hold Anger; put their images into one"):
         class_folders(tmp_path)
 
 
@@ -122,17 +122,18 @@ def detailed(root, count=6):
     """Images in which a crop shows: 12 x 12 of random pixels."""
     pixels = np.random.default_rng(0).integers(256, size=(count, 12, 12, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
-        save(root / FOLDERS[i] / "1.png")
+        (root / FOLDERS[i]).mkdir(parents=True)
         Image.fromarray(image).save(root / FOLDERS[i] / "1.png")
     return class_folders(root)
 
 
-def test_crop_and_noise_are_a_function_of_seed_epoch_and_sample(tmp_path):
+@pytest.mark.parametrize("seed", [7, 0])
+def test_crop_and_noise_are_a_function_of_seed_epoch_and_sample(tmp_path, seed):
     found = detailed(tmp_path)
-    faces = ClassFaces(found, 8, seed=7, smallest_crop=0.5, noise=(2, 4))
+    faces = ClassFaces(found, 8, seed, smallest_crop=0.5, noise=(2, 4))
     for faces.epoch in (0, 3):
         for i in (5, 0, 5):
-            rng = crop_rng(7, faces.epoch, i)
+            rng = crop_rng(seed, faces.epoch, i)
             pixels = random_crop(read_image(found.where(i)), (8, 8), rng, 0.5)
             image, label, noise = faces[i]
             assert label == i and np.array_equal(image, pixels)
@@ -177,20 +178,23 @@ def test_an_empty_batch_has_the_shapes_of_a_full_one(tmp_path, indices):
     assert len(problems) == len(indices) and labels.dtype == torch.long
 
 
+def items(faces, first=0, workers=0, team=ALONE):
+    """What a process gets of epoch 2, in batches of 4, from step `first` on: {class: (image, noise)}. Each
+    class has one image."""
+    batches = loader(faces, Batches(6, 4, 7, 2, team, first), workers, team)
+    return {int(y): (x, u) for images, labels, noise, _ in batches for x, y, u in zip(images, labels, noise)}
+
+
 @pytest.mark.parametrize("world, first, workers", [(2, 0, 0), (3, 0, 0), (4, 0, 0), (1, 1, 0), (2, 1, 1)])
-def test_any_number_of_processes_and_a_restart_give_each_image_the_same_noise(tmp_path, world, first, workers):
+def test_processes_and_restarts_do_not_change_an_images_noise(tmp_path, world, first, workers):
     faces = ClassFaces(detailed(tmp_path), 8, seed=7, smallest_crop=0.5, noise=(2, 4))
-    faces.epoch = 2
-    whole = {int(y): (x, u) for images, labels, noise, _ in loader(faces, Batches(6, 4, 7, 2, ALONE), 0, ALONE)
-             for x, y, u in zip(images, labels, noise)}
-    count = 0
+    faces.epoch, found = 2, {}
     for rank in range(world):
-        team = Team(rank, world, ALONE.device)
-        for images, labels, noise, _ in loader(faces, Batches(6, 4, 7, 2, team, first), workers, team):
-            for x, y, u in zip(images, labels, noise):
-                assert torch.equal(x, whole[int(y)][0]) and torch.equal(u, whole[int(y)][1])
-                count += 1
-    assert len(whole) == 6 and count == 6 - 4 * first
+        found |= items(faces, first, workers, Team(rank, world, ALONE.device))
+    whole = items(faces)
+    assert len(whole) == 6 and len(found) == 6 - 4 * first
+    for k, (image, noise) in found.items():
+        assert torch.equal(image, whole[k][0]) and torch.equal(noise, whole[k][1])
 
 
 def test_a_batch_goes_through_masked_cotex(tmp_path):

@@ -80,7 +80,8 @@ def by_hand(view, image, kept):
     return view.head.weight @ vit.norm(x)[0, 0] + view.head.bias
 
 
-@pytest.mark.parametrize("views, ratio, count", [(1, 0.5, 3), (2, 0.5, 3), (3, 0.4, 3), (2, 0.75, 1), (2, 0, 6)])
+@pytest.mark.parametrize("views, ratio, count",
+                         [(1, 0.5, 3), (2, 0.5, 3), (3, 0.4, 3), (2, 0.75, 1), (2, 0, 6)])
 def test_each_view_sees_the_patches_with_the_smallest_noise_of_its_own(views, ratio, count):
     model, (images, _, noise) = tiny(views, ratio), batch(views=views)
     logits = model(images, noise)
@@ -336,8 +337,8 @@ def test_a_mask_that_leaves_no_patch_is_refused():
 @pytest.mark.parametrize("shape", [None, (6, 6), (6, 1, 6), (6, 3, 6), (5, 2, 6), (6, 2, 5), (2, 6, 6)])
 def test_noise_of_another_shape_and_none_in_training_are_refused(shape):
     noise = None if shape is None else torch.zeros(shape)
-    message = re.escape(f"expected noise (6, 2, 6), one number per image, view and patch, got {shape or 'none'}")
-    with pytest.raises(ValueError, match=message):
+    message = f"expected noise (6, 2, 6), one number per image, view and patch, got {shape or 'none'}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         tiny()(batch()[0], noise)
 
 
