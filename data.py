@@ -32,7 +32,7 @@ class ExprFrames(FaceImages):
     """
 
     def __init__(self, files: dict[str, Path], videos: dict[str, Path], size: int, every: int = 1, crop=None):
-        super().__init__(size, beside=torch.zeros(0, dtype=torch.long))
+        super().__init__(size, torch.zeros(0, dtype=torch.long))
         self.every, self.crop, self.epoch = every, crop, 0
         self.videos, self.folders, self.without_frames, rows = [], [], [], []
         for video, file in files.items():
@@ -89,7 +89,7 @@ class VideoFrames(FaceImages):
     """One video's face images. Item: uint8 image (size, size, 3), its row (number - 1)."""
 
     def __init__(self, folder, size: int):
-        super().__init__(size, beside=torch.zeros(0, dtype=torch.long))
+        super().__init__(size, torch.zeros(0, dtype=torch.long))
         self.numbers, self.files, _ = list_frames(folder)
 
     def __len__(self):

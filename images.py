@@ -105,14 +105,14 @@ def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Genera
 
 
 class FaceImages(torch.utils.data.Dataset):
-    """Face images, each with one array beside it (MAE noise, a label, a row).
+    """Face images, each with one or more arrays beside it (MAE noise, a label, a row).
 
     One rule for what cannot be read: it is left out of its batch and named. A subclass gives `__len__`,
-    `where`, `item`, and `beside`: an empty tensor of the shape and type of what stands beside B = 0 images,
-    like torch.zeros(0, 196) or torch.zeros(0, dtype=torch.long).
+    `where`, `item`, and `beside`: for each array an empty tensor of the shape and type of what stands beside
+    B = 0 images, like torch.zeros(0, 196) or torch.zeros(0, dtype=torch.long).
     """
 
-    def __init__(self, size: int, beside: torch.Tensor):
+    def __init__(self, size: int, *beside: torch.Tensor):
         self.size, self.beside = (size, size), beside
 
     def where(self, i) -> str:
@@ -120,7 +120,8 @@ class FaceImages(torch.utils.data.Dataset):
         raise NotImplementedError
 
     def item(self, i):
-        """uint8 image (size, size, 3), and the array or number beside it. ValueError if it cannot be read."""
+        """uint8 image (size, size, 3), and the arrays or numbers beside it. ValueError if it cannot be
+        read."""
         raise NotImplementedError
 
     def __getitem__(self, i):
@@ -131,16 +132,17 @@ class FaceImages(torch.utils.data.Dataset):
             return str(problem)
 
     def collate(self, items):
-        """-> images (B, size, size, 3) uint8, beside (B, ...), problems: list[str]. B may be 0."""
+        """-> images (B, size, size, 3) uint8, each array beside them (B, ...), problems: list[str]. B may
+        be 0."""
         problems = [item for item in items if isinstance(item, str)]
         readable = [item for item in items if not isinstance(item, str)]
         if not readable:
-            return torch.zeros((0, *self.size, 3), dtype=torch.uint8), self.beside, problems
+            return torch.zeros((0, *self.size, 3), dtype=torch.uint8), *self.beside, problems
         # As tensors, they cross to the training process in shared memory. As arrays they would go through a
         # pipe, and a worker whose parent was killed would be stuck in it for ever.
-        images = np.stack([image for image, _ in readable])             # -> (B, size, size, 3)
-        beside = np.stack([value for _, value in readable])             # -> (B, ...)
-        return torch.from_numpy(images), torch.from_numpy(beside).to(self.beside.dtype), problems
+        images, *columns = [torch.from_numpy(np.stack(column)) for column in zip(*readable, strict=True)]
+        beside = [column.to(empty.dtype) for column, empty in zip(columns, self.beside, strict=True)]
+        return images, *beside, problems                                # (B, size, size, 3), (B, ...), ...
 
 
 @functools.cache

@@ -11,7 +11,7 @@ and give the same numbers. Read `vit.py` first; `train_pretrain.py` trains this.
 import torch
 from torch import nn
 
-from vit import Block, VisionTransformer, init_weights, sincos_positions
+from vit import Block, VisionTransformer, init_weights, keep_some, sincos_positions
 
 
 class MaskedAutoencoder(VisionTransformer):
@@ -69,17 +69,15 @@ class MaskedAutoencoder(VisionTransformer):
         return x.reshape(B, C, h * P, w * P)               # -> (B, C, height, width)
 
     def random_masking(self, x, noise):
-        """Keep the `visible` tokens with the smallest noise.
+        """Keep the `visible` tokens with the smallest noise (`keep_some`).
 
         Shape: x (B, N, D), noise (B, N) -> kept (B, visible, D), mask (B, N), restore (B, N).
         `order` lists the tokens by noise. Sorting `order` itself gives its inverse, so `restore[n]` is the
         place of token n in [kept tokens, masked tokens]. That is the double argsort, and the decoder puts
         everything back with one gather.
         """
-        order = noise.argsort(dim=1)
+        kept, order = keep_some(x, noise, self.visible)                        # (B, N, D) -> (B, visible, D)
         restore = order.argsort(dim=1)
-        index = order[:, :self.visible, None].expand(-1, -1, x.shape[-1])      # (B, N) -> (B, visible, D)
-        kept = x.gather(1, index)                                              # (B, N, D) -> (B, visible, D)
         mask = (restore >= self.visible).float()
         return kept, mask, restore
 

@@ -202,7 +202,7 @@ class Stills(FaceImages):
         path, origin = find_vit(config, team)
         saved = read_checkpoint(path)
         config, _ = like(saved.get("made_of"), config, path)
-        super().__init__(config.vit.image_size, beside=torch.zeros(0, dtype=torch.long))
+        super().__init__(config.vit.image_size, torch.zeros(0, dtype=torch.long))
         self.config, self.team, self.classifier = config, team, build(config)
         load_weights(self.classifier, saved.get("model", saved), path)
         self.classifier.to(team.device).eval()

@@ -154,7 +154,7 @@ class MultiTaskFrames(FaceImages):
     """
 
     def __init__(self, found: Annotations, videos: dict[str, Path], size: int, crop=None):
-        super().__init__(size, beside=torch.zeros(0, len(COLUMNS)))
+        super().__init__(size, torch.zeros(0, len(COLUMNS)))
         self.crop, self.epoch, self.videos = crop, 0, found.videos
         self.folders, self.without_frames, there = [], [], np.zeros(len(found.frames), bool)
         for v, video in enumerate(found.videos):

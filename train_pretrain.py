@@ -39,7 +39,7 @@ class Faces(FaceImages):
     """All face sets as one. Item: uint8 image (size, size, 3), randomly cropped, and its mask noise (N,)."""
 
     def __init__(self, sets, size: int, tokens: int, seed: int, smallest_crop: float):
-        super().__init__(size, beside=torch.zeros(0, tokens))
+        super().__init__(size, torch.zeros(0, tokens))
         self.sets, self.tokens, self.epoch = sets, tokens, 0
         self.seed, self.smallest_crop = seed, smallest_crop
         self.ends = np.cumsum([len(face_set) for face_set in sets])    # where each set ends in one long list

@@ -165,6 +165,17 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
+def keep_some(x, noise, count: int):
+    """The `count` tokens with the smallest noise: how the MAE and masked CoTEX hide patches (cotex.py).
+
+    Shape: x (B, N, D), noise (B, N) -> kept (B, count, D), order (B, N): all tokens by their noise. So the
+    kept ones are shuffled, which changes nothing for the encoder: each of them carries its position.
+    """
+    order = noise.argsort(dim=1)
+    index = order[:, :count, None].expand(-1, -1, x.shape[-1])        # (B, N) -> (B, count, D)
+    return x.gather(1, index), order                                  # (B, N, D) -> (B, count, D)
+
+
 class VisionTransformer(nn.Module):
     """The ViT, by default the paper's: ViT-Base with patches of 16 x 16 (§3.1). The paper does not give the
     image size; 224 is assumed, the original MAE's.
@@ -201,7 +212,7 @@ class VisionTransformer(nn.Module):
     def encode(self, x):
         """Put the cls token in front and run the blocks. Shape: (B, N, D) -> (B, 1 + N, D).
 
-        N may be any number of patch tokens: the MAE passes only the visible ones.
+        N may be any number of patch tokens: the MAE and masked CoTEX pass only the visible ones.
         """
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)  # (1, 1, D) -> (B, 1, D)
         x = torch.cat([cls, x], dim=1)                                         # (B, N, D) -> (B, 1 + N, D)

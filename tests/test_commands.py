@@ -21,6 +21,7 @@ from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import benchmark
@@ -46,6 +47,7 @@ COMMAND = re.compile(r"(python|torchrun|pytest|pip|cp) ")
 EXAMPLES = {"images.py FILE": "data/Aff-Wild2/cropped_aligned/1-30-1280x720/00001.jpg",
             "labels.py FILE": "data/Aff-Wild2/annotations/AU_Detection_Challenge/Train_Set/1-30-1280x720.txt",
             "faces.py FOLDER": "data/RAF-DB",
+            "class_folders.py FOLDER": "classes",
             "checkpoints.py FILE": "some.pt",
             "dan_weights.py FILE": "dan.pt",
             "evaluate.py FILE": "some.pt",
@@ -124,6 +126,8 @@ def place(tmp_path_factory):
     sizes = Synthetic(root=str(folder / "data"), train_videos=1, val_videos=1, frames=4, faces=10)
     synthetic.draw(sizes.root, sizes)
     synthetic.index(sizes.root, sizes)
+    (folder / "classes/ANGRER").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "classes/ANGRER/1.jpg")
     torch.save({"model": {"weight": torch.zeros(3)}}, folder / "some.pt")
     torch.save({"model": DAN().state_dict()}, folder / "dan.pt")
     [video] = label_files(folder / "data/Aff-Wild2/annotations", EXPR)["Validation_Set"]

@@ -83,3 +83,18 @@ def test_a_loader_gives_each_image_once_with_and_without_a_worker_process(worker
     assert [len(problems) for _, _, problems in batches] == [0, 0, 2]
     if workers:
         assert all(part.is_shared() for images, beside, _ in batches[:2] for part in (images, beside))
+
+
+def test_several_arrays_beside_an_image_become_a_tensor_each():
+    class Labelled(Flat):
+        def item(self, i):
+            image, value = super().item(i)
+            return image, value, np.full((2, 3), i / 2)
+
+    faces = Labelled(torch.zeros(0, dtype=torch.long), lambda i: 10 * i, broken=(1,))
+    faces.beside += (torch.zeros(0, 2, 3),)
+    images, labels, noise, problems = faces.collate([faces[i] for i in (3, 1, 2)])
+    assert levels(images) == [3, 2] and labels.tolist() == [30, 20] and len(problems) == 1
+    assert torch.equal(noise, torch.tensor([1.5, 1.0])[:, None, None].expand(2, 2, 3))
+    images, labels, noise, _ = faces.collate([])
+    assert labels.shape == (0,) and noise.shape == (0, 2, 3) and noise.dtype == torch.float32
