@@ -118,7 +118,7 @@ def choose(trained, training_videos, origin: dict, merge: str, path) -> Postproc
     tuned = {scene(name) for name in tuned_on(origin)}
     seen = sum(scene(name) in tuned for name in names)
     trained.team.say(f"chosen on {len(names)} held-out training videos: {how.text() or 'no post-processing'}"
-                     + (f"\n  the ViT was fine-tuned on {seen} of them, so that fits them better than others"
+                     + (f"\n  the ViT was fine-tuned on {seen} of them, so they are easier than new videos"
                         if seen else ""))
     return how
 

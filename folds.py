@@ -27,7 +27,7 @@ from labels import TASKS, Task
 from many_runs import Job
 from score_table import in_lines
 from scoring import read_sums, stage_of
-from splits import FOLDS, scene
+from splits import FOLDS, scene, split
 
 SHARED = ("one encoder for all folds: it was fine-tuned on scenes that folds 1 to 4 validate, so\n"
           "their scores are too high; \"unseen\" is the score of the other videos alone")
@@ -87,12 +87,28 @@ def unseen_score(folder: Path, task: Task) -> float | None:
     return float(task.metric.score(sums[unseen].sum(axis=0)).mean()) if unseen.any() else None
 
 
+def check_fold(config, task: Task):
+    """Raises ValueError if a finished task was validated on videos that are not this fold's any more: labels
+    of another task, added since, deal all scenes anew."""
+    folder = config.folder(stage_of(config, task))
+    if not (folder / "video_sums.json").exists():
+        return
+    names, _ = read_sums(folder)
+    strange = sorted(set(names) - split(config.data.labels, task, config.task.fold)[1].keys())
+    if strange:
+        raise ValueError(f"{folder} was validated on {', '.join(strange[:5])}, which fold {config.task.fold} "
+                         "no longer validates: the label files have changed since. Train all folds again, as "
+                         "those of another --set run.name=...")
+
+
 def collect(config, tasks: list[Task], shared: bool) -> dict:
     """What folds.json holds."""
     found = {"run": config.run.name, "encoder": "shared" if shared else "one per fold", "tasks": {}}
     configs = [config_of(config, fold, shared) for fold in FOLDS]
     for task in tasks:
         folds = [score_of(of_fold, task) for of_fold in configs]
+        for of_fold in configs:
+            check_fold(of_fold, task)
         ours, papers = [row["score"] for row in folds], [row["paper"] for row in folds]
         found["tasks"][task.name] = {
             "metric": task.metric.name, "folds": folds,

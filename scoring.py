@@ -1,8 +1,8 @@
 """Whole videos: predicted by segments, scored with each labelled frame once (paper §4.2, Table 1).
 
 A frame that several segments cover gets the mean of their outputs; the authors' published numbers count it
-several times. What is scored are the task's outputs as they are: no clipping, smoothing or mode filter,
-which the authors' code has.
+several times. Unless evaluate.py is asked for more, the task's outputs are scored as they are: without the
+clipping and the mode filter of the authors' code.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import torch
 from checkpoints import check_names, load_weights, read_checkpoint, read_json, write_text
 from distributed import Team, all_sum, choose_device
 from labels import TASKS, Task, targets
-from made_of import find_input, like, named, same, unlike
+from made_of import find_input, finished, like, named, same, unlike
 from postprocessing import Postprocessing, apply
 from segments import Video, pad, read_features, segments
 from settings import Config
@@ -148,9 +148,10 @@ def read_sums(folder: Path) -> tuple[list[str], np.ndarray]:
     """The names of the validation videos of a finished task, and their sums (videos, ...). Raises ValueError
     if they are not there."""
     path = Path(folder) / "video_sums.json"
-    stored = read_json(path)
+    stored = read_json(path) if finished(folder) else None
     if stored is None:
-        raise ValueError(f"{path} not found; train_task.py writes it at the end of a training")
+        raise ValueError(f"{path} not found; train_task.py writes it at the end of a training. If {folder} "
+                         "is finished, an earlier version has made it: move it away and train again")
     return stored["videos"], np.array(stored["sums"])
 
 

@@ -38,7 +38,7 @@ def count_rows(file: Path) -> int:
 
 
 def scene_frames(root) -> dict[str, dict[str, int]]:
-    """{scene: {task: labelled frames}} of every task that has a folder of labels."""
+    """{scene: {task: frames, that is rows of its label files}} of every task that has a folder of labels."""
     frames = {}
     for task in TASKS.values():
         if has_labels(root, task):
@@ -87,15 +87,15 @@ def split(root, task: Task, fold: int) -> tuple[dict[str, Path], dict[str, Path]
     if not train or not val:
         purpose, scenes = "train" if val else "validate", {scene(video) for video in files}
         raise ValueError(f"fold {fold} of {len(scenes)} scenes leaves nothing to {purpose} on; "
-                         "take fold 0, or label at least 4 scenes")
+                         "take fold 0, or label more scenes")
     return train, val
 
 
 def hold_out(files: dict[str, Path], share: float) -> tuple[dict[str, Path], dict[str, Path]]:
     """A share of the scenes is taken out of the training's label files: -> those left, those held out.
 
-    Large and small scenes alike: of the scenes in order of their size, every (1 / share)-th. Raises
-    ValueError if none or all would be taken.
+    Large and small scenes alike: of the scenes in order of their size, the middle one of each group of
+    1 / share. Raises ValueError if none or all would be taken.
     """
     if share == 0:
         return files, {}
@@ -103,7 +103,7 @@ def hold_out(files: dict[str, Path], share: float) -> tuple[dict[str, Path], dic
     for video, file in files.items():
         size[scene(video)] = size.get(scene(video), 0) + count_rows(file)
     order = sorted(size, key=lambda name: (-size[name], name))
-    taken = {name for i, name in enumerate(order) if int((i + 1) * share) > int(i * share)}
+    taken = {name for i, name in enumerate(order) if int((i + 1) * share + 0.5) > int(i * share + 0.5)}
     if not 0 < len(taken) < len(order):
         raise ValueError(f"task.held_out={share} takes {len(taken)} of {len(order)} training scenes; "
                          "give a share that takes one or more and leaves some")

@@ -9,8 +9,8 @@ validation score) and last.pt with the weights under the key `model`, log.csv, s
 curves.png, timeline.png.
 
 log.csv, one row per epoch: `loss` mean over the steps (VA: 2 minus both CCC; Expr, AU: cross-entropy per
-valid label); `score` of whole validation videos (mean CCC, macro F1, mean F1); `gradient_norm`, `lr`,
-`seconds` as in train_pretrain.py.
+valid label); `score` of whole validation videos, or held-out ones (mean CCC, macro F1, mean F1);
+`gradient_norm`, `lr`, `seconds` as in train_pretrain.py.
 
 The batch is not cut into pieces here: CCC is not a sum over pieces, and 32 segments of features take little
 memory.
@@ -27,7 +27,7 @@ from labels import TASKS
 from made_of import input_there, settings_of
 from reports import data_text, draw_timeline, numbers, report, stored_scores, to_score
 from run import Run
-from scoring import (FEATURES, HELD_OUT, find_features, load, score, shared_out, stage_of, write_sums)
+from scoring import FEATURES, HELD_OUT, find_features, load, score, shared_out, stage_of, write_sums
 from segments import SegmentData, fingerprint, open_videos
 from splits import hold_out, split
 from temporal import SegmentModel
@@ -41,7 +41,7 @@ def main(config, team, task):
     settings = settings_of(config, "synthetic", "segments", "temporal", "task", "run.seed")
     run = Run(stage_of(config, task), config, team, settings, FEATURES)
     best = run.folder / "best.pt"
-    if run.finished and not input_there(config, *FEATURES):
+    if run.finished and not team.agree(input_there(config, *FEATURES)):
         return team.say(f"{run.folder} is finished; its features are gone\n\n{stored_scores(run.folder)}")
 
     # data
@@ -50,18 +50,21 @@ def main(config, team, task):
     train_files, held_out_files = hold_out(train_files, t.held_out)
     videos, train_left_out, dim = open_videos(train_files, features, task)
     val_videos, val_left_out, _ = open_videos(val_files, features, task)
-    choose_on, chosen_by = val_videos, "validation"                    # the best epoch is the best on these
+    held_out, chosen_by = [], "validation"
     if held_out_files:
-        choose_on, _, _ = open_videos(held_out_files, features, task)
-        chosen_by = "held-out"
+        held_out, left_out, _ = open_videos(held_out_files, features, task)
+        train_left_out, chosen_by = train_left_out | left_out, "held-out"
+    choose_on = held_out or val_videos                       # the best epoch is the one that is best on these
     found = {"training": fingerprint(videos), "validation": fingerprint(val_videos),
              "training videos": [video.name for video in videos]}
-    if held_out_files:
-        found |= {"held out": fingerprint(choose_on), HELD_OUT: [video.name for video in choose_on]}
+    if held_out:
+        found |= {"held-out": fingerprint(held_out), HELD_OUT: [video.name for video in held_out]}
     if run.still_finished(found):
         return team.say(f"\n{stored_scores(run.folder)}")
-    scored = to_score(val_videos, val_left_out, videos, task, origin, config)
+    scored = to_score(val_videos, val_left_out, [*videos, *held_out], task, origin, config)
     team.say(data_text(videos, train_left_out, scored))
+    if held_out:
+        team.say(f"  held out, to choose the epoch: {len(held_out)} training videos")
 
     # model and optimiser
     torch.manual_seed(seed)

@@ -192,7 +192,7 @@ TABLE = {
     "a fold number out of range, asked of split": (fold(5), "fold: got 5, expected 0"),
     "a fold number below 0, asked of split": (fold(-1), "fold: got -1, expected 0"),
     "0 validation videos in a fold": (
-        fold(4), "fold 4 of 2 scenes leaves nothing to validate on; take fold 0, or label at least 4 scenes"),
+        fold(4), "fold 4 of 2 scenes leaves nothing to validate on; take fold 0, or label more scenes"),
     # features
     "no labelled video with features": (
         no_features, "none of 1 labelled videos has features in .*; run extract_features.py"),

@@ -191,6 +191,9 @@ def test_the_sums_of_a_finished_task_come_back_as_they_were(tmp_path):
     with pytest.raises(ValueError, match="video_sums.json not found; train_task.py writes it"):
         read_sums(tmp_path)
     write_sums(tmp_path, videos, sums, ALONE)
+    with pytest.raises(ValueError, match="video_sums.json not found"):         # the training has not ended
+        read_sums(tmp_path)
+    (tmp_path / "metrics.json").touch()
     names, found = read_sums(tmp_path)
     assert names == ["b", "<a>"] and np.array_equal(found, sums)
 

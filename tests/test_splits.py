@@ -208,7 +208,7 @@ def test_folds_of_too_few_scenes_are_named_and_missing_labels_refused(tmp_path, 
     code, lines, err = said_by_the_command(tmp_path, capsys, monkeypatch, tmp_path)
     assert code == 0 and err == "" and [line.split()[0] for line in lines[:-1]] == ["fold", *"01234"]
     assert lines[4].split(maxsplit=2)[2] == ("fold 3 of 2 scenes leaves nothing to validate on; take fold 0, "
-                                             "or label at least 4 scenes")
+                                             "or label more scenes")
     shutil.rmtree(tmp_path / VA.folders[0])
     code, lines, err = said_by_the_command(tmp_path, capsys, monkeypatch, tmp_path)
     assert code == 2 and err.startswith("error: data.labels: no VA_Estimation_Challenge in ")
