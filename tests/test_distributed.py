@@ -305,7 +305,7 @@ def read(config, team, dataset):
 
 
 def test_a_worker_killed_by_a_bus_error_is_told_in_one_line(monkeypatch):
-    # PyTorch sets its handler of SIGCHLD once in a process, and `launch` of an earlier test has taken it back.
+    # PyTorch sets its handler of SIGCHLD once in a process; `launch` of an earlier test has taken it back.
     monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
     with pytest.raises(SystemExit) as end:
         launch(read, Config(), Killed())
