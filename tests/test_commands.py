@@ -183,7 +183,8 @@ def try_script(place, script: str, arguments: list[str]):
     assert said or begun or written, "it did nothing"
 
 
-SLOW = ("python intervals.py", "python benchmark.py --scorer")              # they measure: seconds each
+SLOW = ("python intervals.py", "python benchmark.py --scorer",               # a second or more each
+        "python emma.py", "python dan.py", "python mae.py", "python vit.py")
 
 
 @pytest.mark.parametrize("command", [pytest.param(command, marks=[pytest.mark.slow] * (command in SLOW))

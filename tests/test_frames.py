@@ -81,6 +81,7 @@ class FakeFolder:
         pass
 
 
+@pytest.mark.slow
 def test_100000_files_that_are_no_frames_take_no_memory_and_few_kinds(tmp_path, monkeypatch):
     for kinds in (1, 100_000):
         names = (f"{n}.x{n % kinds}" for n in range(100_000))
