@@ -17,7 +17,6 @@ with the stored score of another run, on the same videos (`intervals.py`).
 Predictions made elsewhere are scored by `metrics.py`.
 """
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +24,15 @@ import numpy as np
 from config import from_command_line
 from intervals import difference
 from labels import TASKS
-from made_of import command, finished, missing, there, tuned_on
+from made_of import finished, missing, there
 from postprocessing import Postprocessing
 from reports import report, to_score
-from scoring import (HELD_OUT, MERGING, check_features, check_scenes, count_as_authors, count_frames,
-                     find_features, load, read_sums, score, shared_out, stage_of)
+from scoring import (MERGING, check_features, check_scenes, count_as_authors, count_frames, find_features,
+                     load, read_sums, stage_of, sums_of)
 from score_table import confusion
 from segments import open_videos
-from splits import scene, split
-from tuning import best_way, count_ways
+from splits import split
+from tuning import choose
 
 
 def main(config, team, task, checkpoint="", merge="mean", tune=False, against=""):
@@ -87,40 +86,6 @@ def main(config, team, task, checkpoint="", merge="mean", tune=False, against=""
                  "overlapping segments count twice, tails and short videos are lost)")
     if against:
         team.say(compare(task, sums, videos, against, config))
-
-
-def sums_of(trained, videos, merge: str, count) -> np.ndarray:
-    """What `count` makes of each video, over all processes."""
-    s, team = trained.config.segments, trained.team
-    stride = s.window if merge == "none" else s.stride
-    return score(trained.model, shared_out(videos, team), videos, trained.task, s.window, stride,
-                 trained.config.task.batch, team, count)
-
-
-def choose(trained, training_videos, origin: dict, merge: str, path) -> Postprocessing:
-    """Smoothing and thresholds that are best on the videos that the training has held back.
-
-    Raises ValueError if it has held back none, or if they are not there.
-    """
-    names = trained.record["data"].get(HELD_OUT) if trained.record else None
-    if not names:
-        run = trained.config.run.name
-        own = f"--set task.held_out=0.15 --set run.name={run}_held --set run.base={run}"
-        script = command(f"train_task.py --task {trained.task.name}", trained.config)
-        raise ValueError(f"{path}: trained on all training videos, so there is none to choose on; train one "
-                         f"that holds some back: {script} {own}")
-    videos = [video for video in training_videos if video.name in names]
-    if len(videos) < len(names):
-        raise ValueError(f"{path}: {len(names)} videos were held back, of which {len(videos)} have labels "
-                         "and features here; bring back the others")
-    sums = sums_of(trained, videos, merge, partial(count_ways, merge=merge)).sum(axis=0)
-    how = best_way(trained.task, sums)
-    tuned = {scene(name) for name in tuned_on(origin)}
-    seen = sum(scene(name) in tuned for name in names)
-    trained.team.say(f"chosen on {len(names)} held-out training videos: {how.text() or 'no post-processing'}"
-                     + (f"\n  the ViT was fine-tuned on {seen} of them, so they are easier than new videos"
-                        if seen else ""))
-    return how
 
 
 def compare(task, sums, videos, run_name: str, config) -> str:

@@ -236,3 +236,11 @@ def width_of(weights: dict) -> int:
         if name in weights:
             return weights[name].shape[1]
     return 1                                                 # no segment model, which `load_weights` will say
+
+
+def sums_of(trained, videos, merge: str, count) -> np.ndarray:
+    """What `count` makes of each video, over all processes."""
+    s, team = trained.config.segments, trained.team
+    stride = s.window if merge == "none" else s.stride
+    return score(trained.model, shared_out(videos, team), videos, trained.task, s.window, stride,
+                 trained.config.task.batch, team, count)

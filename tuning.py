@@ -9,11 +9,15 @@ is scored on them, and the best is taken:
 evaluate.py --tune uses it. Chosen on the scored videos, these numbers would only be luck.
 """
 
+from functools import partial
+
 import numpy as np
 
 from labels import Task
+from made_of import command, tuned_on
 from postprocessing import Postprocessing, for_metric, in_units, smoothed
-from scoring import merged
+from scoring import HELD_OUT, merged, sums_of
+from splits import scene
 
 SMOOTH = (0, 1, 2, 5, 10, 20, 50)
 THRESHOLDS = sorted((round(0.05 * i, 2) for i in range(1, 20)), key=lambda threshold: abs(threshold - 0.5))
@@ -43,3 +47,29 @@ def best_way(task: Task, sums: np.ndarray) -> Postprocessing:
     tried = thresholds_of(task)
     chosen = tuple(tried[i] for i in scores[s].argmax(axis=0)) if len(tried) > 1 else ()
     return Postprocessing(SMOOTH[s], chosen)
+
+
+def choose(trained, training_videos, origin: dict, merge: str, path) -> Postprocessing:
+    """Smoothing and thresholds that are best on the videos that the training has held back.
+
+    Raises ValueError if it has held back none, or if they are not there.
+    """
+    names = trained.record["data"].get(HELD_OUT) if trained.record else None
+    if not names:
+        run = trained.config.run.name
+        own = f"--set task.held_out=0.15 --set run.name={run}_held --set run.base={run}"
+        script = command(f"train_task.py --task {trained.task.name}", trained.config)
+        raise ValueError(f"{path}: trained on all training videos, so there is none to choose on; train one "
+                         f"that holds some back: {script} {own}")
+    videos = [video for video in training_videos if video.name in names]
+    if len(videos) < len(names):
+        raise ValueError(f"{path}: {len(names)} videos were held back, of which {len(videos)} have labels "
+                         "and features here; bring back the others")
+    sums = sums_of(trained, videos, merge, partial(count_ways, merge=merge)).sum(axis=0)
+    how = best_way(trained.task, sums)
+    tuned = {scene(name) for name in tuned_on(origin)}
+    seen = sum(scene(name) in tuned for name in names)
+    trained.team.say(f"chosen on {len(names)} held-out training videos: {how.text() or 'no post-processing'}"
+                     + (f"\n  the ViT was fine-tuned on {seen} of them, so they are easier than new videos"
+                        if seen else ""))
+    return how

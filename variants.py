@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-import evaluate
 import many_runs
 import pipeline
+import scoring
 from distributed import Team, choose_device
 from intervals import difference_over_seeds
 from labels import Task
@@ -22,6 +22,7 @@ from postprocessing import Postprocessing
 from scoring import count_frames, find_features, load, read_sums, stage_of
 from segments import open_videos
 from splits import split
+from tuning import choose
 
 
 class Variant(NamedTuple):
@@ -92,8 +93,8 @@ def sums_of(config, task: Task, merge: str = "mean", tune: bool = False) -> tupl
     videos = open_videos(val_files, features, task)[0]
     how = Postprocessing()
     if tune:
-        how = evaluate.choose(trained, open_videos(train_files, features, task)[0], origin, merge, path)
-    sums = evaluate.sums_of(trained, videos, merge, partial(count_frames, merge=merge, how=how))
+        how = choose(trained, open_videos(train_files, features, task)[0], origin, merge, path)
+    sums = scoring.sums_of(trained, videos, merge, partial(count_frames, merge=merge, how=how))
     return [video.name for video in videos], sums
 
 
