@@ -4,6 +4,7 @@ without a part are ablation.py's, those of the folds folds.py's.
     python benchmark.py --check       # the finished demo against what README promises
     python benchmark.py --training    # a checkpoint, and a second process, at the paper's sizes (5 minutes)
     python benchmark.py --scorer      # a million predictions scored (1 minute)
+    python benchmark.py --prediction  # predictions beside extraction, on the demo's frames (1 minute)
     python benchmark.py               # the demo from nothing, into runs/benchmark.md, docs/pipeline.png
                                       # and docs/curves.png (about 5 minutes on two cores)
 """
@@ -155,6 +156,26 @@ def measure_checkpoints(step: float, rounds: int = 3):
         print(f"checkpoint of the {name}: {size:,.0f} MB in {middle:.2f} s, flushed to disk{share}")
 
 
+def measure_prediction(rounds: int = 3):
+    """predict.py with all three tasks on the demo's frames, in turn with extract_features.py on the same:
+    what the models behind the encoder, and writing the table, cost. Whole commands, one process."""
+    extraction = ["extract_features.py", "--set", "run.name=benchmark", "--set", "run.base=demo", "--set",
+                  "features.checkpoint=runs/demo/finetune/best.pt"]
+    prediction = ["predict.py", "--frames", "data/demo/Aff-Wild2/cropped_aligned", "--out",
+                  "runs/benchmark/predictions.csv"]
+    ratios = []
+    for _ in range(rounds):
+        seconds = []
+        for command in (extraction, prediction):
+            began = time.time()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            seconds.append(time.time() - began)
+        shutil.rmtree("runs/benchmark")
+        ratios.append(seconds[1] / seconds[0])
+        print(f"extraction {seconds[0]:.1f} s, prediction {seconds[1]:.1f} s: {ratios[-1]:.2f} times as long")
+    print(f"median of {rounds} pairs: {sorted(ratios)[rounds // 2]:.2f}")
+
+
 def measure_scorer(videos: int = 76, frames: int = 13_158):
     """Seconds that a core works for `metrics.py --task ...`, on a CSV of predict.py with all columns."""
     folder, rng = Path("runs/benchmark_scorer"), np.random.default_rng(0)
@@ -189,10 +210,13 @@ if __name__ == "__main__":
     parser.add_argument("--check", action="store_true", help="only compare the finished demo with README")
     parser.add_argument("--training", action="store_true", help="only checkpoints and a second process")
     parser.add_argument("--scorer", action="store_true", help="only metrics.py on a million predictions")
+    parser.add_argument("--prediction", action="store_true", help="only predict.py beside the extraction")
     parser.add_argument("--segment-steps", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.segment_steps:
         segment_steps()
+    elif options.prediction:
+        measure_prediction()
     elif options.training:
         measure_checkpoints(measure_second_process())
     elif options.scorer:
