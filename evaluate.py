@@ -45,6 +45,8 @@ def main(config, team, task, checkpoint="", merge="mean", tune=False, against=""
         there(path, config)
     trained = load(path, config, task, team)
     config = trained.config
+    if against:                                              # refused now rather than after the scoring
+        read_sums(Path(config.run.out) / against / stage_of(config, task))
     for name, (_, was, now) in trained.changed.items():
         team.say(f"  {name}={was} as in the checkpoint; the configuration has {now}")
 
@@ -83,7 +85,7 @@ def main(config, team, task, checkpoint="", merge="mean", tune=False, against=""
         team.say(f"merging: {merge}; post-processing: {how.text() or 'none'}")
     if merge != "none":
         team.say(f"authors' protocol: {task.metric.score(authors.sum(axis=0)).mean():.3f} (frames of "
-                 "overlapping segments count twice, tails and short videos are lost)")
+                 "overlapping segments count twice, tails and short videos are lost; no post-processing)")
     if against:
         team.say(compare(task, sums, videos, against, config))
 
@@ -104,8 +106,8 @@ def compare(task, sums, videos, run_name: str, config) -> str:
     verdict = "ours is better" if found.low > 0 else "ours is worse" if found.high < 0 else (
         "the interval holds 0: these videos do not tell which is better")
     return (f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}] against {run_name} "
-            f"({task.metric.score(theirs.sum(axis=0)).mean():.3f}), 95 % interval over {len(mine)} videos; "
-            f"{verdict}")
+            f"({task.metric.score(theirs.sum(axis=0)).mean():.3f}, as its training ended), 95 % interval "
+            f"over {len(mine)} videos; {verdict}")
 
 
 if __name__ == "__main__":

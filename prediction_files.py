@@ -112,6 +112,8 @@ def read_predictions(path, task: Task) -> dict[str, tuple[np.ndarray, np.ndarray
             return read_file(file, path, task)
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text; expected predictions as CSV or .jsonl") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_file(file, path: Path, task: Task) -> dict[str, tuple[np.ndarray, np.ndarray]]:

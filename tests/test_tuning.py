@@ -116,7 +116,7 @@ def test_a_run_that_holds_videos_back_chooses_on_them_and_is_compared_with_anoth
     assert f"chosen on {len(held)} held-out training videos: " in text
     assert "of them, so they are easier" in text
     names, theirs = read_sums(folder / "runs/tiny/task_au")
-    assert f"against tiny ({AU.metric.score(theirs.sum(axis=0)).mean():.3f})" in text
+    assert f"against tiny ({AU.metric.score(theirs.sum(axis=0)).mean():.3f}, as its training" in text
     assert f"95 % interval over {len(names)} videos" in text
     same = done(folder, *evaluate, "--against", "tiny")
     assert "+0.000 [+0.000, +0.000] against tiny" in same and "do not tell which is better" in same
