@@ -47,6 +47,7 @@ def write(x, y, words, cls: str = "", anchor: str = "middle") -> str:
 
 
 def line(x1, y1, x2, y2, cls: str) -> str:
+    """A straight line from (x1, y1) to (x2, y2), in pixels."""
     return element("line", x1=x1, y1=y1, x2=x2, y2=y2, cls=cls)
 
 
@@ -57,6 +58,7 @@ def runs(known) -> list[tuple[int, int]]:
 
 
 def path_of(xs, ys) -> str:
+    """The `d` of a path through these points, in pixels."""
     return "M" + "L".join(f"{number(float(x))} {number(float(y))}" for x, y in zip(xs, ys))
 
 

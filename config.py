@@ -175,6 +175,21 @@ def from_command_line(description, **arguments) -> tuple[Config, argparse.Namesp
         sys.exit(2)
 
 
+def print_all(lines):
+    """Print what a generator yields, in one piece, for `| head`. If it raises ValueError or OSError, the lines
+    before that are printed, then the error, and the exit code is 2."""
+    come, problem = [], ""
+    try:
+        for line in lines:
+            come.append(f"{line}\n")
+    except (ValueError, OSError) as error:
+        problem = f"error: {error}"
+    print("".join(come), end="")
+    if problem:
+        print(problem, file=sys.stderr)
+        sys.exit(2)
+
+
 def typed(config: Config) -> set[str]:
     """The settings that were given with --set."""
     words = shlex.split(config.run.source)

@@ -8,7 +8,6 @@ Layouts, and counts to check a copy against: docs/data.md.
 """
 
 import math
-import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import from_command_line
+from config import from_command_line, print_all
 from frames import list_frames, video_folders
 from images import FaceImages, listed, read_image, resize, sizes
 from labels import EXPR, TASKS, has_labels, label_files, read_labels, targets
@@ -151,7 +150,7 @@ def describe(frames, labels):
             yield (f"{task.name:5s}{name:15s}{len(files):4d} videos, {len(rows):9,d} frames, "
                    f"{valid.sum():9,d} fully labelled, {(valid & with_face).sum():9,d} of them with a face; "
                    f"{without_frames} videos without frames")
-            if task.dtype is np.int8:
+            if task.whole_numbers:
                 counts = [(rows == k).sum() if task.one_class else (rows[:, k] == 1).sum()
                           for k in range(len(task.outputs))]
                 yield "      " + ", ".join(f"{name} {count:,}" for name, count in zip(task.outputs, counts))
@@ -161,13 +160,5 @@ def describe(frames, labels):
 
 
 if __name__ == "__main__":
-    config, lines, problem = from_command_line(__doc__)[0], [], ""
-    try:
-        for line in describe(config.data.frames, config.data.labels):
-            lines.append(line)
-    except (ValueError, OSError) as error:
-        problem = f"error: {error}"
-    print("".join(f"{line}\n" for line in lines), end="")            # in one piece, for `| head`
-    if problem:
-        print(problem, file=sys.stderr)
-        sys.exit(2)
+    config = from_command_line(__doc__)[0]
+    print_all(describe(config.data.frames, config.data.labels))

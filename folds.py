@@ -26,8 +26,8 @@ from config import from_command_line
 from labels import TASKS, Task
 from many_runs import Job
 from score_table import in_lines
-from scoring import read_sums, stage_of
-from splits import FOLDS, scene, split
+from scoring import read_sums, stage_of, unseen
+from splits import FOLDS, split
 
 SHARED = ("one encoder for all folds: it was fine-tuned on scenes that folds 1 to 4 validate, so\n"
           "their scores are too high; \"unseen\" is the score of the other videos alone")
@@ -82,9 +82,8 @@ def unseen_score(folder: Path, task: Task) -> float | None:
     if not (folder / "video_sums.json").exists():
         return None
     names, sums = read_sums(folder)
-    tuned = {scene(name) for name in made_of.tuned_on(made_of.read_record(folder))}
-    unseen = np.array([scene(name) not in tuned for name in names])
-    return float(task.metric.score(sums[unseen].sum(axis=0)).mean()) if unseen.any() else None
+    new = unseen(names, made_of.read_record(folder))
+    return float(task.metric.score(sums[new].sum(axis=0)).mean()) if new.any() else None
 
 
 def check_fold(config, task: Task):

@@ -47,6 +47,16 @@ class Task:
     baseline: dict[str, float]     # the challenge's baseline on the official split (fold 0)
 
     @property
+    def whole_numbers(self) -> bool:
+        """Are its labels whole numbers: a class, or 0 and 1?"""
+        return self.dtype is np.int8
+
+    @property
+    def yes_or_no(self) -> bool:
+        """Is each of its outputs present or absent, as action units are?"""
+        return self.whole_numbers and not self.one_class
+
+    @property
     def width(self) -> int:
         """Values in a row of a label file."""
         return 1 if self.one_class else len(self.outputs)

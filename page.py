@@ -140,6 +140,7 @@ def element(name: str, /, *children: str, **attributes) -> str:
 
 
 def paragraph(words: str, cls: str = "") -> str:
+    """Words as a paragraph, of a class of the CSS."""
     return element("p", text(words), **({"cls": cls} if cls else {}))
 
 
@@ -162,12 +163,14 @@ def details(summary: str, *children: str) -> str:
 
 
 def preformatted(words: str) -> str:
+    """Words whose lines and spaces stay as they are."""
     return element("pre", text(words))
 
 
 # ---- Pictures
 
 def data_url(data: bytes, kind: str) -> str:
+    """An image file as an address that holds it, so that the page loads nothing. kind: "png" or "jpeg"."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 

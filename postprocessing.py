@@ -34,7 +34,7 @@ def in_units(outputs: np.ndarray, task: Task) -> np.ndarray:
     if task.one_class:
         e = np.exp(outputs - outputs.max(axis=1, keepdims=True))       # softmax(x) = softmax(x - max)
         return e / e.sum(axis=1, keepdims=True)
-    if task.dtype is np.int8:
+    if task.yes_or_no:
         return 0.5 * (1 + np.tanh(0.5 * outputs))                      # the sigmoid, without overflow
     return outputs
 
@@ -53,7 +53,7 @@ def smoothed(values: np.ndarray, k: int) -> np.ndarray:
 def for_metric(values: np.ndarray, task: Task, thresholds=()) -> np.ndarray:
     """Values in units as `task.metric.count` wants them: an action unit is present above 0, a class is the
     largest. Shape: (T, K)"""
-    if task.one_class or task.dtype is not np.int8:
+    if not task.yes_or_no:
         return values
     return values - (np.asarray(thresholds) if len(thresholds) else 0.5)
 

@@ -25,7 +25,6 @@ from postprocessing import for_metric
 from score_table import confusion, score_table
 
 HIGHEST_FRAME = 9_999_999
-SHOWN = 5                      # videos that a message names
 
 
 # ---- Rows: line, video, frame, and what stands there for the task
@@ -171,13 +170,13 @@ def read_file(file, path: Path, task: Task) -> dict[str, tuple[np.ndarray, np.nd
 
 def fitting(values: np.ndarray, task: Task, submission: bool) -> tuple[np.ndarray, str]:
     """Which rows have values that can be: mask (rows,), and what is expected of them, in words."""
-    whole = submission and task.dtype is np.int8
+    whole = submission and task.whole_numbers
     if submission:
         lowest, highest = task.lowest, task.highest
         expected = f"{'a whole number' if whole else 'numbers'} from {lowest} to {highest}"
         if task.invalid < lowest:
             expected += f"; {task.invalid} means that nobody annotated the frame, and is no prediction"
-    elif task.dtype is np.int8:
+    elif task.whole_numbers:
         lowest, highest, expected = 0, 1, "probabilities from 0 to 1"
     else:
         lowest, highest, expected = -np.inf, np.inf, "finite numbers"
@@ -199,12 +198,6 @@ def find_labels(folder, task: Task) -> dict[str, Path]:
         raise ValueError(f"--labels: {folder} holds neither {' or '.join(task.folders)} nor label files, "
                          "<video>.txt")
     return {file.name.removesuffix(".txt"): file for file in files}
-
-
-def some(names) -> str:
-    """The first of these names."""
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def score_file(path, folder, task: Task) -> str:
@@ -230,18 +223,18 @@ def score_file(path, folder, task: Task) -> str:
             sums[video] = task.metric.count(for_metric(values[within], task), target[rows], valid[rows])
     if not sums:
         raise ValueError("no frame has both a label and a prediction: "
-                         f"{path} has videos {some(predictions)}; {folder} has labels of {some(files)}")
+                         f"{path} has videos {submission_file.some(predictions)}; {folder} has labels of {submission_file.some(files)}")
     each, scored = np.stack(list(sums.values())), labelled - sum(missing.values())
-    lines = [f"{path}: {len(sums)} videos, {scored:,} labelled frames ({some(sums)})",
+    lines = [f"{path}: {len(sums)} videos, {scored:,} labelled frames ({submission_file.some(sums)})",
              score_table(task, each, comparable=False), "", confusion(task, each), ""]
     if missing:
         lines.append(f"not scored: {labelled - scored:,} of {labelled:,} labelled frames, in {len(missing)} "
                      f"of {len(files)} videos, have no prediction: "
-                     + some(f"{video} ({frames:,})" for video, frames in missing.items()))
+                     + submission_file.some(f"{video} ({frames:,})" for video, frames in missing.items()))
     unknown = {video: len(numbers) for video, (numbers, _) in predictions.items() if video not in files}
     if unknown:
         lines.append(f"not scored: {sum(unknown.values()):,} predictions of {len(unknown)} videos without "
-                     f"labels: {some(unknown)}")
+                     f"labels: {submission_file.some(unknown)}")
     if beyond:
         lines.append(f"not scored: {beyond:,} predictions past the last label of their video")
     return "\n".join(lines).rstrip()

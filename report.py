@@ -16,20 +16,22 @@ In this order: what there is · sections about videos · the script. The other s
 import math
 from pathlib import Path
 
+import numpy as np
+
 from checkpoints import read_json, write_text
 from config import from_command_line
 from distributed import Team, launch
 from labels import TASKS, Task
-from made_of import command, finished, place, tuned_on
+from made_of import command, finished, place
 from page import details, element, headings, page, paragraph, section, shown, table, text
 from report_examples import Faces, chosen, predicted, worst_segments
 from report_parts import (TITLES, Finished, curves_section, reconstructions, scores_section, settings_section,
                           summary)
 from report_runs import ablation_section, folds_section
 from report_timelines import legend, segment_card, timeline
-from scoring import check_features, check_scenes, find_features, load, stage_of
+from scoring import check_features, check_scenes, find_features, load, stage_of, unseen
 from segments import open_videos
-from splits import scene, split
+from splits import split
 
 STAGES = {"pretrain": ("Pre-training", "train_pretrain.py"), "finetune": ("Fine-tuning", "train_finetune.py"),
           "features": ("Features", "extract_features.py")}
@@ -51,9 +53,9 @@ def read_task(task: Task, config, team) -> Finished:
         examples = {video.name: predicted(trained, video) for video in videos}
     except (ValueError, OSError) as problem:
         return Finished(task, folder, metrics, {}, str(problem), math.nan)
-    tuned = {scene(name) for name in tuned_on(origin)}
-    unseen = [example.sums for name, example in examples.items() if scene(name) not in tuned]
-    score = float(task.metric.score(sum(unseen)).mean()) if unseen else math.nan
+    sums = np.stack([example.sums for example in examples.values()])                    # (videos, ...)
+    new = unseen(examples, origin)
+    score = float(task.metric.score(sums[new].sum(axis=0)).mean()) if new.any() else math.nan
     return Finished(task, folder, metrics, examples, "", score)
 
 

@@ -32,6 +32,7 @@ def folds_section(run: Path) -> str:
 
 
 def spread(mean: float, deviation: float) -> str:
+    """ "0.694 ± 0.012" """
     return f"{shown(mean)} ± {shown(deviation)}"
 
 

@@ -15,11 +15,9 @@ from data import VideoFrames
 from distributed import Team
 from frames import find_videos
 from labels import Task, targets
-from made_of import tuned_on
 from score_table import numbers as score_numbers, score_table
-from scoring import predict
+from scoring import predict, unseen
 from segments import Video, labelled_faces, read_features, reasons, segments
-from splits import scene
 
 
 class Scored(NamedTuple):
@@ -38,17 +36,16 @@ class Scored(NamedTuple):
 
 def to_score(videos, left_out, other_videos, task: Task, origin: dict, config) -> Scored:
     """`videos` of the validation set, `other_videos` of the training set; `origin`: the features' record."""
-    tuned = {scene(name) for name in tuned_on(origin)}
-    unseen = np.array([scene(video.name) not in tuned for video in videos])
+    new = unseen([video.name for video in videos], origin)
     if config.data.synthetic:
-        return Scored(videos, left_out, unseen, "synthetic data; the paper's and the baseline's numbers are "
+        return Scored(videos, left_out, new, "synthetic data; the paper's and the baseline's numbers are "
                       "on Aff-Wild2", True)
     found, whole = labelled_faces([*videos, *other_videos], task), task.labelled_faces
     complete = abs(found - whole) <= 0.01 * whole
     data = "Aff-Wild2" if complete else (
         f"{found:,} labelled frames with a face in both sets, a complete Aff-Wild2 has {whole:,}; "
         "so the paper's numbers are left out")
-    return Scored(videos, left_out, unseen, data, complete)
+    return Scored(videos, left_out, new, data, complete)
 
 
 def data_text(videos: list[Video], left_out: dict[str, str], scored: Scored) -> str:

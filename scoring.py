@@ -16,7 +16,7 @@ import torch
 from checkpoints import check_names, load_weights, read_checkpoint, read_json, write_text
 from distributed import Team, all_sum, choose_device
 from labels import TASKS, Task, targets
-from made_of import find_input, finished, like, named, same, unlike
+from made_of import find_input, finished, like, named, same, tuned_on, unlike
 from postprocessing import Postprocessing, apply
 from segments import Video, pad, read_features, segments
 from settings import Config
@@ -156,6 +156,13 @@ def read_sums(folder: Path) -> tuple[list[str], np.ndarray]:
 
 
 # ---- Checkpoints
+
+def unseen(names, record: dict | None) -> np.ndarray:
+    """Mask (names,): the videos on whose scenes the ViT was not fine-tuned, by the record of its features or
+    of what was made from them."""
+    tuned = {scene(name) for name in tuned_on(record)}
+    return np.array([scene(name) not in tuned for name in names], bool)
+
 
 def check_features(path, record: dict | None, features_record: dict):
     """Raises ValueError if a checkpoint was trained on features of another ViT than these. One without a

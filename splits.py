@@ -8,10 +8,9 @@ is among the videos that it was fine-tuned on.
 """
 
 import re
-import sys
 from pathlib import Path
 
-from config import from_command_line
+from config import from_command_line, print_all
 from labels import TASKS, Task, has_labels, label_files
 
 FOLDS = range(5)
@@ -133,13 +132,5 @@ def describe(root):
 
 
 if __name__ == "__main__":
-    config, lines, problem = from_command_line(__doc__)[0], [], ""
-    try:
-        for line in describe(config.data.labels):
-            lines.append(line)
-    except (ValueError, OSError) as error:
-        problem = f"error: {error}"
-    print("".join(f"{line}\n" for line in lines), end="")            # in one piece, for `| head`
-    if problem:
-        print(problem, file=sys.stderr)
-        sys.exit(2)
+    config = from_command_line(__doc__)[0]
+    print_all(describe(config.data.labels))

@@ -23,7 +23,7 @@ HEADER, MISSING, ROW = range(3)        # what is told first, if several are wron
 
 def fault_of(values: list[str], task: Task) -> int:
     """What is wrong with the values of a row: one of FAULTS."""
-    whole = task.dtype is np.int8
+    whole = task.whole_numbers
     for text in values:
         try:
             value = float(text)
@@ -53,7 +53,7 @@ def described(fault: int, line: str, template: Template, task: Task) -> str:
             return str(error)
         what = "frame" if video in template.videos else "video"
         return f"{start!r}; the template has no such {what}"
-    kind = "a whole number" if task.dtype is np.int8 else "a number"
+    kind = "a whole number" if task.whole_numbers else "a number"
     left = ", as in a template or a label file" if fault == LEFT else ""
     return f"{start!r}{left}; expected {kind} from {task.lowest} to {task.highest}"
 
@@ -63,7 +63,7 @@ def read_rows(lines, template: Template, task: Task):
     each by itself (n,); {fault: its first line described}; whether all rows have the same values."""
     rows, faults, first_of, values_of_first, alike = array("q"), array("b"), {}, None, True
     again = {name: iter(places) for name, places in template.again.items()}
-    plain = set(map(str, range(task.lowest, task.highest + 1))) if task.dtype is np.int8 else set()
+    plain = set(map(str, range(task.lowest, task.highest + 1))) if task.whole_numbers else set()
     for _, line in lines:
         name, *values = line.split(",")
         row = template.rows.get(name, -1)

@@ -18,6 +18,7 @@ import numpy as np
 
 from labels import TASKS, Task
 
+SHOWN = 5                                                      # names in a message
 FRAME = re.compile(r"(.+)/0*([0-9]{1,7})\.[A-Za-z]+")          # the last slash parts the video from the frame
 
 
@@ -40,6 +41,12 @@ def split_name(name: str) -> tuple[str, int]:
     if not match:
         raise ValueError(f"{name[:80]!r} is no frame; expected a name like '2-30-640x360/00001.jpg'")
     return match[1], int(match[2])
+
+
+def some(names) -> str:
+    """The first of these names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def numbered_lines(path):
@@ -151,7 +158,7 @@ def answers(values: np.ndarray, task: Task) -> tuple[np.ndarray, int]:
     Shape: (T, K) -> (T, width)"""
     if task.one_class:
         return values.argmax(axis=1)[:, None].astype(np.int8), 0
-    if task.dtype is np.int8:
+    if task.yes_or_no:
         return (values > 0.5).astype(np.int8), 0
     outside = (values < task.lowest) | (values > task.highest)
     return values.clip(task.lowest, task.highest), int(outside.sum())

@@ -20,9 +20,8 @@ from run import Progress
 from scoring import check_features, find_features, load, stage_of
 from segments import extracted_videos, read_features
 from submission_check import check
-from submission_file import Template, answers, check_out, every_frame, read_template, write_rows
+from submission_file import Template, answers, check_out, every_frame, read_template, some, write_rows
 
-SHOWN = 5                  # names in a line
 
 
 class Values(NamedTuple):
@@ -148,16 +147,10 @@ def remarks(template: Template, task: Task, without: dict, after: dict):
         neutral = {"va": "0, 0", "expr": "Neutral", "au": "no action unit"}[task.name]
         yield f"  neutral values ({neutral}) for {rows:,} rows of {named(without)}"
     if after:
-        videos = listed([f"{video} ({count:,})" for video, count in after.items()])
+        videos = some([f"{video} ({count:,})" for video, count in after.items()])
         yield f"  after a video's last frame, with its values: {sum(after.values()):,} rows of {videos}"
 
 
 def named(without: dict[str, str]) -> str:
     """{video: why} in words."""
-    return listed([f"{video} ({why})" for video, why in without.items()])
-
-
-def listed(words: list[str]) -> str:
-    """The first few."""
-    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-    return ", ".join(words[:SHOWN]) + more
+    return some([f"{video} ({why})" for video, why in without.items()])

@@ -14,10 +14,9 @@ from functools import partial
 import numpy as np
 
 from labels import Task
-from made_of import command, tuned_on
+from made_of import command
 from postprocessing import Postprocessing, for_metric, in_units, smoothed
-from scoring import HELD_OUT, merged, sums_of
-from splits import scene
+from scoring import HELD_OUT, merged, sums_of, unseen
 
 SMOOTH = (0, 1, 2, 5, 10, 20, 50)
 THRESHOLDS = sorted((round(0.05 * i, 2) for i in range(1, 20)), key=lambda threshold: abs(threshold - 0.5))
@@ -25,7 +24,7 @@ THRESHOLDS = sorted((round(0.05 * i, 2) for i in range(1, 20)), key=lambda thres
 
 def thresholds_of(task: Task) -> list[float]:
     """The thresholds that are tried: 0.5 first, then the next to it, so that among equals these are taken."""
-    return THRESHOLDS if task.dtype is np.int8 and not task.one_class else [0.5]
+    return THRESHOLDS if task.yes_or_no else [0.5]
 
 
 def count_ways(task: Task, cut, outputs, target, valid, merge: str = "mean") -> np.ndarray:
@@ -67,8 +66,7 @@ def choose(trained, training_videos, origin: dict, merge: str, path) -> Postproc
                          "and features here; bring back the others")
     sums = sums_of(trained, videos, merge, partial(count_ways, merge=merge)).sum(axis=0)
     how = best_way(trained.task, sums)
-    tuned = {scene(name) for name in tuned_on(origin)}
-    seen = sum(scene(name) in tuned for name in names)
+    seen = int((~unseen(names, origin)).sum())
     trained.team.say(f"chosen on {len(names)} held-out training videos: {how.text() or 'no post-processing'}"
                      + (f"\n  the ViT was fine-tuned on {seen} of them, so they are easier than new videos"
                         if seen else ""))
