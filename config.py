@@ -176,8 +176,8 @@ def from_command_line(description, **arguments) -> tuple[Config, argparse.Namesp
 
 
 def print_all(lines):
-    """Print what a generator yields, in one piece, for `| head`. If it raises ValueError or OSError, the lines
-    before that are printed, then the error, and the exit code is 2."""
+    """Print what a generator yields, in one piece, for `| head`. If it raises ValueError or OSError, the
+    lines before that are printed, then the error, and the exit code is 2."""
     come, problem = [], ""
     try:
         for line in lines:

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-import submission_file
 from labels import Task, has_labels, label_files, read_labels, targets
 from postprocessing import for_metric
 from score_table import confusion, score_table
+from submission_file import FRAME, header as header_of, some
 
 HIGHEST_FRAME = 9_999_999
 
@@ -49,7 +49,7 @@ def table_rows(rows, header: list[str], path, task: Task):
         still = "; a table of single images (--still) has no videos" if "file" in header else ""
         raise ValueError(f"{path}, line 1: header is {','.join(header)[:200]!r}; expected one column each of "
                          f"{', '.join(missing)} for {task.name}, or a submission, whose header is "
-                         f"{submission_file.header(task)!r}{still}")
+                         f"{header_of(task)!r}{still}")
     cells_of, empty = itemgetter(*map(header.index, wanted)), ("",) * len(task.outputs)
     for line, row in rows:
         if len(row) != len(header):
@@ -79,7 +79,7 @@ def json_rows(file, path, task: Task):
 
 def submission_rows(rows, header: list[str], path, task: Task):
     """Yield the rows of a challenge submission. Each must be a prediction."""
-    expected = submission_file.header(task)
+    expected = header_of(task)
     if ",".join(header).lower() != expected.lower():
         raise ValueError(f"{path}, line 1: header is {','.join(header)[:200]!r}, expected "
                          f"{expected!r} for {task.name}")
@@ -87,7 +87,7 @@ def submission_rows(rows, header: list[str], path, task: Task):
         if len(row) != 1 + task.width:
             raise ValueError(f"{path}, line {line}: {len(row)} fields {','.join(row)[:80]!r}, "
                              f"expected {1 + task.width} for {task.name}")
-        image = submission_file.FRAME.fullmatch(row[0])
+        image = FRAME.fullmatch(row[0])
         if not image:
             raise ValueError(f"{path}, line {line}: {row[0][:80]!r} is not the name of a frame, "
                              "expected <video>/00001.jpg")
@@ -223,18 +223,18 @@ def score_file(path, folder, task: Task) -> str:
             sums[video] = task.metric.count(for_metric(values[within], task), target[rows], valid[rows])
     if not sums:
         raise ValueError("no frame has both a label and a prediction: "
-                         f"{path} has videos {submission_file.some(predictions)}; {folder} has labels of {submission_file.some(files)}")
+                         f"{path} has videos {some(predictions)}; {folder} has labels of {some(files)}")
     each, scored = np.stack(list(sums.values())), labelled - sum(missing.values())
-    lines = [f"{path}: {len(sums)} videos, {scored:,} labelled frames ({submission_file.some(sums)})",
+    lines = [f"{path}: {len(sums)} videos, {scored:,} labelled frames ({some(sums)})",
              score_table(task, each, comparable=False), "", confusion(task, each), ""]
     if missing:
         lines.append(f"not scored: {labelled - scored:,} of {labelled:,} labelled frames, in {len(missing)} "
                      f"of {len(files)} videos, have no prediction: "
-                     + submission_file.some(f"{video} ({frames:,})" for video, frames in missing.items()))
+                     + some(f"{video} ({frames:,})" for video, frames in missing.items()))
     unknown = {video: len(numbers) for video, (numbers, _) in predictions.items() if video not in files}
     if unknown:
         lines.append(f"not scored: {sum(unknown.values()):,} predictions of {len(unknown)} videos without "
-                     f"labels: {submission_file.some(unknown)}")
+                     f"labels: {some(unknown)}")
     if beyond:
         lines.append(f"not scored: {beyond:,} predictions past the last label of their video")
     return "\n".join(lines).rstrip()

@@ -135,7 +135,7 @@ def main(config, team, options):
               if finished(place(config, stage))}
     tasks = [read_task(task, config, team) for task in TASKS.values()
              if finished(config.folder(stage_of(config, task)))]
-    if not stages and not tasks:
+    if not run.exists() or not stages and not tasks:                 # the stages may be those of run.base
         raise ValueError(f"{run}: no stage is finished, so there is nothing to report; begin with: "
                          + command("train_task.py --task au", config))
     if options.videos and not any(found.examples for found in tasks):

@@ -205,8 +205,13 @@ class Trained(NamedTuple):
         """The outputs for one whole video, as its features lie on disk: float16 (T, D) -> float32 (T, K).
 
         VA: valence and arousal. Expr, AU: logits; `postprocessing.in_units` makes them probabilities. Raises
-        ValueError for features of another width.
+        ValueError for features of another shape or width, and for NaN and infinity.
         """
+        dim = self.model.dim
+        if np.ndim(features) != 2 or len(features) == 0 or features.shape[1] != dim:
+            raise ValueError(f"expected the features of a video, (T, {dim}), got {np.shape(features)}")
+        if not np.isfinite(features).all():
+            raise ValueError("the features hold NaN or infinity; extract them again")
         s = self.config.segments
         return predict(self.model, features, s.window, s.stride, self.config.task.batch, self.team, merge)
 
@@ -245,8 +250,8 @@ def width_of(weights: dict) -> int:
     return 1                                                 # no segment model, which `load_weights` will say
 
 
-def sums_of(trained, videos, merge: str, count) -> np.ndarray:
-    """What `count` makes of each video, over all processes."""
+def sums_of(trained: Trained, videos: list[Video], merge: str = "mean", count=count_frames) -> np.ndarray:
+    """What `count` makes of each video, over all processes: (videos, ...)."""
     s, team = trained.config.segments, trained.team
     stride = s.window if merge == "none" else s.stride
     return score(trained.model, shared_out(videos, team), videos, trained.task, s.window, stride,

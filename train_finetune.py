@@ -41,6 +41,8 @@ from splits import split
 from training import (adamw, effective_batch, generator, gradient_norm, in_pieces, loader, pieces,
                       seed_dropout, set_learning_rate, vit_bytes)
 
+SOURCE = "finetune.start", "pretrain"        # where the input is looked for: a setting, a stage
+
 
 def augment(image, sample, epoch, size, seed, smallest_crop):
     """The random crop and flip of a sample in an epoch: uint8 (size, size, 3)."""
@@ -52,8 +54,7 @@ def main(config, team):
     # configuration
     f, seed = config.finetune, config.run.seed
     settings = settings_of(config, "synthetic", "vit", "finetune", "run.seed")
-    source = "finetune.start", "pretrain"
-    run = Run("finetune", config, team, settings, source)
+    run = Run("finetune", config, team, settings, SOURCE)
 
     # data
     videos, merged = video_folders(config.data.frames)
@@ -71,7 +72,7 @@ def main(config, team):
     team.say(f"  training: {train.summary()}\n  validation: {val.summary()}")
 
     # model and optimiser
-    start, origin = find_input(config, team, *source, "last.pt", "train_pretrain.py")
+    start, origin = find_input(config, team, *SOURCE, "last.pt", "train_pretrain.py")
     torch.manual_seed(seed)
     model = build(config)
     if f.start == "none":
@@ -79,8 +80,7 @@ def main(config, team):
     else:
         team.say(f"  the ViT starts from {start}; {load_vit(model.vit, start)}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens = math.prod(model.vit.patch_embed.grid) + 1
-    bytes_each = vit_bytes(tokens, config.vit.dim, config.vit.depth)
+    bytes_each = vit_bytes(math.prod(model.vit.patch_embed.grid) + 1, config.vit.dim, config.vit.depth)
     share = math.ceil(f.batch / team.world)
     count = pieces(share, bytes_each, parameters, team.device, config.run.largest_piece)
     team.say(f"fine-tuning {parameters:,} parameters for {f.epochs} epochs of {len(train):,} frames; "
@@ -120,8 +120,11 @@ def main(config, team):
         run.end_epoch(f"validation macro F1 of single frames {f1:.3f}", val_f1=f1,
                       val_unreadable=val_unreadable)
     run.end()
+    finish(run, model, train, val, config, team)
 
-    # finish: the best epoch's weights on every validation frame
+
+def finish(run, model, train, val, config, team):
+    """Score the best epoch's weights on every validation frame."""
     load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
     val.every = 1
     sums, unreadable = validate(model, read(val, config, team), team)

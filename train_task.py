@@ -27,7 +27,8 @@ from labels import TASKS
 from made_of import input_there, settings_of
 from reports import data_text, draw_timeline, numbers, report, stored_scores, to_score
 from run import Run
-from scoring import FEATURES, HELD_OUT, find_features, load, score, shared_out, stage_of, write_sums
+from scoring import (FEATURES, HELD_OUT, find_features, load, score, shared_out, stage_of, sums_of,
+                     write_sums)
 from segments import SegmentData, fingerprint, open_videos
 from splits import hold_out, split
 from temporal import SegmentModel
@@ -40,7 +41,6 @@ def main(config, team, task):
     t, s, seed, epochs = config.task, config.segments, config.run.seed, config.task.epochs or task.epochs
     settings = settings_of(config, "synthetic", "segments", "temporal", "task", "run.seed")
     run = Run(stage_of(config, task), config, team, settings, FEATURES)
-    best = run.folder / "best.pt"
     if run.finished and not team.agree(input_there(config, *FEATURES)):
         return team.say(f"{run.folder} is finished; its features are gone\n\n{stored_scores(run.folder)}")
 
@@ -100,17 +100,20 @@ def main(config, team, task):
         run.keep_best(mean)
         run.end_epoch(f"{chosen_by} {task.metric.name} {mean:.3f}", score=mean)
     run.end()
+    finish(run, task, scored, config, team)
 
-    # finish: the best epoch's weights
-    model = load(best, config, task, team).model
-    mine = shared_out(val_videos, team)
-    sums = score(model, mine, val_videos, task, s.window, s.stride, t.batch, team)
-    write_sums(run.folder, val_videos, sums, team)
-    text, metrics = report(task, sums, scored, best, t.fold), numbers(task, sums, scored)
+
+def finish(run, task, scored, config, team):
+    """Score the best epoch's weights on the validation videos, tell the score, and draw the pictures."""
+    best, videos = run.folder / "best.pt", scored.videos
+    trained = load(best, config, task, team)
+    sums = sums_of(trained, videos)
+    write_sums(run.folder, videos, sums, team)
+    text, metrics = report(task, sums, scored, best, config.task.fold), numbers(task, sums, scored)
     team.say(f"\n{text}")
     if team.rank == 0:
         write_text(run.folder / "scores.txt", f"{text}\n")
-        draw_timeline(model, val_videos, task, config, team, run.folder / "timeline.png")
+        draw_timeline(trained.model, videos, task, config, team, run.folder / "timeline.png")
     run.finish(metrics, chance={"loss": task.zero_loss, "score": metrics["chance"]})
     team.say(f"pictures: {run.folder}/curves.png, {run.folder}/timeline.png")
 

@@ -360,8 +360,12 @@ def test_a_checkpoint_alone_is_enough_to_predict_from_features_as_they_lie_on_di
     trained = load(tmp_path / "best.pt")
     assert trained.task is EXPR and trained.record == record
     assert np.array_equal(trained.predict(features), predict(model, features, 10, 7, 2, ALONE))
-    with pytest.raises(ValueError, match=r"expected \(B, T, 5\)"):
-        trained.predict(features[:, :4])
+    for wrong in (features[:, :4], features[0], features[:0]):
+        with pytest.raises(ValueError, match=r"expected the features of a video, \(T, 5\), got \("):
+            trained.predict(wrong)
+    features[3, 2] = np.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        trained.predict(features)
 
 
 def test_a_checkpoint_of_no_task_is_no_segment_model(tmp_path):
