@@ -226,6 +226,20 @@ def test_pre_training_that_is_gone_is_made_in_the_run_itself(tmp_path, monkeypat
         ("synthetic", "tiny"), ("train_pretrain", "tiny"), ("train_task", "tiny")]
 
 
+def test_folds_of_another_split_than_todays_are_not_put_together(finished, tmp_path, monkeypatch):
+    """Labels of a task that were added since deal all scenes anew."""
+    shutil.copytree(finished.folder, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    config = load("my.yaml")
+    folds.collect(config, [EXPR], shared=False)
+    path = tmp_path / "copy/runs/my_fold2/task_expr_fold2/video_sums.json"
+    stored = json.loads(path.read_text())
+    stored["videos"][0] = next(iter(split(tmp_path / "copy/labels", EXPR, 2)[0]))            # one of training
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"task_expr_fold2 was validated on .*, which fold 2 no longer"):
+        folds.collect(config, [EXPR], shared=False)
+
+
 def test_with_real_data_nothing_is_made_before_the_tasks(tmp_path, monkeypatch, capsys):
     random_labels(tmp_path / "labels", 0, count=10)
     (tmp_path / "my.yaml").write_text("data: {labels: labels}")

@@ -16,14 +16,15 @@ import losses
 import pictures
 import stages
 from labels import AU, EXPR, TASKS, VA, Task, read_labels
+from made_of import read_record
 from metrics import binary_f1, ccc, class_f1
 from plain import Plain, batches, loop_lines, not_said, seed_dropout
 from processes import ALONE
 from reports import draw_timeline
-from scoring import predict
-from segments import SegmentData, Video
+from scoring import HELD_OUT, predict
+from segments import SegmentData, Video, labelled_faces
 from settings import Config
-from splits import split
+from splits import scene, split
 from stages import FILMS, checkpoint, is_drawn, log_lines, metrics, settings
 from temporal import SegmentModel
 from tiny import same
@@ -204,6 +205,25 @@ def test_a_task_training_ends_with_the_scores_of_its_best_epoch_and_evaluation_f
     assert stages.start(made, "evaluate.py", *trained.arguments).splitlines()[:len(text)] == text
     assert stages.start(made, "train_task.py", *trained.arguments).splitlines() == [
         f"{trained.name} is finished; nothing to do", "", *text, ""]
+
+
+def test_with_held_out_scenes_the_best_epoch_is_the_best_on_them_and_they_count_as_training_data(made):
+    options = ["task.held_out=0.4", "task.epochs=6", "run.name=held", "run.base=tiny"]
+    said = stages.start(made, "train_task.py", "--task", "va", *stages.overriding(options))
+    train, val = (with_features(made, part, VA) for part in split(made / "labels", VA, 0))
+    out = made / "runs/held/task_va"
+    held = [video for video in train if video.name in read_record(out)["data"][HELD_OUT]]
+    assert {scene(video.name) for video in held} == {"1", "5"}              # of 2, 1, 4, 5 and 3, by length
+    assert f"  held out, to choose the epoch: {len(held)} training videos\n" in said
+    model = SegmentModel(stages.FEATURE_WIDTH, 2, **asdict(settings(made).temporal))
+    best = checkpoint(out, "best.pt")
+    model.load_state_dict(best["model"])
+    scores = [scores_of(VA, outputs_of(model, part), np.concatenate([video.labels for video in part])).mean()
+              for part in (held, val)]
+    assert best["score"] == pytest.approx(scores[0], abs=1e-5) != pytest.approx(scores[1], abs=1e-3)
+    assert metrics(out)["score"] == pytest.approx(scores[1], abs=1e-5)
+    frames = labelled_faces([*train, *val], VA)
+    assert f"({frames:,} labelled frames with a face in both sets" in (out / "scores.txt").read_text()
 
 
 def test_a_task_training_says_what_it_trains_on(trained):

@@ -197,6 +197,12 @@ def test_without_tasks_or_stages_the_report_names_them_and_their_commands(copy):
     assert [title for _, title in report.headings(markup)] == ["What is missing", "Settings and numbers"]
 
 
+def test_a_run_of_a_mistyped_name_has_no_report_though_its_base_has_stages(copy, capsys):
+    assert "runs/tyny: no stage is finished" in refused(copy, capsys, "--set", "run.name=tyny", "--set",
+                                                        "run.base=tiny")
+    assert not (copy / "runs/tyny").exists()
+
+
 def test_nothing_finished_is_one_refusal(copy, capsys):
     shutil.rmtree(copy / "runs")
     assert re.fullmatch(r"error: runs/tiny: no stage is finished, so .*; begin with: python \S*train_task.py "
