@@ -5,6 +5,7 @@ import contextlib
 import math
 import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,19 +16,21 @@ import torch
 import losses
 import pictures
 import stages
-from labels import AU, EXPR, TASKS, VA, Task, read_labels
+from labels import AU, EXPR, TASKS, VA, Task, read_labels, targets
 from made_of import read_record
 from metrics import binary_f1, ccc, class_f1
 from plain import Plain, batches, loop_lines, not_said, seed_dropout
+from postprocessing import Postprocessing
 from processes import ALONE
 from reports import draw_timeline
-from scoring import HELD_OUT, predict
+from scoring import HELD_OUT, count_frames, load, predict, segment_outputs
 from segments import SegmentData, Video, labelled_faces
 from settings import Config
 from splits import scene, split
 from stages import FILMS, checkpoint, is_drawn, log_lines, metrics, settings
 from temporal import SegmentModel
 from tiny import same
+from tuning import best_way, count_ways
 
 FOLDS = {"va": 0, "expr": 4, "au": 0}
 EPOCHS = {"va": 0, "expr": 10, "au": 21}             # 0 asks for the task's own
@@ -224,6 +227,38 @@ def test_with_held_out_scenes_the_best_epoch_is_the_best_on_them_and_they_count_
     assert metrics(out)["score"] == pytest.approx(scores[1], abs=1e-5)
     frames = labelled_faces([*train, *val], VA)
     assert f"({frames:,} labelled frames with a face in both sets" in (out / "scores.txt").read_text()
+
+
+def test_tuning_scores_the_validation_videos_in_the_way_that_is_best_on_the_held_out_ones(made):
+    options = stages.overriding(["task.held_out=0.4", "task.epochs=6", "run.name=held", "run.base=tiny"])
+    stages.start(made, "train_task.py", "--task", "au", *options)
+    train, val = (with_features(made, part, AU) for part in split(made / "labels", AU, 0))
+    trained, names = load(made / "runs/held/task_au/best.pt"), read_record(made / "runs/held/task_au")["data"]
+    held = [video for video in train if video.name in names[HELD_OUT]]
+
+    def total(videos, count):
+        features = [np.load(video.features)[:len(video.labels)] for video in videos]
+        outputs = [segment_outputs(trained.model, x, 20, 12, 4, ALONE) for x in features]
+        return sum(count(AU, *y, *targets(video.labels, AU)) for y, video in zip(outputs, videos))
+    how = best_way(AU, total(held, count_ways))
+    tuned, plain = (AU.metric.score(total(val, partial(count_frames, how=each))).mean()
+                    for each in (how, Postprocessing()))
+    assert f"{tuned:.3f}" != f"{plain:.3f}", "take another seed: tuning changes nothing"
+    said = stages.start(made, "evaluate.py", "--task", "au", *options, "--tune")
+    assert f"{tuned:.3f}" == re.search(r"mean +(\S+) +\[", said)[1] and how.text() in said
+    assert stages.start(made, "evaluate.py", "--task", "au", *options).count(f"{plain:.3f}")
+
+
+@pytest.mark.parametrize("merge", ["triangular", "none"])
+def test_evaluation_merges_segments_as_it_is_asked(made, trained, merge):
+    trained.plain.model.eval()
+    features = [np.load(video.features)[:len(video.labels)] for video in trained.val]
+    outputs = np.concatenate([predict(trained.plain.model, x, 20, 12, 4, ALONE, merge) for x in features])
+    expected = scores_of(trained.task, outputs, trained.labels).mean()
+    said = stages.start(made, "evaluate.py", *trained.arguments, "--merge", merge)
+    assert f"{expected:.3f}" == re.search(r"mean +(\S+) +\[", said)[1]
+    assert f"merging: {merge}; post-processing: none" in said
+    assert ("authors' protocol" in said) == (merge != "none")
 
 
 def test_a_task_training_says_what_it_trains_on(trained):
