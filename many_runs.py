@@ -25,7 +25,7 @@ from settings import Config
 
 HERE = Path(__file__).parent
 OPTIONS = {"dry-run": {"action": "store_true", "help": "only say what would run, and how long it takes"},
-           "processes": {"type": int, "default": 0, "metavar": "N",
+           "processes": {"type": int, "metavar": "N",
                          "help": "processes of each stage; default: one per GPU, without a GPU 2"}}
 
 
@@ -90,11 +90,11 @@ def own_stages(config: Config, *stages) -> list[Job]:
     return [Job(stage, config) for stage in stages if stage in needed]
 
 
-def processes_for(config: Config, wanted: int) -> int:
+def processes_for(config: Config, wanted: int | None) -> int:
     """How many processes run a stage. Raises ValueError for less than one."""
-    if wanted < 0:
-        raise ValueError(f"--processes: got {wanted}, expected 1 or more")
-    if wanted:
+    if wanted is not None:
+        if wanted < 1:
+            raise ValueError(f"--processes: got {wanted}, expected 1 or more")
         return wanted
     if config.run.device == "mps":                           # one GPU, for one process
         return 1

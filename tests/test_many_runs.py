@@ -145,7 +145,7 @@ def test_tasks_without_labels_are_left_out_unless_there_are_none_yet(here):
 
 
 @pytest.mark.parametrize("device, gpus, wanted, processes", [
-    ("auto", 0, 0, 2), ("auto", 4, 0, 4), ("cpu", 4, 0, 2), ("cuda", 1, 0, 1), ("mps", 0, 0, 1),
+    ("auto", 0, None, 2), ("auto", 4, None, 4), ("cpu", 4, None, 2), ("cuda", 1, None, 1), ("mps", 0, None, 1),
     ("auto", 4, 3, 3), ("cpu", 0, 1, 1)])
 def test_a_process_per_gpu_or_two_or_as_many_as_are_asked_for(here, device, gpus, wanted, processes):
     with mock.patch.object(torch.cuda, "device_count", return_value=gpus):
@@ -153,8 +153,8 @@ def test_a_process_per_gpu_or_two_or_as_many_as_are_asked_for(here, device, gpus
 
 
 def test_less_than_one_process_is_refused(here):
-    with pytest.raises(ValueError, match="--processes: got -1, expected 1 or more"):
-        processes_for(load("my.yaml"), -1)
+    with pytest.raises(ValueError, match="--processes: got 0, expected 1 or more"):
+        processes_for(load("my.yaml"), 0)
 
 
 # ---- How long
