@@ -145,8 +145,8 @@ def test_tasks_without_labels_are_left_out_unless_there_are_none_yet(here):
 
 
 @pytest.mark.parametrize("device, gpus, wanted, processes", [
-    ("auto", 0, None, 2), ("auto", 4, None, 4), ("cpu", 4, None, 2), ("cuda", 1, None, 1), ("mps", 0, None, 1),
-    ("auto", 4, 3, 3), ("cpu", 0, 1, 1)])
+    ("auto", 0, None, 2), ("auto", 4, None, 4), ("cpu", 4, None, 2), ("cuda", 1, None, 1),
+    ("mps", 0, None, 1), ("auto", 4, 3, 3), ("cpu", 0, 1, 1)])
 def test_a_process_per_gpu_or_two_or_as_many_as_are_asked_for(here, device, gpus, wanted, processes):
     with mock.patch.object(torch.cuda, "device_count", return_value=gpus):
         assert processes_for(load("my.yaml", [f"run.device={device}"]), wanted) == processes
