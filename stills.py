@@ -16,7 +16,7 @@ from torch import nn
 
 from affectnet import affectnet_2017, affectnet_2021
 from checkpoints import check_names, load_vit, load_weights, read_checkpoint
-from cnn import ResNet18, load_trunk
+from cnn import ResNet18, Trunk, load_trunk
 from dan import DAN, DANWithCentres
 from dan_weights import load_dan
 from features import ExprClassifier
@@ -130,10 +130,16 @@ def build(config) -> nn.Module:
 
 
 def fill(model, network: str, path) -> str:
-    """Start from a checkpoint: of a ResNet-18 for both CNNs, of an MAE or a ViT for the ViT. -> what was used"""
+    """Start from a checkpoint: of a ResNet-18, less its last layer, for both CNNs; of an MAE or a ViT for the
+    ViT. -> what was left out"""
     if network == "vit":
         return load_vit(model.vit, path)
-    return load_trunk(model.dan.trunk if network == "dan" else model, path)
+    if network == "dan":
+        return load_trunk(model.dan.trunk, path)
+    trunk = Trunk(len(model.conv1.weight))
+    said = load_trunk(trunk, path)
+    model.load_state_dict(trunk.state_dict(), strict=False)            # all but fc
+    return said
 
 
 def cnn_of(weights: dict, path) -> nn.Module:
