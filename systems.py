@@ -98,7 +98,10 @@ def all_jobs(config, seeds) -> list[Job]:
             jobs += jobs_of(config, "train_cotex", cotex_rows(config), seed)
     if not jobs:
         raise ValueError("neither data.s_aff_wild2, for EMMA, nor data.drawn_faces, for masked CoTEX, is given")
-    return list({(job.stage, job.config.run.name): job for job in jobs}.values())
+    once = {}
+    for job in jobs:
+        once.setdefault((job.stage, "" if job.stage in pipeline.DRAWN else job.config.run.name), job)
+    return list(once.values())
 
 
 # ---- What has come of it
