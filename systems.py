@@ -68,6 +68,8 @@ def cotex_rows(config) -> list[System]:
             ("one masked view", Variant("", "cotex_one", ("cotex.views=1",))),
             ("two views without masks", Variant("", "cotex_r0", ("cotex.mask_ratio=0",))),
             ("two views without JS", Variant("", "cotex_no_js", ("cotex.js_weight=0",)))]
+    rows += [(f"λ = {weight:g}", Variant("", f"cotex_js{weight:g}", (f"cotex.js_weight={weight:g}",)))
+             for weight in (2, 16.7) if weight != c.js_weight]
     rows += [(f"mask ratio {r:g}", Variant("", f"cotex_r{r:g}", (f"cotex.mask_ratio={r:g}",)))
              for r in (0.5, 0.75, 0.9) if r != c.mask_ratio]
     return [System(title, (variant,)) for title, variant in rows]
