@@ -3,6 +3,7 @@ validation videos, and what is refused."""
 
 import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -240,11 +241,12 @@ def changed(change):
     (None, ["data.labels="], "data.labels: no VA_Estimation_Challenge in ''"),
     (None, ["data.frames=[nowhere]"], "data.frames: nowhere is no folder")])
 def test_what_is_no_emma_or_does_not_fit_is_refused(made, tmp_path, spoil, overrides, message):
-    folder = tiny.copied(made[0], tmp_path)
+    folder, path = made[0], tmp_path / "best.pt"
+    shutil.copy(folder / CHECKPOINT, path)
     if spoil:
-        spoil(folder / CHECKPOINT)
-    with pytest.raises(ValueError, match=message):
-        sums_of(folder, VA, *overrides)
+        spoil(path)
+    with contextlib.chdir(folder), pytest.raises(ValueError, match=message):
+        video_sums(path, settings(folder, *overrides), VA, ALONE)
 
 
 def test_a_task_that_emma_was_not_trained_on_is_not_scored(made):
