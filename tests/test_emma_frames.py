@@ -3,6 +3,7 @@ validation videos, and what is refused."""
 
 import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -40,8 +41,12 @@ def blurred(network):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The stages' random videos, and three EMMAs. -> the folder, {run: EMMA}"""
+    """The stages' random videos, one of them with 15 images past its labels, and three EMMAs. -> the folder,
+    {run: EMMA}"""
     folder = stages.write(tmp_path_factory.mktemp("emma_frames"))
+    for task in TASKS.values():
+        file = folder / f"labels/{task.folders[0]}/Validation_Set/6.txt"
+        file.write_text("\n".join(file.read_text().splitlines()[:1 + 30]))
     torch.manual_seed(5)
     return folder, {"tiny": stages.write_emma(folder),
                     "resnet": stages.write_emma(folder, "resnet", blurred(ResNet18(8, 2))),
@@ -117,8 +122,8 @@ def labels_of(folder, name, task) -> np.ndarray:
 def test_the_sums_tell_the_scores_of_all_labelled_frames_taken_together(made, run):
     folder, models = made
     outputs, labels = [], {task: [] for task in TASKS}
-    for name in ("6", "7"):
-        outputs.append(plain_outputs(folder, models[run], name, FILMS[name].frames))
+    for name, length in (("6", 30), ("7", 19)):
+        outputs.append(plain_outputs(folder, models[run], name, FILMS[name].frames)[:length])
         for task in TASKS.values():
             labels[task.name].append(labels_of(folder, name, task))
     outputs, labels = np.concatenate(outputs), {task: np.concatenate(parts) for task, parts in labels.items()}
@@ -138,8 +143,8 @@ def test_videos_and_labelled_frames_are_those_that_a_segment_model_is_scored_on(
     folder = tiny.copied(made[0], tmp_path)
     for task in TASKS.values():                            # more reasons to be left out: no labels, no face
         place = folder / f"labels/{task.folders[0]}/Validation_Set"
-        (place / "95.txt").write_text((place / "6.txt").read_text())
-        (place / "96.txt").write_text((place / "6.txt").read_text())
+        for name in ("95", "96"):
+            (place / f"{name}.txt").write_text((place / "6.txt").read_text())
         (place / "9.txt").write_text(",".join(task.outputs) + "\n")
     table = json.loads((folder / "runs/tiny/features/videos.json").read_text())
     table |= {"95": {"frames": 45, "faces": 0}, "96": {"frames": 45, "faces": 0}}
@@ -166,19 +171,21 @@ def test_two_processes_give_the_sums_of_one_bit_for_bit(made):
 
 def test_a_scene_that_emma_or_its_vit_was_trained_on_is_left_out_and_named(made, tmp_path, capsys):
     folder = tiny.copied(made[0], tmp_path)
+    for path in (*folder.glob("labels/*/Validation_Set/6.txt"), folder / "frames/6"):
+        path.rename(path.with_name(path.name.replace("6", "6_right")))
     stages.write_emma(folder, "seen", trained_on=("1", "6_left"))
     names, sums = sums_of(folder, VA, run="seen")
     said = capsys.readouterr().out
     assert names == ["7"] and np.array_equal(sums, sums_of(folder, VA)[1][1:])
-    assert "  left out: 6 (EMMA was trained on its scene); 8 (no frames)\n" in said
+    assert "  left out: 6_right (EMMA was trained on its scene); 8 (no frames)\n" in said
     path = folder / CHECKPOINT
     saved = torch.load(path, weights_only=True)
     saved["made_of"]["from"] = {**read_record(folder / "runs/tiny/finetune"), "file": "tuned.pt"}
-    saved["made_of"]["from"]["data"] = {"training videos": ["7_right", "6"]}
+    saved["made_of"]["from"]["data"] = {"training videos": ["7_right", "6_left"]}
     torch.save(saved, path)
     with pytest.raises(ValueError, match="emma/best.pt: no validation video of va can be scored"):
         sums_of(folder, VA)
-    assert "6, 7 (EMMA was trained on its scene)" in capsys.readouterr().out
+    assert "6_right, 7 (EMMA was trained on its scene)" in capsys.readouterr().out
 
 
 # ---- The script
@@ -234,11 +241,12 @@ def changed(change):
     (None, ["data.labels="], "data.labels: no VA_Estimation_Challenge in ''"),
     (None, ["data.frames=[nowhere]"], "data.frames: nowhere is no folder")])
 def test_what_is_no_emma_or_does_not_fit_is_refused(made, tmp_path, spoil, overrides, message):
-    folder = tiny.copied(made[0], tmp_path)
+    folder, path = made[0], tmp_path / "best.pt"
+    shutil.copy(folder / CHECKPOINT, path)
     if spoil:
-        spoil(folder / CHECKPOINT)
-    with pytest.raises(ValueError, match=message):
-        sums_of(folder, VA, *overrides)
+        spoil(path)
+    with contextlib.chdir(folder), pytest.raises(ValueError, match=message):
+        video_sums(path, settings(folder, *overrides), VA, ALONE)
 
 
 def test_a_task_that_emma_was_not_trained_on_is_not_scored(made):

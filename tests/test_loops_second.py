@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import emma_frames
 import stages
 from cotex import CoTEX, cotex_loss
 from emma import EMMA, by_task, count, emma_losses, score
@@ -209,6 +210,7 @@ def test_emma_is_the_plain_loop(made):
     assert same(checkpoint(out, "last.pt")["model"], plain.model.state_dict())
     assert same(best["model"], plain.best_weights) and best["epoch"] == plain.best_epoch
     assert 0 < plain.clipped < plain.done, "take another emma.clip"
+    assert same(emma_frames.load(out / "best.pt").model.state_dict(), best["model"])
     columns = "epoch,lr,loss,gradient_norm,unreadable,score,va,expr,au,val_unreadable,seconds"
     header, *rows = log_lines(out)
     assert header == columns and loop_lines(said) == plain.lines

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import shutil
+import signal
 from dataclasses import asdict
 from types import SimpleNamespace
 from unittest import mock
@@ -31,6 +32,7 @@ from labels import EXPR, TASKS
 from made_of import read_record
 from postprocessing import smoothed
 from prediction_files import score_file
+from processes import in_child, in_team
 from run import Progress
 from score_table import score_table
 from stages import FILMS, settings
@@ -65,11 +67,11 @@ def trained(tmp_path_factory):
     return folder
 
 
-def start(folder, *overrides, **options):
+def start(folder, *overrides, team=ALONE, **options):
     """The main of predict.py. -> the table's path"""
     given = argparse.Namespace(**OPTIONS | options)
     with contextlib.chdir(folder):
-        predict.main(settings(folder, *overrides), ALONE, given)
+        predict.main(settings(folder, *overrides), team, given)
     return folder / given.out
 
 
@@ -372,16 +374,18 @@ def test_the_record_names_emmas_checkpoint_and_another_one_is_not_mixed_in(with_
 
 
 def test_killed_with_emma_it_goes_on_and_two_processes_write_what_one_does(with_emma, tmp_path):
-    folder = tiny.copied(with_emma, tmp_path)
+    folder, options = tiny.copied(with_emma, tmp_path), {"emma": "emma.pt", "smooth": 2}
     for name in set(VIDEOS) - {"4", "6", "7"}:
         shutil.rmtree(folder / "frames" / name)
-    command = ["predict.py", *tiny.TINY, "--frames", "frames", "--smooth", "2", "--emma", "emma.pt", "--out"]
-    one = start(folder, out="by1.csv", emma="emma.pt", smooth=2, picture=True)
-    kill = tiny.stop("os.fsync", 3, after=False)         # the record, one video, the middle of a second
-    assert tiny.run(folder, *command, "by2.csv", hook=kill).codes == [-9]
+    one = start(folder, out="by1.csv", picture=True, **options)
+
+    def killed():
+        tiny.stop("os.fsync", 3, after=False)()          # the record, one video, the middle of a second
+        start(folder, out="by2.csv", **options)
+    assert in_child(killed) == -signal.SIGKILL
     assert len(list((folder / "by2.csv.parts").glob("[0-9]*"))) == 1 and not (folder / "by2.csv").exists()
-    tiny.done(folder, *command, "by2.csv", "--picture", world=2)
-    assert (folder / "by2.csv").read_bytes() == one.read_bytes()
+    codes, _ = in_team(2, lambda team: start(folder, team=team, out="by2.csv", picture=True, **options))
+    assert codes == [0, 0] and (folder / "by2.csv").read_bytes() == one.read_bytes()
     assert pictures(folder / "by2.csv") == pictures(one) and len(pictures(one)) == 3
 
 
