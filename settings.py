@@ -1,7 +1,8 @@
 """All settings, each beside its meaning and its source in the paper. The defaults are the paper's.
 
-The sections from Stills to Cotex are of the second paper. "silent" marks what the paper does not say, and then where our value comes from. `config.py` fills them from a
-file and the command line; `python config.py` prints them.
+The sections from Stills to Cotex are of the second paper. "silent" marks what the paper does not say, and
+then where our value comes from. `config.py` fills them from a file and the command line; `python config.py`
+prints them.
 """
 
 import dataclasses

@@ -97,7 +97,8 @@ class LabelledStills(FaceImages):
         """How many faces of each class, and what is left out."""
         counts = np.bincount(self.rows[:, 2], minlength=CLASSES)
         text = ", ".join(f"{name} {count:,}" for name, count in zip(EXPRESSIONS, counts))
-        return f"{len(self):,} faces ({text})" + (f"; left out: {listed(self.skipped)}" if self.skipped else "")
+        left_out = f"; left out: {listed(self.skipped)}" if self.skipped else ""
+        return f"{len(self):,} faces ({text}){left_out}"
 
     def __len__(self):
         return len(self.rows)
@@ -151,8 +152,8 @@ def cnn_of(weights: dict, path) -> nn.Module:
     first = weights.get("trunk.conv1.weight" if is_dan else "conv1.weight")
     last = weights.get("fc.weight")
     if first is None or last is None:
-        raise ValueError(f"{path}: got {', '.join(list(weights)[:3])}, ...; expected the weights of a ResNet-18 "
-                         "or of a DAN that scores expressions")
+        raise ValueError(f"{path}: got {', '.join(list(weights)[:3])}, ...; expected the weights of a "
+                         "ResNet-18 or of a DAN that scores expressions")
     if len(last) != CLASSES:
         raise ValueError(f"{path}: a network of {len(last)} classes, expected {CLASSES} "
                          f"({', '.join(EXPRESSIONS)}); use a checkpoint that was trained on these")

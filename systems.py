@@ -97,7 +97,8 @@ def all_jobs(config, seeds) -> list[Job]:
         if config.data.drawn_faces:
             jobs += jobs_of(config, "train_cotex", cotex_rows(config), seed)
     if not jobs:
-        raise ValueError("neither data.s_aff_wild2, for EMMA, nor data.drawn_faces, for masked CoTEX, is given")
+        raise ValueError("neither data.s_aff_wild2, for EMMA, nor data.drawn_faces, for masked CoTEX, is "
+                         "given")
     once = {}
     for job in jobs:
         once.setdefault((job.stage, "" if job.stage in pipeline.DRAWN else job.config.run.name), job)
@@ -198,7 +199,8 @@ def task_tables(rows: list[dict], first: str) -> list[str]:
 
 def text_of(found: dict) -> str:
     """systems.txt."""
-    lines = [f"Run {found['run']}, seeds {', '.join(map(str, found['seeds']))}: mean ± deviation over the seeds"]
+    seeds = ", ".join(map(str, found["seeds"]))
+    lines = [f"Run {found['run']}, seeds {seeds}: mean ± deviation over the seeds"]
     if found["emma"]:
         lines += ["", *task_tables(found["emma"], "EMMA")]
     if found["cotex"]:

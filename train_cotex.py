@@ -3,9 +3,9 @@
 The second paper's system for ABAW 4's challenge of learning from synthetic data: network and loss are in
 `cotex.py`, the faces in `class_folders.py`. Both views start from one MAE and see other patches of each face.
 
-    python train_cotex.py                                                        # the demo
-    torchrun --nproc_per_node=2 train_cotex.py --config my.yaml                  # from configs/cotex.yaml
-    python train_cotex.py --set run.name=plain --set cotex.views=1 --set cotex.mask_ratio=0      # one plain ViT
+    python train_cotex.py                                           # the demo
+    torchrun --nproc_per_node=2 train_cotex.py --config my.yaml     # from configs/cotex.yaml
+    python train_cotex.py --set run.name=plain --set cotex.views=1 --set cotex.mask_ratio=0     # a plain ViT
 
 Writes to runs/<config>/cotex: best.pt (views.0.*, views.1.* under the key `model`, of the epoch with the best
 validation macro F1), last.pt, log.csv, curves.png, metrics.json.

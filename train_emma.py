@@ -9,13 +9,13 @@ train_stills.py stays as it is.
     python train_emma.py --set run.name=no_cnn --set emma.cnn=none          # without the CNN, to compare
     python train_emma.py --set run.name=au_alone --set emma.weights=[0,0,1]      # one task alone
 
-Writes to runs/<config>/emma: best.pt (vit.*, head.*, va_head.*, cnn.* under the key `model`, of the epoch with
-the best validation score), last.pt, log.csv, curves.png, scores.txt, metrics.json, video_sums.json.
+Writes to runs/<config>/emma: best.pt (vit.*, head.*, va_head.*, cnn.* under the key `model`, of the epoch
+with the best validation score), last.pt, log.csv, curves.png, scores.txt, metrics.json, video_sums.json.
 
-log.csv, one row per epoch: `loss` the sum of the three terms; `score` of the validation frames, P_MTL, the sum
-of `va` (mean CCC), `expr` (macro F1) and `au` (mean F1, thresholds 0.5), each a column; `val_unreadable` frames
-that could not be decoded; `gradient_norm` (before clipping), `lr` (the head's), `unreadable`, `seconds` as in
-train_pretrain.py. A task of weight 0 is neither trained nor counted.
+log.csv, one row per epoch: `loss` the sum of the three terms; `score` of the validation frames, P_MTL, the
+sum of `va` (mean CCC), `expr` (macro F1) and `au` (mean F1, thresholds 0.5), each a column; `val_unreadable`
+frames that could not be decoded; `gradient_norm` (before clipping), `lr` (the head's), `unreadable`,
+`seconds` as in train_pretrain.py. A task of weight 0 is neither trained nor counted.
 
 The batch is not cut into pieces: CCC is not a sum over pieces.
 """

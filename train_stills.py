@@ -5,8 +5,10 @@ training (`stills.LabelledStills`). The second paper's EMMA takes the CNN and do
 
     python train_stills.py                                                    # the demo's ResNet-18
     torchrun --nproc_per_node=2 train_stills.py --config my.yaml              # from configs/emma.yaml
-    python train_stills.py --set run.name=dan --set stills.network=dan --set stills.start=runs/demo/stills/best.pt
-    python train_stills.py --set run.name=vit --set stills.network=vit --set stills.start=runs/demo/pretrain/last.pt
+    python train_stills.py --set run.name=dan --set stills.network=dan \\
+        --set stills.start=runs/demo/stills/best.pt                           # DAN, from the trunk of that
+    python train_stills.py --set run.name=vit --set stills.network=vit \\
+        --set stills.start=runs/demo/pretrain/last.pt                         # a ViT, from its MAE
 
 Writes to runs/<config>/stills: best.pt (under the key `model`, of the epoch with the best validation macro
 F1), last.pt, log.csv, curves.png, metrics.json.
@@ -58,8 +60,8 @@ def main(config, team):
         return
     team.say(f"  training: {train.summary()}\n  validation: {val.summary()}")
     if 1 in (s.batch, len(train) % s.batch):
-        raise ValueError(f"stills.batch: {len(train):,} faces in batches of {s.batch} make a batch of one, of "
-                         "which BatchNorm has no deviation; try another size")
+        raise ValueError(f"stills.batch: {len(train):,} faces in batches of {s.batch} make a batch of one, "
+                         "of which BatchNorm has no deviation; try another size")
 
     # model and optimiser
     torch.manual_seed(seed)

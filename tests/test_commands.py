@@ -29,6 +29,7 @@ import distributed
 import pipeline
 import synthetic
 from config import load
+from cnn import ResNet18
 from dan import DAN
 from distributed import Team
 from labels import EXPR, TASKS, label_files
@@ -52,6 +53,7 @@ EXAMPLES = {"images.py FILE": "data/Aff-Wild2/cropped_aligned/1-30-1280x720/0000
             "dan_weights.py FILE": "dan.pt",
             "evaluate.py FILE": "some.pt",
             "metrics.py FILE": "some.csv",
+            "stills.py FILE": "stills.pt",
             "s_aff_wild2.py FILE": "training_set_annotations.txt",
             "metrics.py FOLDER": "data/Aff-Wild2/annotations",
             "predict.py FOLDER": "data/Aff-Wild2/cropped_aligned",
@@ -122,7 +124,8 @@ def place(tmp_path_factory):
     my.yaml, a copy of that."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / "my.yaml").write_text((ROOT / "configs/paper.yaml").read_text())
+    paper = (ROOT / "configs/paper.yaml").read_text()
+    (folder / "my.yaml").write_text(paper.replace("data:\n", "data:\n  s_aff_wild2: data/s-Aff-Wild2\n"))
     sizes = Synthetic(root=str(folder / "data"), train_videos=1, val_videos=1, frames=4, faces=10)
     synthetic.draw(sizes.root, sizes)
     synthetic.index(sizes.root, sizes)
@@ -130,6 +133,8 @@ def place(tmp_path_factory):
     Image.new("RGB", (8, 8)).save(folder / "classes/ANGRER/1.jpg")
     torch.save({"model": {"weight": torch.zeros(3)}}, folder / "some.pt")
     torch.save({"model": DAN().state_dict()}, folder / "dan.pt")
+    record = {"stage": "stills", "settings": {}}
+    torch.save({"model": ResNet18(8, 2).state_dict(), "made_of": record}, folder / "stills.pt")
     [video] = label_files(folder / "data/Aff-Wild2/annotations", EXPR)["Validation_Set"]
     rows = ["image_location," + ",".join(EXPR.outputs), *[f"{video}/{n:05d}.jpg,0" for n in range(1, 5)]]
     (folder / "some.csv").write_text("\n".join(rows))

@@ -17,6 +17,7 @@ from labels import EXPRESSIONS
 from plain import crop_rng
 from plain_cnn import public_dan_shapes, random_weights, resnet_shapes
 from processes import ALONE
+from settings import Vit
 from stills import LabelledStills, build, cnn_of, fill, labelled_sets, load_cnn
 from tiny import TINY, copied, done, log, log_numbers, metrics, run, weights
 from training import loader
@@ -100,7 +101,7 @@ def test_other_labels_or_other_faces_have_another_fingerprint(sets, tmp_path):
 
 
 def test_no_set_and_a_part_without_a_label_are_refused(sets):
-    with pytest.raises(ValueError, match="no labelled still faces: give data.affectnet_2017 or data.affectnet_"):
+    with pytest.raises(ValueError, match="no labelled still faces: give data.affectnet_2017 or data."):
         labelled_sets(Config().data)
     with pytest.raises(ValueError, match="a: no validation face has an expression label; left out: nothing"):
         LabelledStills(sets[:1], False, 8)
@@ -111,7 +112,7 @@ def test_no_set_and_a_part_without_a_label_are_refused(sets):
 def config_of(network: str, width: int = 2):
     config = Config()
     config.stills.network, config.stills.width = network, width
-    config.vit.image_size, config.vit.patch, config.vit.dim, config.vit.depth, config.vit.heads = 16, 8, 8, 1, 2
+    config.vit = Vit(image_size=16, patch=8, dim=8, depth=1, heads=2)
     return config
 
 
@@ -166,12 +167,12 @@ def test_the_public_dan_is_taken_with_its_classes_in_our_order(tmp_path):
 
 @pytest.mark.parametrize("make, message", {
     "foreign": (lambda: ours("cnn.pt", ResNet18(8, 2), stage=""),
-                "cnn.pt: not of train_stills.py, so the order of its 8 classes is unknown; train one from it: "
-                "--set stills.start="),
+                "cnn.pt: not of train_stills.py, so the order of its 8 classes is unknown; train one from "
+                "it: --set stills.start="),
     "of another stage": (lambda: ours("cnn.pt", ResNet18(8, 2), stage="emma"), "not of train_stills.py"),
     "of seven classes": (lambda: ours("cnn.pt", ResNet18(7, 2)),
                          r"cnn.pt: a network of 7 classes, expected 8 \(Neutral, Anger"),
-    "a DAN of seven classes": (lambda: ours("cnn.pt", DANWithCentres(DAN(7, 4, 2))), "a network of 7 classes"),
+    "a DAN of seven classes": (lambda: ours("cnn.pt", DANWithCentres(DAN(7, 4, 2))), "network of 7 classes"),
     "a ViT": (lambda: ours("cnn.pt", build(config_of("vit"))),
               "cnn.pt: got vit.cls_token, .*expected the weights of a ResNet-18 or of a DAN"),
     "torn": (lambda: open("cnn.pt", "wb").write(b"PK half"), "cnn.pt"),

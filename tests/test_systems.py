@@ -28,11 +28,12 @@ from test_splits import random_labels
 from variants import short
 
 COMMAND = ["systems.py", "--config", "my.yaml", "--processes", "1"]
-EMMA = {"emma_no_cnn": "emma.cnn=none", "emma_va": "emma.weights=[1,0,0]", "emma_expr": "emma.weights=[0,1,0]",
-        "emma_au": "emma.weights=[0,0,1]"}
+EMMA = {"emma_no_cnn": "emma.cnn=none", "emma_va": "emma.weights=[1,0,0]",
+        "emma_expr": "emma.weights=[0,1,0]", "emma_au": "emma.weights=[0,0,1]"}
 COTEX = {"cotex_plain": "cotex.views=1 cotex.mask_ratio=0 cotex.epochs=3",
          "cotex_long": "cotex.views=1 cotex.mask_ratio=0", "cotex_one": "cotex.views=1",
-         "cotex_r0": "cotex.mask_ratio=0", "cotex_no_js": "cotex.js_weight=0", "cotex_js2": "cotex.js_weight=2",
+         "cotex_r0": "cotex.mask_ratio=0", "cotex_no_js": "cotex.js_weight=0",
+         "cotex_js2": "cotex.js_weight=2",
          "cotex_r0.5": "cotex.mask_ratio=0.5", "cotex_r0.9": "cotex.mask_ratio=0.9"}
 
 
@@ -48,7 +49,7 @@ def start(monkeypatch, *more, command=COMMAND):
 
 
 def single_frames(path, config, task, team):
-    """Stands for scoring EMMA on the validation videos: the segment model's sums, in another order, times 2."""
+    """Stands for scoring EMMA on the videos: the segment model's sums, in another order, times 2."""
     names, sums = read_sums(Path(path).parents[1] / f"task_{task.name}")
     return names[::-1], 2 * sums[::-1]
 
@@ -71,7 +72,8 @@ def finished(tmp_path_factory):
             for stage in ("train_pretrain", "train_finetune", "extract_features"):
                 assert fake_stages.pretend([f"{stage}.py", "--config", "my.yaml", *given]) == 0
             for task in TASKS:
-                assert fake_stages.pretend(["train_task.py", "--task", task, "--config", "my.yaml", *given]) == 0
+                words = ["train_task.py", "--task", task, "--config", "my.yaml", *given]
+                assert fake_stages.pretend(words) == 0
         patch.setattr(variants, "difference_over_seeds", partial(difference_over_seeds, rounds=60))
         patch.setattr(emma_frames, "video_sums", single_frames)
         with pretended(Ran()) as ran:
@@ -138,7 +140,8 @@ def test_the_file_holds_the_scores_of_each_system(finished):
     assert [row["title"] for row in found["emma"]] == [row.title for row in emma_rows()]
     runs = {"EMMA": [["my", "my_seed1"]] * 3,
             "without the CNN": [["my_emma_no_cnn_seed0", "my_emma_no_cnn_seed1"]] * 3,
-            "three networks, a task each": [[f"my_emma_{task}_seed{seed}" for seed in (0, 1)] for task in TASKS]}
+            "three networks, a task each": [[f"my_emma_{task}_seed{seed}" for seed in (0, 1)]
+                                            for task in TASKS]}
     for row in found["emma"]:
         parts = np.array([[emma.score(emma_sums(folder, run).sum(axis=0))[k] for run in of_task]
                           for k, of_task in enumerate(runs[row["title"]])])                   # (3, seeds)
@@ -152,7 +155,8 @@ def test_the_file_holds_the_scores_of_each_system(finished):
         assert row["p_mtl"]["deviation"] == pytest.approx(abs(np.diff(parts.sum(axis=0))[0]) / np.sqrt(2))
     for row, name in zip(found["cotex"], ["", *COTEX]):
         names = [f"my_{name}_seed{seed}" for seed in (0, 1)] if name else ["my", "my_seed1"]
-        assert row["scores"] == [tiny.metrics(folder / "runs" / run / "cotex")["val_macro_f1"] for run in names]
+        scores = [tiny.metrics(folder / "runs" / run / "cotex")["val_macro_f1"] for run in names]
+        assert row["scores"] == scores
     segment, single = found["time"]
     for name in TASKS:                           # the same videos in another order, each counted twice
         assert single["tasks"][name]["scores"] == pytest.approx(segment["tasks"][name]["scores"])
@@ -166,9 +170,11 @@ def test_the_tables_hold_every_row(finished):
     for row in found["cotex"]:
         assert f"\n{row['title']} | {short(row['mean'])} ± {short(row['deviation'])}\n" in text
     for row in found["emma"]:
-        cells = [*row["tasks"].values(), row["p_mtl"]]
-        assert " | ".join([row["title"], *(f"{short(c['mean'])} ± {short(c['deviation'])}" for c in cells)]) in text
-    assert "EMMA | VA mean CCC | Expr macro F1 | AU mean F1 | P_MTL" in text and "EMMA, single frames | " in text
+        cells = [f"{short(cell['mean'])} ± {short(cell['deviation'])}"
+                 for cell in [*row["tasks"].values(), row["p_mtl"]]]
+        assert " | ".join([row["title"], *cells]) in text
+    assert "EMMA | VA mean CCC | Expr macro F1 | AU mean F1 | P_MTL" in text
+    assert "EMMA, single frames | " in text
 
 
 def test_without_the_segment_models_the_third_table_is_left_out(finished, monkeypatch):
