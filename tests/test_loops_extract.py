@@ -258,7 +258,9 @@ def test_the_pipeline_tells_which_stages_are_finished(tmp_path, ran):
         ["train_pretrain", "stale", "runs/tiny/pretrain/last.pt"],             # it left no record
         ["train_finetune", "stale", "runs/tiny/finetune/best.pt"],
         ["extract_features", "stale", "runs/tiny/features/metrics.json"],
-        *(["train_task", task, "to", "be", "made", f"runs/tiny/task_{task}/best.pt"] for task in TASKS)]
+        *(["train_task", task, "to", "be", "made", f"runs/tiny/task_{task}/best.pt"] for task in TASKS),
+        *([f"train_{name}", "to", "be", "made", f"runs/tiny/{name}/best.pt"]
+          for name in ("stills", "emma", "cotex"))]
 
 
 def test_the_pipeline_tells_what_is_stale(extracted):
