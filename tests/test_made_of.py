@@ -462,7 +462,9 @@ def test_paths_are_compared_by_where_they_lead_and_folders_may_be_moved(finished
     labels, frames = tmp_path / "data/Aff-Wild2/annotations/", tmp_path / "data/Aff-Wild2/cropped_aligned/"
     sets = [f"data.{name}={tmp_path / path}/" for name, path in (
         ("affectnet_2017", "data/AffectNet-2017"), ("affectnet_2021", "data/AffectNet-2021"),
-        ("raf_db", "data/RAF-DB"), ("fer2013", "data/FER2013"), ("ferplus", "data/FERPlus"))]
+        ("raf_db", "data/RAF-DB"), ("fer2013", "data/FER2013"), ("ferplus", "data/FERPlus"),
+        ("s_aff_wild2", "data/ABAW4"), ("drawn_faces", "data/ABAW4/drawn"),
+        ("real_faces", "data/ABAW4/real"))]
     options = overriding([f"run.out={tmp_path}/moved", f"data.labels={labels}", f"data.frames=[{frames}]",
                       f"synthetic.root={tmp_path}/data/", *sets])
     for script in (["train_pretrain.py"], ["train_finetune.py"], ["extract_features.py"],
