@@ -57,7 +57,8 @@ def video_features(vit, frames: VideoFrames, length: int, config, team, progress
         problems += unreadable
         if len(rows):
             with team.autocast():
-                f = vit.features(normalise(images.to(team.device)), config.finetune.token)      # (B, D)
+                f = vit.features(normalise(images.to(team.device, non_blocking=True)),
+                                 config.finetune.token)                               # (B, D)
             features[rows] = f.half().cpu().numpy()
             noface[rows] = False
         progress.add(len(rows) + len(unreadable))
