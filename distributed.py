@@ -23,6 +23,8 @@ import torch.distributed as dist
 
 # PyTorch's words when a DataLoader's worker finds no room in shared memory, or dies of that.
 OUT_OF_SHARED_MEMORY = ("unable to allocate shared memory", "Bus error")
+# What adds up over processes: on GPUs NCCL, and gloo what lies on the CPU, since NCCL cannot.
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 # Rank 0 says what was refused. torchrun ends the others within these seconds, before they repeat it.
 SECONDS_FOR_RANK_0 = 2.0
 # How long a process may wait for the others, as for the last long video. PyTorch's 10 or 30 minutes would end
@@ -178,8 +180,8 @@ def join(device: str = "auto") -> Team:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device)
     if world > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=world, timeout=LONGEST)
+        dist.init_process_group(BACKENDS[chosen.type], store=_fresh_store(), rank=rank, world_size=world,
+                                timeout=LONGEST)
     return Team(rank, world, chosen)
 
 

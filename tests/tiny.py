@@ -60,7 +60,7 @@ SETTINGS = {
     "temporal": {"channels": [8], "kernels": [3], "dilations": [1], "width": 8, "layers": 1, "heads": 2,
                  "hidden": 8, "head": 8, "dropout": 0.0},
     "task": {"epochs": 2, "batch": 3, "lr": 3e-3, "warmup_epochs": 0.5},
-    "run": {"workers": 0},
+    "run": {"workers": 0, "device": "cpu"},
 }
 DROPOUT = {"finetune": {"dropout": 0.2, "drop_path": 0.3}, "temporal": {"dropout": 0.2}}   # for `write`
 
