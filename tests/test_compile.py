@@ -72,8 +72,9 @@ def test_what_is_compiled_is_called_for_all_but_an_empty_share(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_has_the_same_loss_gradient_and_names(quickly):
-    same_with_and_without("mae")
+@pytest.mark.parametrize("name", [*TRAINED, "emma", "cotex"])
+def test_a_compiled_model_has_the_same_loss_gradient_and_names(quickly, name):
+    same_with_and_without(name)
     assert quickly.count
 
 
