@@ -68,6 +68,8 @@ def cotex_rows(config) -> list[System]:
             ("one masked view", Variant("", "cotex_one", ("cotex.views=1",))),
             ("two views without masks", Variant("", "cotex_r0", ("cotex.mask_ratio=0",))),
             ("two views without JS", Variant("", "cotex_no_js", ("cotex.js_weight=0",)))]
+    rows += [(f"λ = {weight:g}", Variant("", f"cotex_js{weight:g}", (f"cotex.js_weight={weight:g}",)))
+             for weight in (2, 16.7) if weight != c.js_weight]
     rows += [(f"mask ratio {r:g}", Variant("", f"cotex_r{r:g}", (f"cotex.mask_ratio={r:g}",)))
              for r in (0.5, 0.75, 0.9) if r != c.mask_ratio]
     return [System(title, (variant,)) for title, variant in rows]
@@ -164,8 +166,9 @@ def collect_time(config, seeds) -> list[dict]:
         for run in runs:
             names, sums = read_sums(run.folder(stage_of(run, task)))
             others, of_emma = emma_frames.video_sums(run.folder("emma") / "best.pt", run, task, team)
-            segment[name].append(sums)
-            single[name].append(of_emma[[others.index(video) for video in names]])
+            both = [video for video in names if video in others]      # EMMA may have trained on some
+            segment[name].append(sums[[names.index(video) for video in both]])
+            single[name].append(of_emma[[others.index(video) for video in both]])
     rows = [{"title": "segment models, a task each", "tasks": segment},
             {"title": "EMMA, single frames", "tasks": single}]
     return with_changes([{**row, "tasks": {name: np.stack(sums) for name, sums in row["tasks"].items()}}
