@@ -6,6 +6,7 @@ processes train and score as one would. There is one way to sum: `all_sum`. It l
 as a sum of shares, and each process calls `backward` on its own share, without a factor for their number.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -22,6 +23,8 @@ import torch.distributed as dist
 
 # PyTorch's words when a DataLoader's worker finds no room in shared memory, or dies of that.
 OUT_OF_SHARED_MEMORY = ("unable to allocate shared memory", "Bus error")
+# What adds up over processes: on GPUs NCCL, and gloo what lies on the CPU, since NCCL cannot.
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 # Rank 0 says what was refused. torchrun ends the others within these seconds, before they repeat it.
 SECONDS_FOR_RANK_0 = 2.0
 # How long a process may wait for the others, as for the last long video. PyTorch's 10 or 30 minutes would end
@@ -54,14 +57,20 @@ class Team:
             dist.barrier()
 
     def autocast(self):
-        """bf16 on a GPU, else float32. bf16 has float32's range, so no loss scaling is needed."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        """bf16 where the GPU has it, else float32. bf16 has float32's range, so no loss scaling is needed."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device))
 
-    def parallel(self, model):
-        """The model under DDP, which adds up gradients over processes; in a single process, the model."""
+    def parallel(self, model, compiled: bool = False):
+        """The model under DDP, which adds up gradients over processes; in a single process, the model.
+
+        `compiled`: run.compile. What is compiled shares the parameters of `model`, which stays as it is: its
+        names go into the checkpoints, and validation calls it.
+        """
         model = model.to(self.device)
-        if self.world == 1:
-            return model
+        ddp = self._ddp(model) if self.world > 1 else model
+        return Compiled(ddp) if compiled else ddp
+
+    def _ddp(self, model):
         ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         # gloo adds up three or more processes in an order that depends on the place in what is sent
         # together, and DDP rearranges that after its first step: a run that starts again would differ in
@@ -69,6 +78,18 @@ class Team:
         one_by_one = self.world > 2 and self.device.type == "cpu"
         ddp.register_comm_hook(one_by_one, _add_gradients)
         return ddp
+
+
+class Compiled:
+    """A model under torch.compile, to be called as the model itself. An empty share goes through the model as
+    it is: the compiled backward pass of a convolution refuses it."""
+
+    def __init__(self, model):
+        self.model, self.compiled = model, torch.compile(model)
+        self.no_sync = getattr(model, "no_sync", contextlib.nullcontext)       # see training.in_pieces
+
+    def __call__(self, x, *more):
+        return self.compiled(x, *more) if len(x) else self.model(x, *more)
 
 
 def _add_gradients(one_by_one: bool, bucket):
@@ -125,6 +146,12 @@ def all_sum_inside(x: torch.Tensor) -> torch.Tensor:
     return _AllSumInside.apply(x) if several() else x
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Does this device multiply bf16 numbers? NVIDIA's GPUs since 2020 do (compute capability 8.0). On older
+    ones PyTorch only imitates it, more slowly than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def choose_device(wanted: str = "auto") -> torch.device:
     """run.device as a device: "auto" is CUDA where there is a GPU, else the CPU. A GPU per process.
 
@@ -153,8 +180,8 @@ def join(device: str = "auto") -> Team:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device)
     if world > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_fresh_store(), rank=rank, world_size=world, timeout=LONGEST)
+        dist.init_process_group(BACKENDS[chosen.type], store=_fresh_store(), rank=rank, world_size=world,
+                                timeout=LONGEST)
     return Team(rank, world, chosen)
 
 
@@ -185,7 +212,7 @@ def launch(main, config, *arguments):
     """Run `main(config, team, *arguments)` with all processes of this run.
 
     Exit code 2 and one line for a refusal (ValueError, OSError); 1 and one line when another process has
-    died, or a worker has run out of shared memory.
+    died, a GPU's memory is full, or a worker has run out of shared memory.
     """
     rank = int(os.environ.get("RANK", 0))
     for stream in (sys.stdout, sys.stderr):
@@ -206,6 +233,10 @@ def launch(main, config, *arguments):
         if any(words in said for words in OUT_OF_SHARED_MEMORY):
             sys.exit("error: a worker that reads data ran out of shared memory; start the container with a "
                      "larger --shm-size, or read without workers: --set run.workers=0")
+        if isinstance(error, torch.OutOfMemoryError):
+            what = str(error).partition(". GPU")[0]          # CUDA out of memory. Tried to allocate 2.00 GiB
+            sys.exit(f"error: {what}; cut the batch into smaller pieces with --set run.largest_piece=N, or "
+                     "make it smaller: task.batch of train_task.py, features.batch of extract_features.py")
         if "by peer" not in str(error):                      # gloo: "Connection closed by peer"
             raise
         sys.exit("error: another process of this run has ended; see its message or exit code")

@@ -59,7 +59,7 @@ def each_frame(network, frames: VideoFrames, length: int, width: int, dtype, con
         problems += unreadable
         if len(rows):
             with team.autocast():
-                of_batch = network(normalise(images.to(team.device)))                       # (B, width)
+                of_batch = network(normalise(images.to(team.device, non_blocking=True)))    # (B, width)
             outputs[rows] = of_batch.to(dtype).cpu().numpy()
             noface[rows] = False
         progress.add(len(rows) + len(unreadable))

@@ -27,7 +27,7 @@ import pictures
 from checkpoints import load_weights, write_text
 from distributed import Team, all_sum
 from run_folder import RunFolder
-from training import STOP, Batches, loader
+from training import STOP, Batches, load_optimizer, loader
 
 
 def clock(seconds: float) -> str:
@@ -113,7 +113,7 @@ class Run(RunFolder):
         self.remember(data, origin)
         if saved is not None:
             load_weights(model, saved["model"], self.folder)
-            self.optimizer.load_state_dict(saved["optimizer"])
+            load_optimizer(optimizer, saved["optimizer"])
             self.epoch, self.step = saved["epoch"], saved["step"]
             self.best, self.sums = saved["best"], saved["sums"]
             self.team.say(f"going on from epoch {self.epoch + 1}, step {self.step}")
@@ -248,7 +248,7 @@ class Run(RunFolder):
 
     def _fetch(self, loss, gradient_norm):
         """Start to copy the step's two numbers from the device: looked at a step later, without waiting."""
-        values = torch.stack([loss.detach(), gradient_norm.detach()]).to("cpu", non_blocking=True)
+        values = torch.stack([loss.detach(), gradient_norm.detach()]).to("cpu", non_blocking=loss.is_cuda)
         arrived = None
         if loss.is_cuda:
             arrived = torch.cuda.Event()

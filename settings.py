@@ -206,6 +206,7 @@ class Run:
     base: str = ""                    # another run, whose stages are taken if made with these settings
     seed: int = 0                     # all randomness follows from it
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"    # auto = CUDA where there is a GPU, else the CPU
+    compile: bool = False             # torch.compile in trainings (not train_stills.py); first steps are slow
     largest_piece: int = 0            # most samples in a forward pass; 0 = what the memory seems to hold
     workers: int = 8                  # image decoders per training process; 0 = it decodes them itself
     checkpoint_minutes: float = 10.0  # save at least this often; after an epoch too, if under 2 % of the time

@@ -91,7 +91,7 @@ def main(config, team):
     count = pieces(share, bytes_each, parameters, team.device, config.run.largest_piece)
     team.say(f"{c.views} views of {model.kept} of {model.patches} patches, {parameters:,} parameters, "
              f"{c.epochs} epochs; {effective_batch(c.batch, count, team)}")
-    ddp = team.parallel(model)
+    ddp = team.parallel(model, config.run.compile)
     optimizer = adamw(model, c.lr, c.betas, c.weight_decay, c.layer_decay)
     run.begin(model, optimizer, train, c.batch, c.epochs, found, origin)
 

@@ -80,7 +80,7 @@ def main(config, team):
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     team.say(f"EMMA: {parameters:,} parameters to train, on {', '.join(task.name for task in trained)}, "
              f"{e.epochs} epochs; {effective_batch(e.batch, 1, team)}")
-    ddp = team.parallel(model)
+    ddp = team.parallel(model, config.run.compile)
     optimizer = adamw(nn.ModuleDict({"vit": model.vit, "head": model.head}), e.lr, e.betas, e.weight_decay,
                       e.layer_decay)
     optimizer.add_param_group({"params": model.va_head.parameters(), "weight_decay": 0.0})

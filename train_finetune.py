@@ -80,7 +80,7 @@ def main(config, team):
     count = pieces(share, bytes_each, parameters, team.device, config.run.largest_piece)
     team.say(f"fine-tuning {parameters:,} parameters for {f.epochs} epochs of {len(train):,} frames; "
              f"{effective_batch(f.batch, count, team)}")
-    ddp = team.parallel(model)
+    ddp = team.parallel(model, config.run.compile)
     optimizer = adamw(model, f.lr, f.betas, f.weight_decay, f.layer_decay)
     run.begin(model, optimizer, train, f.batch, f.epochs, found, origin)
 

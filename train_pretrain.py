@@ -100,7 +100,7 @@ def main(config, team):
     count = pieces(share, encoder_bytes + decoder_bytes, parameters, team.device, config.run.largest_piece)
     team.say(f"MAE of {parameters:,} parameters on {len(faces):,} faces, {p.epochs} epochs; "
              f"{effective_batch(p.batch, count, team)}")
-    ddp = team.parallel(model)
+    ddp = team.parallel(model, config.run.compile)
     optimizer = adamw(model, p.lr, p.betas, p.weight_decay)
     run.begin(model, optimizer, faces, p.batch, p.epochs, found, origin=None)
 

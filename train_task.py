@@ -32,7 +32,7 @@ from scoring import (FEATURES, HELD_OUT, find_features, load, score, shared_out,
 from segments import SegmentData, fingerprint, open_videos
 from splits import hold_out, split
 from temporal import SegmentModel
-from training import effective_batch, gradient_norm, seed_dropout, set_learning_rate
+from training import effective_batch, fused, gradient_norm, seed_dropout, set_learning_rate
 
 
 def main(config, team, task):
@@ -71,8 +71,9 @@ def main(config, team, task):
     train = SegmentData(videos, task, s.window, s.stride)
     model = SegmentModel(dim, len(task.outputs), **dataclasses.asdict(config.temporal))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    ddp = team.parallel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, weight_decay=t.weight_decay)
+    ddp = team.parallel(model, config.run.compile)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, weight_decay=t.weight_decay,
+                                  fused=fused(model))
     run.begin(model, optimizer, train, t.batch, epochs, found, origin, unit="segments")
     team.say(f"{task.name}: {parameters:,} parameters, {len(train):,} segments, "
              f"{epochs} epochs of {run.steps} steps; {effective_batch(t.batch, 1, team)}")

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from distributed import Team
+from distributed import Team, has_bf16
 from images import random_crop
 
 STOP = (signal.SIGTERM, signal.SIGINT)       # what tells a run to save and end
@@ -116,12 +116,13 @@ def pieces(share: int, bytes_each: float, parameters: int, device, largest: int 
 
     `bytes_each`: activations of one sample at 32 bits. Under bf16 they take a little more than half,
     because the sums of norms and residuals stay at 32 bits. Held besides: weights, gradients and AdamW's
-    two moments, 16 bytes a parameter. Without a GPU half a gigabyte is used, so that a demo fits beside
-    other programs. `largest`: run.largest_piece, which replaces the estimate unless it is 0.
+    two moments, 16 bytes a parameter; under bf16 also the weights in bf16, 2 bytes. A fifth of a GPU is left
+    for what comes and goes in the backward pass. Without a GPU half a gigabyte is used, so that a demo fits
+    beside other programs. `largest`: run.largest_piece, which replaces the estimate unless it is 0.
     """
     if device.type == "cuda":
-        room = 0.8 * torch.cuda.get_device_properties(device).total_memory - 16 * parameters
-        bytes_each = 0.56 * bytes_each
+        held, bytes_each = (18, 0.56 * bytes_each) if has_bf16(device) else (16, bytes_each)
+        room = 0.8 * torch.cuda.get_device_properties(device).total_memory - held * parameters
     else:
         room = 0.5e9
     fits = largest or int(room / bytes_each)
@@ -212,7 +213,19 @@ def adamw(model, lr: float, betas, weight_decay: float, layer_decay: float = 1.0
         more = {} if factor == 1 else {"factor": factor}     # without decay, groups as in older checkpoints
         groups += [{"params": matrices, "weight_decay": weight_decay, **more},
                    {"params": rest, "weight_decay": 0.0, **more}]
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas))
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=fused(model))
+
+
+def fused(model) -> bool | None:
+    """AdamW's step in one kernel, for a model on a GPU; elsewhere None, which is PyTorch's default."""
+    return next(model.parameters()).is_cuda or None
+
+
+def load_optimizer(optimizer, saved: dict):
+    """Fill an optimiser from a checkpoint, which another device may have written: `fused` stays as here."""
+    for theirs, ours in zip(saved["param_groups"], optimizer.param_groups):
+        theirs["fused"] = ours.get("fused")
+    optimizer.load_state_dict(saved)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ STEP_SECONDS = 6              # of an optimiser step, by the tests' clock; a pro
 FACES = {"faces/a": 9, "faces/b": 14}                # images in each folder of still faces
 BROKEN_FACES = ("faces/a/004.png", "faces/b/002.png", "faces/b/011.png")
 FEATURE_WIDTH = 6
+MADE = ("pretrain", "finetune")                      # trainings whose results `write` puts there ready-made
 CHANGED = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)      # signals whose handlers a stage changes
 
 

@@ -291,7 +291,9 @@ def test_the_memory_on_the_cluster_page_is_that_of_the_papers_pre_training_on_tw
     memory = f"8 workers x 2 batches x {batch / 1e6:.0f} MB = {8 * 2 * batch / 1e9:.1f} GB per process"
     assert memory in words(CLUSTER)
     mae = vit_bytes(50, 768, 12) + vit_bytes(197, 512, 8)
-    with mock.patch.object(torch.cuda, "get_device_properties", return_value=mock.Mock(total_memory=24e9)):
+    card = mock.Mock(total_memory=24e9)
+    with (mock.patch.object(torch.cuda, "get_device_properties", return_value=card),
+          mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True)):
         count = pieces(share, mae, 111_907_840, torch.device("cuda"))
     printed = effective_batch(1024, count, Team(0, 2, torch.device("cuda:0")))
     assert f"`{printed.split(', on ')[0]}` with two cards of 24 GB" in words(CLUSTER)

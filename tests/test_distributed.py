@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distributed
-from distributed import Team, all_sum, choose_device, join, launch
+from distributed import Team, all_sum, choose_device, has_bf16, join, launch
 from processes import ALONE, CPU, in_child, in_team
 from settings import Config
 from training import loader
@@ -87,11 +88,18 @@ def test_a_refused_device_is_one_line_and_code_2(gpus, capsys):
     assert capsys.readouterr().err.startswith("error: run.device: got cuda, but PyTorch sees no GPU here")
 
 
-def test_only_a_gpu_computes_in_bf16():
-    with ALONE.autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    gpu = Team(0, 1, torch.device("cuda")).autocast()
-    assert (gpu._enabled or not torch.cuda.is_available()) and gpu.fast_dtype == torch.bfloat16
+@pytest.mark.parametrize("kind, major, expected", [
+    ("cpu", 9, False), ("mps", 9, False), ("cuda", 7, False), ("cuda", 8, True), ("cuda", 9, True)])
+def test_only_a_gpu_that_has_bf16_computes_in_it(gpus, monkeypatch, kind, major, expected):
+    gpus(count=1)
+    card = SimpleNamespace(major=major)          # of the compute capability: 7 = V100 or T4, 8 = A100
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    device, asked = torch.device(kind), []
+    monkeypatch.setattr(torch, "autocast", lambda *kind, enabled: asked.append((*kind, enabled)))
+    assert has_bf16(device) is expected
+    Team(0, 1, device).autocast()
+    assert asked == [(kind, torch.bfloat16, expected)]
 
 
 # ---- Processes
@@ -214,6 +222,18 @@ def test_a_refusal_is_one_line_and_code_2(capsys, error, message):
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.endswith(message)
     assert "Traceback" not in said and len(said.splitlines()) == 1
+
+
+def test_a_full_gpu_is_one_line_that_says_what_to_make_smaller(capsys):
+    def main(config, team):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
+                                     "capacity of 79.11 GiB of which 1.2 GiB is free. Including non-PyTorch")
+
+    with pytest.raises(SystemExit) as end:
+        launch(main, Config())
+    assert end.value.code == ("error: CUDA out of memory. Tried to allocate 2.00 GiB; cut the batch into "
+                              "smaller pieces with --set run.largest_piece=N, or make it smaller: task.batch "
+                              "of train_task.py, features.batch of extract_features.py")
 
 
 @pytest.mark.parametrize("rank, seconds", [(0, []), (1, [2])])

@@ -14,8 +14,9 @@ from torch import nn
 
 from distributed import Team
 from processes import ALONE, CPU, in_child
-from training import (STOP, Batches, adamw, effective_batch, generator, gradient_norm, in_pieces,
-                      layers_of, learning_rate, loader, pieces, seed_dropout, set_learning_rate, vit_bytes)
+from training import (STOP, Batches, adamw, effective_batch, generator, gradient_norm, in_pieces, layers_of,
+                      learning_rate, load_optimizer, loader, pieces, seed_dropout, set_learning_rate,
+                      vit_bytes)
 from vit import VisionTransformer
 
 
@@ -135,24 +136,40 @@ def test_a_share_is_cut_into_as_few_pieces_as_fit_half_a_gigabyte(share, gigabyt
     assert math.ceil(share / expected) * gigabytes <= 0.5 or expected == share
 
 
+@pytest.fixture
+def ten_gigabytes(monkeypatch):
+    """A GPU of 10 GB, with bf16 or without."""
+    def prepare(bf16: bool):
+        memory = SimpleNamespace(total_memory=10e9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+        return SimpleNamespace(type="cuda")
+    return prepare
+
+
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("share, largest, expected", [
     (100, 1, 100), (100, 7, 15), (100, 50, 2), (100, 99, 2), (100, 100, 1), (100, 101, 1), (1, 7, 1)])
-def test_a_largest_piece_of_the_settings_replaces_the_estimate(monkeypatch, kind, share, largest, expected):
-    memory = SimpleNamespace(total_memory=10e9)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+def test_a_largest_piece_of_the_settings_replaces_the_estimate(ten_gigabytes, kind, share, largest, expected):
+    ten_gigabytes(bf16=True)
     for bytes_each in (1.0, 1e12):                            # everything would fit, and nothing
         assert pieces(share, bytes_each, 10 ** 8, SimpleNamespace(type=kind), largest) == expected
 
 
-def test_on_a_gpu_the_weights_and_moments_are_held_besides_and_activations_take_0_56(monkeypatch):
-    memory, gpu = SimpleNamespace(total_memory=10e9), SimpleNamespace(type="cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+def test_on_a_gpu_the_weights_and_moments_are_held_besides_and_activations_take_0_56(ten_gigabytes):
+    gpu = ten_gigabytes(bf16=True)
     assert pieces(100, 1e9, 0, gpu) == math.ceil(100 / 14)                  # 8 GB / 0.56 GB = 14.3
-    assert pieces(140, 1e9, 10 ** 8, gpu) == math.ceil(140 / 11)            # 1.6 GB less: 11.4
+    assert pieces(120, 1e9, 130_000_000, gpu) == 12                         # 2.34 GB less: 10.1
+    assert pieces(120, 1e9, 140_000_000, gpu) == math.ceil(120 / 9)         # 2.52 GB less: 9.8
     assert pieces(100, 1e9, 10 ** 9, gpu) == 100                            # too large in any case
     assert pieces(8000, 1e6 / 0.56, 0, gpu) == 1                            # 8,000 pieces of 1 MB fill 8 GB
     assert pieces(8000, 1.001e6 / 0.56, 0, gpu) == 2
+
+
+def test_a_gpu_without_bf16_computes_in_float32_and_needs_the_memory_of_that(ten_gigabytes):
+    gpu = ten_gigabytes(bf16=False)
+    assert pieces(80, 1e9, 0, gpu) == 10                                    # 8 GB / 1 GB
+    assert pieces(80, 1e9, 10 ** 8, gpu) == math.ceil(80 / 6)               # 1.6 GB less: 6.4
 
 
 @pytest.mark.parametrize("side, dim, depth", [(32, 64, 3), (64, 96, 2)])
@@ -169,6 +186,24 @@ def test_vit_bytes_is_what_autograd_keeps(side, dim, depth):
         model.features(torch.randn(4, 3, side, side), "mean")
     measured = sum(t.untyped_storage().nbytes() for t in kept.values()) / 4
     assert vit_bytes((side // 8) ** 2 + 1, dim, depth) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("here, there", [(None, True), (True, None), (None, None)])
+def test_an_optimiser_of_another_device_goes_on_with_the_kernels_of_this_one(here, there):
+    """`fused` belongs to the device and not to the run, as does the place where a step is counted."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    ours, theirs = (torch.optim.AdamW(layer.parameters(), lr=1e-2, fused=fused) for fused in (here, there))
+    layer(torch.ones(3)).sum().backward()
+    theirs.step()
+    moments = {i: state["exp_avg"].clone() for i, state in theirs.state_dict()["state"].items()}
+    load_optimizer(ours, theirs.state_dict())
+    ours.step()
+    state = ours.state_dict()
+    assert [group["fused"] for group in state["param_groups"]] == [here]
+    for i, parameter in enumerate(layer.parameters()):
+        assert state["state"][i]["step"] == 2
+        assert torch.allclose(state["state"][i]["exp_avg"], 0.9 * moments[i] + 0.1 * parameter.grad)
 
 
 @pytest.mark.parametrize("batch, count, world, text", [

@@ -64,7 +64,7 @@ SETTINGS = {
     "stills": {"network": "resnet18", "width": 2, "epochs": 2, "batch": 12, "lr": 3e-3},
     "emma": {"epochs": 2, "batch": 30, "lr": 3e-3, "warmup_epochs": 0.5, "drop_path": 0.0},
     "cotex": {"epochs": 2, "batch": 7, "lr": 3e-3, "warmup_epochs": 0.5, "drop_path": 0.0, "mask_ratio": 0.5},
-    "run": {"workers": 0},
+    "run": {"workers": 0, "device": "cpu"},
 }
 # For `write`.
 DROPOUT = {"finetune": {"dropout": 0.2, "drop_path": 0.3}, "temporal": {"dropout": 0.2},
