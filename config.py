@@ -23,13 +23,15 @@ import yaml
 from settings import SETTINGS, Config
 
 MAY_BE_ZERO = ("seed", "workers", "largest_piece", "fold", "weight_decay", "warmup_epochs", "dropout",
-               "drop_path", "clip", "held_out", "synthetic.faces", "task.epochs")
+               "drop_path", "clip", "held_out", "synthetic.faces", "task.epochs", "emma.weights",
+               "cotex.mask_ratio", "js_weight")
 BELOW_ONE = ("mask_ratio", "dropout", "drop_path", "held_out")
 AT_MOST_ONE = ("smallest_crop", "layer_decay")
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number",
          str: "text; put numbers in quotes"}
 # Where `~` becomes the home folder: in these settings and in all that begin with "data.".
-PATHS = ("data.", "synthetic.root", "run.out", "finetune.start", "features.checkpoint", "task.features")
+PATHS = ("data.", "synthetic.root", "run.out", "finetune.start", "features.checkpoint", "task.features",
+         "stills.start", "emma.start", "emma.cnn", "cotex.start")
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)     # ValueError: not UTF-8, or a date like 2024-13-45
 
 
@@ -104,9 +106,13 @@ def _range_problems(config):
         yield "temporal.channels, kernels and dilations: expected lists of one length, one entry per level"
     if not t.causal and any(kernel % 2 == 0 for kernel in t.kernels):
         yield f"temporal.kernels: got {t.kernels}, expected odd sizes with causal=false"
-    for name, betas in (("pretrain.betas", p.betas), ("finetune.betas", config.finetune.betas)):
+    for section in ("pretrain", "finetune", "stills", "emma", "cotex"):
+        betas = getattr(config, section).betas
         if len(betas) != 2 or max(betas) >= 1:
-            yield f"{name}: got {betas}, expected two numbers below 1"
+            yield f"{section}.betas: got {betas}, expected two numbers below 1"
+    if len(config.emma.weights) != 3 or not any(config.emma.weights):
+        yield (f"emma.weights: got {config.emma.weights}, expected three numbers, of VA, Expr and AU, "
+               "not all 0")
 
 
 def _read(path) -> dict:

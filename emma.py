@@ -140,10 +140,12 @@ def count(outputs, labels, thresholds=0.5) -> np.ndarray:
 
 
 def by_task(sums) -> dict[str, np.ndarray]:
-    """The sums of each task, as its metric takes them (metrics.py): (124,) -> va (2, 6), expr (8, 8),
-    au (12, 4)."""
-    va, expr, au = np.split(sums, [2 * 6, 2 * 6 + CLASSES ** 2])
-    return {"va": va.reshape(2, 6), "expr": expr.reshape(CLASSES, CLASSES), "au": au.reshape(UNITS, 4)}
+    """The sums of each task, as its metric takes them (metrics.py): (..., 124) -> va (..., 2, 6),
+    expr (..., 8, 8), au (..., 12, 4)."""
+    va, expr, au = np.split(sums, [2 * 6, 2 * 6 + CLASSES ** 2], axis=-1)
+    first = sums.shape[:-1]
+    return {"va": va.reshape(*first, 2, 6), "expr": expr.reshape(*first, CLASSES, CLASSES),
+            "au": au.reshape(*first, UNITS, 4)}
 
 
 def score(sums) -> np.ndarray:

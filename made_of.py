@@ -28,7 +28,8 @@ from checkpoints import checksum, read_checkpoint, read_json
 from config import typed
 from settings import Config
 
-LEFT_OUT = ("synthetic.root", "finetune.start", "features.checkpoint", "task.features")            # paths
+LEFT_OUT = ("synthetic.root", "finetune.start", "features.checkpoint", "task.features", "stills.start",
+            "emma.start", "emma.cnn", "cotex.start")                                                # paths
 WAYS_ON = "\ntwo ways on: "
 RANDOM = {"file": "random weights", "checksum": 0}           # what finetune.start=none begins with
 # Settings that were added later, with what was done before: for records that lack them.

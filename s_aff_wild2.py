@@ -24,6 +24,7 @@ from labels import AU, EXPR, VA, read_lines
 
 # What stands in a row after the frame's path: a name, and the task whose codes it has.
 COLUMNS = [*((name, VA) for name in VA.outputs), ("expression", EXPR), *((name, AU) for name in AU.outputs)]
+FILES = "training_set_annotations.txt", "validation_set_annotations.txt"
 HEADER = "image,valence,arousal,expression,aus"                  # `aus` stands for 12 columns
 HEADERS = (HEADER.split(","), ["image", *(name.lower() for name, _ in COLUMNS)])
 
@@ -147,14 +148,15 @@ def describe(found: Annotations) -> str:
 class MultiTaskFrames(FaceImages):
     """The frames of a file that have a label and a face image.
 
-    Item: uint8 image (size, size, 3) and its labels (15,) float32, with the codes of what is missing; see
-    `split_labels`. `crop(image, sample, epoch)` cuts the image to size; without it the whole image is
-    resized. `videos` {video: folder of its frames}, as frames.find_videos gives it. What is left out is
-    counted in `skipped`, by its reason. Raises ValueError if nothing is left, or if nearly no image is there.
+    Item: uint8 image (size, size, 3); its labels (15,) float32 with the codes of what is missing, see
+    `split_labels`; which of `self.videos` it belongs to. `crop(image, sample, epoch)` cuts the image to size;
+    without it the whole image is resized. `videos` {video: folder of its frames}, as frames.find_videos gives
+    it. What is left out is counted in `skipped`, by its reason. Raises ValueError if nothing is left, or if
+    nearly no image is there.
     """
 
     def __init__(self, found: Annotations, videos: dict[str, Path], size: int, crop=None):
-        super().__init__(size, torch.zeros(0, len(COLUMNS)))
+        super().__init__(size, torch.zeros(0, len(COLUMNS)), torch.zeros(0, dtype=torch.long))
         self.crop, self.epoch, self.videos = crop, 0, found.videos
         self.folders, self.without_frames, there = [], [], np.zeros(len(found.frames), bool)
         for v, video in enumerate(found.videos):
@@ -188,10 +190,14 @@ class MultiTaskFrames(FaceImages):
         images = sizes(self.where(i) for i in first)
         return f"{len(self):,} frames of {len(first)} videos, checksum {crc:08x}, sizes {images}"
 
+    @property
+    def used(self) -> list[str]:
+        """The videos of which there are frames."""
+        return [self.videos[v] for v in np.unique(self.frames[:, 0])]
+
     def summary(self) -> str:
         """How many frames of how many videos, and what is left out."""
-        videos = len(np.unique(self.frames[:, 0]))
-        text = f"{len(self):,} frames with a label and a face image in {videos} videos"
+        text = f"{len(self):,} frames with a label and a face image in {len(self.used)} videos"
         if self.skipped:
             text += f"; left out: {listed(self.skipped)}"
         if self.absent:
@@ -210,7 +216,7 @@ class MultiTaskFrames(FaceImages):
     def item(self, i):
         image = read_image(self.where(i))
         pixels = self.crop(image, i, self.epoch) if self.crop else resize(image, self.size)
-        return pixels, self.labels[i]
+        return pixels, self.labels[i], self.frames[i, 0]
 
 
 if __name__ == "__main__":

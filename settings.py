@@ -1,6 +1,6 @@
 """All settings, each beside its meaning and its source in the paper. The defaults are the paper's.
 
-"silent" marks what the paper does not say, and then where our value comes from. `config.py` fills them from a
+The sections from Stills to Cotex are of the second paper. "silent" marks what the paper does not say, and then where our value comes from. `config.py` fills them from a
 file and the command line; `python config.py` prints them.
 """
 
@@ -28,6 +28,9 @@ class Data:
     fer2013: str = ""                 # FER2013: holds fer2013.csv, or train/angry, ..., test/angry, ...
     ferplus: str = ""                 # FER+: holds fer2013new.csv, new labels for FER2013's images
     folders: list[str] = list_of()    # any other folders of face images for pre-training
+    s_aff_wild2: str = ""             # EMMA: holds training_set_annotations.txt, validation_set_...
+    drawn_faces: str = ""             # CoTEX trains on these: holds ANGRER, DISGUST, ..., drawn by a network
+    real_faces: str = ""              # CoTEX is scored on these: the same class folders, of photographs
 
 
 @dataclass
@@ -138,6 +141,62 @@ class Task:
 
 
 @dataclass
+class Stills:
+    """Training a network on AffectNet's expressions: EMMA's CNN, or a ViT. "DAN's": of DAN's authors."""
+    network: Literal["dan", "resnet18", "vit"] = "dan"    # EMMA takes either of the first two
+    start: str = ""                   # "" = random weights; or for a CNN a ResNet-18, for the ViT an MAE
+    width: int = 64                   # channels of the CNN's first stage; ResNet-18 has 64
+    epochs: int = 10                  # passes; each class comes equally often. DAN's
+    batch: int = 256                  # faces per optimiser step, over all processes. DAN's
+    lr: float = 1e-4                  # peak learning rate. DAN's
+    betas: list[float] = list_of(0.9, 0.999)    # AdamW's defaults; DAN's are Adam's
+    weight_decay: float = 0.0         # AdamW's, on matrices only. DAN's
+    warmup_epochs: float = 1.0        # epochs of linear warm-up, then cosine to 0; DAN: times 0.6 per epoch
+    layer_decay: float = 1.0          # of the ViT, as finetune.layer_decay
+    drop_path: float = 0.0            # of the ViT, as finetune.drop_path
+    clip: float = 0.0                 # as finetune.clip
+    smallest_crop: float = 0.6        # a crop's smallest share of the face's area; DAN: rotation, erasing
+
+
+@dataclass
+class Emma:
+    """EMMA, several tasks at once (emma.py). Its authors' values, but for what says "ours"."""
+    start: str = ""                   # "" = pretrain/last.pt, "none" = random, or a checkpoint, ours or MAE's
+    cnn: str = ""                     # "" = stills/best.pt, "none" = no CNN, or a checkpoint, ours or DAN's
+    weights: list[float] = list_of(1.0, 1.0, 1.0)    # of the losses of VA, Expr, AU; 0 = not trained
+    epochs: int = 30                  # passes over the labelled frames
+    batch: int = 400                  # frames per optimiser step, over all processes
+    lr: float = 7.8e-4                # peak learning rate of the ViT and its head: 5e-4 times 400 / 256
+    va_lr: float = 1e-4               # learning rate of the VA head, without schedule and weight decay
+    betas: list[float] = list_of(0.9, 0.999)    # AdamW's defaults
+    weight_decay: float = 0.05        # AdamW's, on matrices only
+    warmup_epochs: float = 5.0        # epochs of linear warm-up, then cosine to 0
+    layer_decay: float = 0.65         # as finetune.layer_decay
+    drop_path: float = 0.1            # as finetune.drop_path
+    clip: float = 0.05                # as finetune.clip
+    smallest_crop: float = 0.9        # a crop's smallest share of the frame's area; 224 of 232 pixels. ours
+
+
+@dataclass
+class Cotex:
+    """Masked CoTEX, two views that learn from each other (cotex.py). Its authors' values, as in Emma."""
+    start: str = ""                   # "" = pretrain/last.pt, "none" = random, or a checkpoint, ours or MAE's
+    views: int = 2                    # V: ViTs with weights of their own; 1 = a plain classifier
+    mask_ratio: float = 0.75          # r: share of the patches that each view drops in training. ours
+    js_weight: float = 16.7           # λ of the divergence between the views: 100 / 6
+    epochs: int = 6                   # passes over the drawn faces
+    batch: int = 1024                 # faces per optimiser step, over all processes
+    lr: float = 5e-4                  # peak learning rate
+    betas: list[float] = list_of(0.9, 0.999)    # AdamW's defaults
+    weight_decay: float = 0.05        # AdamW's, on matrices only
+    warmup_epochs: float = 5.0        # epochs of linear warm-up, then cosine to 0
+    layer_decay: float = 0.65         # as finetune.layer_decay
+    drop_path: float = 0.1            # as finetune.drop_path
+    clip: float = 0.05                # as finetune.clip
+    smallest_crop: float = 0.965      # a crop's smallest share of the face's area; 224 of 228 pixels
+
+
+@dataclass
 class Run:
     """The run itself, of which the paper says nothing."""
     name: str = ""                    # results go to <out>/<name>/<stage>; "" = the configuration file's name
@@ -163,6 +222,9 @@ class Config:
     segments: Segments = field(default_factory=Segments)
     temporal: Temporal = field(default_factory=Temporal)
     task: Task = field(default_factory=Task)
+    stills: Stills = field(default_factory=Stills)
+    emma: Emma = field(default_factory=Emma)
+    cotex: Cotex = field(default_factory=Cotex)
     run: Run = field(default_factory=Run)
 
     def folder(self, stage: str) -> Path:

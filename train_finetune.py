@@ -32,21 +32,16 @@ from data import ExprFrames
 from distributed import all_sum
 from features import build
 from frames import video_folders
-from images import normalise, random_crop
+from images import normalise
 from labels import EXPR
 from losses import expr_loss
 from made_of import find_input, settings_of
 from run import Run
 from splits import split
-from training import (adamw, effective_batch, generator, gradient_norm, in_pieces, loader, pieces,
-                      seed_dropout, set_learning_rate, vit_bytes)
+from training import (adamw, augment, effective_batch, gradient_norm, in_pieces, loader, pieces, seed_dropout,
+                      set_learning_rate, vit_bytes)
 
 SOURCE = "finetune.start", "pretrain"        # where the input is looked for: a setting, a stage
-
-
-def augment(image, sample, epoch, size, seed, smallest_crop):
-    """The random crop and flip of a sample in an epoch: uint8 (size, size, 3)."""
-    return random_crop(image, size, generator(seed, epoch, sample), smallest_crop)
 
 
 def main(config, team):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from distributed import Team
+from images import random_crop
 
 STOP = (signal.SIGTERM, signal.SIGINT)       # what tells a run to save and end
 
@@ -34,6 +35,11 @@ def seed_dropout(seed: int, epoch: int, step: int, rank: int):
     """Dropout and drop path draw from PyTorch's global generators: set them anew at each step."""
     state = np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(state >> 1))
+
+
+def augment(image, sample: int, epoch: int, size: tuple[int, int], seed: int, smallest_crop: float):
+    """The random crop and flip of a sample in an epoch: uint8 (size, size, 3). For a dataset's `crop`."""
+    return random_crop(image, size, generator(seed, epoch, sample), smallest_crop)
 
 
 class Batches(torch.utils.data.Sampler):

@@ -67,7 +67,7 @@ class Plain:
         cosine = (1 + math.cos(math.pi * (t - w) / (1 - w))) / 2
         self.rate = self.peak * t / w if t < w else self.peak * cosine
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * group.get("times", 1)
+            group["lr"] = group.get("fixed", self.rate * group.get("times", 1))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.lines.append(step_text(self.done, total, self.seen, loss, self.unit))

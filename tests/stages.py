@@ -64,7 +64,8 @@ FILMS = {
 # None of these is a default, so that a stage which ignores one ends with other weights.
 SETTINGS = {
     "data": {"synthetic": False, "frames": ["frames"], "labels": "labels", "affectnet_2017": "",
-             "affectnet_2021": "", "raf_db": "", "fer2013": "", "ferplus": "", "folders": list(FACES)},
+             "affectnet_2021": "", "raf_db": "", "fer2013": "", "ferplus": "", "folders": list(FACES),
+             "s_aff_wild2": "abaw4", "drawn_faces": "drawn", "real_faces": "real"},
     "pretrain": {"mask_ratio": 0.5, "epochs": 21, "batch": 10, "lr": 4e-3,
                  "betas": [0.7, 0.9], "weight_decay": 0.3, "warmup_epochs": 1.4, "smallest_crop": 0.4},
     "finetune": {"token": "cls", "dropout": 0.3, "epochs": 5, "every": 3, "batch": 10, "lr": 2e-2,
@@ -73,6 +74,12 @@ SETTINGS = {
     "features": {"batch": 4},
     "temporal": {"dropout": 0.3, "causal": False},
     "task": {"epochs": 21, "batch": 4, "lr": 1e-2, "weight_decay": 0.2, "warmup_epochs": 1.3},
+    "emma": {"cnn": "none", "weights": [1.0, 0.5, 0.25], "epochs": 5, "batch": 10, "lr": 2e-2, "va_lr": 3e-3,
+             "betas": [0.8, 0.95], "weight_decay": 0.4, "warmup_epochs": 0.7, "smallest_crop": 0.5,
+             "layer_decay": 0.6, "drop_path": 0.4, "clip": 8.0},
+    "cotex": {"views": 3, "mask_ratio": 0.5, "js_weight": 0.3, "epochs": 5, "batch": 10, "lr": 2e-2,
+              "betas": [0.8, 0.95], "weight_decay": 0.4, "warmup_epochs": 0.7, "smallest_crop": 0.5,
+              "layer_decay": 0.6, "drop_path": 0.4, "clip": 0.6},
     "run": {"seed": 3, "largest_piece": 4, "device": "cpu"},
 }
 

@@ -244,8 +244,9 @@ def test_readme_has_at_most_1100_words():
     assert len(README.read_text().split()) <= 1100
 
 
-def test_readmes_table_names_every_file():
-    rows = [line for line in README.read_text().splitlines() if " | " in line]
+def test_readmes_table_and_the_page_of_all_files_name_every_file_once():
+    pages = README.read_text() + (ROOT / "docs/files.md").read_text()
+    rows = [line for line in pages.splitlines() if " | " in line]
     named = [name for row in rows for name in re.findall(r"`(\w+\.py)`", row)]
     assert sorted(named) == [path.name for path in MODULES]
 

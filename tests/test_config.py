@@ -132,6 +132,7 @@ def test_an_empty_file_gives_the_defaults_under_the_files_name(file):
     "run.name=größe 表情": "größe 表情", "data.labels=a=b": "a=b",
     "finetune.token=cls": "cls", "run.device=cpu": "cpu", "run.device=mps": "mps",
     "pretrain.smallest_crop=1.0": 1.0, "task.epochs=0": 0, "task.epochs=3": 3,
+    "emma.weights=[0, 1, 0.5]": [0.0, 1.0, 0.5], "cotex.mask_ratio=0": 0.0, "cotex.js_weight=0": 0.0,
     "run.largest_piece=0": 0, "run.largest_piece=16": 16}.items())
 def test_an_override_is_typed(file, override, value):
     kinds = {"temporal.channels=[8]": ["temporal.kernels=[5]", "temporal.dilations=[1]"]}.get(override, [])
@@ -222,6 +223,14 @@ def test_what_is_written_as_yaml_reads_back_the_same(file):
     "finetune.drop_path=-0.1": "finetune.drop_path: got -0.1, expected 0 or more",
     "finetune.clip=-1": "finetune.clip: got -1.0, expected 0 or more",
     "finetune.clip=.inf": "finetune.clip: got inf, expected a finite number",
+    "pretrain.mask_ratio=0": "pretrain.mask_ratio: got 0.0, expected more than 0",
+    "cotex.mask_ratio=1": "cotex.mask_ratio: got 1.0, expected a share below 1",
+    "cotex.views=0": "cotex.views: got 0, expected more than 0",
+    "emma.betas=[0.9]": r"emma\.betas: got \[0\.9\], expected two numbers below 1",
+    "emma.weights=[1, 1]": r"emma\.weights: got \[1\.0, 1\.0\], expected three numbers, of VA, Expr and AU",
+    "emma.weights=[0, 0, 0]": r"emma\.weights: got \[0\.0, 0\.0, 0\.0\], expected .*, not all 0",
+    "emma.weights=[1, -1, 1]": "emma.weights: got -1.0, expected 0 or more",
+    "stills.network=DAN": "stills.network: got 'DAN', expected one of dan, resnet18, vit",
     "segments.stride=301": r"segments\.stride: got 301 > segments\.window=300",
     "vit.image_size=225": r"vit\.image_size: got 225, expected a multiple of vit\.patch=16",
     "vit.heads=5": r"vit\.dim: got 768, expected a multiple of its 5 heads",

@@ -236,7 +236,8 @@ def test_only_frames_with_a_label_and_an_image_are_taken_and_the_rest_is_counted
     assert frames.summary() == (
         "2 frames with a label and a face image in 2 videos; left out: 2 image not on disk, 1 no label, "
         "1 repeats an earlier row; not on disk: a/00002.jpg, ghost/00001.jpg; videos without frames: ghost")
-    (image, labels), (other, half) = frames[0], frames[1]
+    (image, labels, video), (other, half, of) = frames[0], frames[1]
+    assert frames.used == ["b", "a"] and (frames.videos[video], frames.videos[of]) == ("b", "a")
     assert image.shape == (4, 4, 3) and image.dtype == np.uint8 and (image.mean(), other.mean()) == (20, 10)
     assert labels.tolist() == [-5, -5, 3] + [-1] * 12 and half.tolist() == [0.5, -5, -1] + [-1] * 12
 
@@ -284,10 +285,10 @@ def test_a_batch_has_images_labels_and_what_could_not_be_read(tmp_path, workers)
     (tmp_path / "frames/a/00002.jpg").write_bytes(b"\xff\xd8 cut short")
     path = write(tmp_path / "a.txt", *(row(f"a/{n:05d}.jpg", (n / 10, -5), n) for n in (1, 2, 3)))
     frames = MultiTaskFrames(read_annotations(path), videos, size=8)
-    (pixels, labels, problems), (none, no_labels, _) = loader(frames, [[2, 1, 0], []], workers, ALONE)
+    (pixels, labels, of, problems), (none, no_labels, *_) = loader(frames, [[2, 1, 0], []], workers, ALONE)
     assert pixels.shape == (2, 8, 8, 3) and pixels.dtype == torch.uint8
     assert pixels.float().mean((1, 2, 3)).round().tolist() == [30, 10]
-    assert labels.dtype == torch.float32
+    assert labels.dtype == torch.float32 and of.tolist() == [0, 0]
     assert torch.allclose(labels[:, :3], torch.tensor([[0.3, -5, 3], [0.1, -5, 1]]))
     assert len(problems) == 1 and problems[0].startswith(f"{frames.where(1)}: not a readable image")
     assert none.shape == (0, 8, 8, 3) and no_labels.shape == (0, 15) and no_labels.dtype == torch.float32

@@ -48,7 +48,8 @@ SETTINGS = {
     "data": {"synthetic": True, "frames": ["data/Aff-Wild2/cropped_aligned"],
              "labels": "data/Aff-Wild2/annotations", "affectnet_2017": "data/AffectNet-2017",
              "affectnet_2021": "data/AffectNet-2021", "raf_db": "data/RAF-DB",
-             "fer2013": "data/FER2013", "ferplus": "data/FERPlus"},
+             "fer2013": "data/FER2013", "ferplus": "data/FERPlus", "s_aff_wild2": "data/ABAW4",
+             "drawn_faces": "data/ABAW4/drawn", "real_faces": "data/ABAW4/real"},
     "synthetic": {"root": "data", "train_videos": 4, "val_videos": 3, "frames": 40, "faces": 60},
     "vit": {"image_size": 16, "patch": 8, "dim": 8, "depth": 2, "heads": 2},
     "pretrain": {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2, "epochs": 2, "batch": 17,
@@ -60,9 +61,14 @@ SETTINGS = {
     "temporal": {"channels": [8], "kernels": [3], "dilations": [1], "width": 8, "layers": 1, "heads": 2,
                  "hidden": 8, "head": 8, "dropout": 0.0},
     "task": {"epochs": 2, "batch": 3, "lr": 3e-3, "warmup_epochs": 0.5},
+    "stills": {"network": "resnet18", "width": 2, "epochs": 2, "batch": 12, "lr": 3e-3},
+    "emma": {"epochs": 2, "batch": 30, "lr": 3e-3, "warmup_epochs": 0.5, "drop_path": 0.0},
+    "cotex": {"epochs": 2, "batch": 7, "lr": 3e-3, "warmup_epochs": 0.5, "drop_path": 0.0, "mask_ratio": 0.5},
     "run": {"workers": 0},
 }
-DROPOUT = {"finetune": {"dropout": 0.2, "drop_path": 0.3}, "temporal": {"dropout": 0.2}}   # for `write`
+# For `write`.
+DROPOUT = {"finetune": {"dropout": 0.2, "drop_path": 0.3}, "temporal": {"dropout": 0.2},
+           "emma": {"drop_path": 0.3}, "cotex": {"drop_path": 0.3}}
 
 
 def write(folder, name="tiny.yaml", **changes) -> Path:
