@@ -4,6 +4,8 @@ PyTorch's profiler names what runs: kernels on a GPU, operations on the CPU. Eac
 first group whose words it contains.
 """
 
+import os
+
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -33,6 +35,7 @@ def shares(step, device, calls: int = 3) -> dict:
     """-> {"groups": {title: share of the time}, "top": [(name, share), ...], "seconds": of one call}: time on
     the device, each kernel's or operation's own."""
     on_gpu = device.type == "cuda"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")        # the profiler's own messages
     step()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as found:
         for _ in range(calls):

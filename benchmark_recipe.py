@@ -56,6 +56,15 @@ def finetune_step(config) -> int:
     return 3 * (vit_forward(vit) + head) - patches(vit)[1]
 
 
+def cotex_step(config, classes: int) -> int:
+    """One image in a step of masked CoTEX: each view sees its share of the patches."""
+    vit, c = config.vit, config.cotex
+    N, embedding = patches(vit)
+    kept = int(N * (1 - c.mask_ratio))
+    view = transformer(kept + 1, vit.dim, 4 * vit.dim, vit.depth) + 2 * vit.dim * classes
+    return c.views * (3 * view + 2 * embedding)
+
+
 def segment_forward(config, outputs: int) -> tuple[int, int]:
     """One segment through the segment model, and how much of that is what its first layers do to the
     features."""
@@ -155,6 +164,8 @@ def recipe(config, counts: Counts, rates: Rates) -> list[Part]:
              Part("extraction", "frames", counts.frames, rates.extract, "reading and computing")]
     for name, (segments, val_frames) in counts.tasks.items():
         epochs = config.task.epochs or TASKS[name].epochs
-        parts += [Part(f"{name}, {epochs} epochs", "segments", epochs * segments, rates.segments, "computing"),
-                  Part(f"{name}'s validation", "frames", (epochs + 1) * val_frames, rates.videos, "computing")]
+        parts += [Part(f"{name}, {epochs} epochs", "segments", epochs * segments, rates.segments,
+                       "computing"),
+                  Part(f"{name}'s validation", "frames", (epochs + 1) * val_frames, rates.videos,
+                       "computing")]
     return parts

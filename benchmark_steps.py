@@ -20,7 +20,10 @@ import benchmark_recipe
 import features
 import train_pretrain
 from benchmark_baseline import Own
+from cotex import CoTEX, cotex_loss
+from dan import DAN
 from data import VideoFrames
+from emma import EMMA, emma_losses
 from face_set import image_folder
 from images import normalise
 from labels import AU
@@ -29,6 +32,7 @@ from scoring import predict
 from synthetic_face import State, draw_face, person
 from temporal import SegmentModel
 from training import gradient_norm, loader
+from vit import VisionTransformer
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -52,53 +56,91 @@ def random_images(count: int, size: int):
     return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
 
 
+def matrix_product(way: Own, dtype, side: int) -> Work:
+    """The product of two large matrices: what the device can do."""
+    def build():
+        a, b = (torch.randn(side, side, device=way.team.device, dtype=dtype) for _ in range(2))
+        return lambda: torch.mm(a, b)
+    kind = str(dtype).removeprefix("torch.")
+    return Work(f"{kind} matrix product", way, f"{side} x {side}", "products", 1, build, 2 * side ** 3)
+
+
 # ---- Steps of the trainings
 
-def mae_step(config, way: Own, batch: int) -> Work:
-    """A step of train_pretrain.py, the whole batch in one piece."""
+def image_step(name: str, config, way: Own, batch: int, section, make, beside, loss, flops: int = 0,
+               rate: str = "") -> Work:
+    """A step of a training on images, the whole batch in one piece.
+
+    `section`: the settings of its optimiser; `make()`: the model; `beside()`: the tensors (B, ...) that come
+    with the images; `loss(forward, x, *tensors)`, where `forward` calls the model under autocast.
+    """
     def build():
-        model = way.place(train_pretrain.build(config))
-        forward = way.call(model)
-        optimizer = way.adamw(model, config.pretrain)
+        model = way.place(make())
+        call, optimizer = way.call(model), way.adamw(model, section)
         images = way.wait_images(random_images(batch, config.vit.image_size))
-        noise = way.wait(torch.rand(batch, benchmark_recipe.patches(config.vit)[0]))
+        waiting = [way.wait(tensor) for tensor in beside()]
+
+        def forward(*inputs):
+            with way.team.autocast():
+                return call(*inputs)
 
         def step():
             optimizer.zero_grad(set_to_none=True)
-            x, u = way.fetch_images(images), way.fetch(noise)
-            with way.team.autocast():
-                loss, _, _ = forward(x, u)
-            loss.backward()
+            x, tensors = way.fetch_images(images), [way.fetch(tensor) for tensor in waiting]
+            value = loss(forward, x, *tensors)
+            value.backward()
             gradient_norm(model)
             optimizer.step()
-            return loss.detach()
+            return value.detach()
         return step
-    return Work("MAE step", way, f"{batch} images", "images", batch, build,
-                benchmark_recipe.mae_step(config), rate="pretrain")
+    return Work(name, way, f"{batch} images", "images", batch, build, flops, rate=rate)
+
+
+def mae_step(config, way: Own, batch: int) -> Work:
+    """train_pretrain.py's."""
+    N, _ = benchmark_recipe.patches(config.vit)
+    return image_step("MAE step", config, way, batch, config.pretrain, lambda: train_pretrain.build(config),
+                      lambda: [torch.rand(batch, N)], lambda forward, x, u: forward(x, u)[0],
+                      benchmark_recipe.mae_step(config), rate="pretrain")
 
 
 def finetune_step(config, way: Own, batch: int) -> Work:
-    """A step of train_finetune.py, the whole batch in one piece."""
-    def build():
-        model = way.place(features.build(config))
-        forward = way.call(model)
-        optimizer = way.adamw(model, config.finetune)
-        images = way.wait_images(random_images(batch, config.vit.image_size))
-        labels = way.wait(torch.randint(0, 8, (batch,)))
+    """train_finetune.py's."""
+    def loss(forward, x, y):
+        return expr_loss(forward(x), y, y >= 0, batch)
+    return image_step("fine-tuning step", config, way, batch, config.finetune,
+                      lambda: features.build(config), lambda: [torch.randint(0, 8, (batch,))], loss,
+                      benchmark_recipe.finetune_step(config), rate="finetune")
 
-        def step():
-            optimizer.zero_grad(set_to_none=True)
-            x, y = way.fetch_images(images), way.fetch(labels)
-            with way.team.autocast():
-                logits = forward(x)
-            loss = expr_loss(logits, y, y >= 0, batch)
-            loss.backward()
-            gradient_norm(model)
-            optimizer.step()
-            return loss.detach()
-        return step
-    return Work("fine-tuning step", way, f"{batch} images", "images", batch, build,
-                benchmark_recipe.finetune_step(config), rate="finetune")
+
+def cotex_step(config, way: Own, batch: int) -> Work:
+    """train_cotex.py's."""
+    c, (N, _) = config.cotex, benchmark_recipe.patches(config.vit)
+
+    def make():
+        return CoTEX(6, c.views, c.mask_ratio, **vars(config.vit), drop_path=c.drop_path)
+
+    def loss(forward, x, y, u):
+        return cotex_loss(forward(x, u), y, y >= 0, c.js_weight, batch)
+    return image_step("CoTEX step", config, way, batch, c, make,
+                      lambda: [torch.randint(0, 6, (batch,)), torch.rand(batch, c.views, N)], loss,
+                      benchmark_recipe.cotex_step(config, classes=6))
+
+
+def emma_step(config, way: Own, batch: int) -> Work:
+    """train_emma.py's, with DAN as its frozen CNN, whose cost is not counted here."""
+    e = config.emma
+
+    def make():
+        return EMMA(VisionTransformer(**vars(config.vit), drop_path=e.drop_path), DAN())
+
+    def labels():
+        classes, aus = torch.randint(0, 8, (batch, 1)), torch.randint(0, 2, (batch, len(AU.outputs)))
+        return [torch.cat([torch.rand(batch, 2), classes, aus], dim=1), torch.ones(len(AU.outputs))]
+
+    def loss(forward, x, y, positives):
+        return emma_losses(forward(x).float(), y, positives).sum()
+    return image_step("EMMA step", config, way, batch, e, make, labels, loss)
 
 
 def segment_step(config, way: Own) -> Work:
@@ -218,8 +260,8 @@ def decoding(config, way: Own, folder: Path, side: int) -> Work:
                 if way.name == "plain":
                     normalise(torch.tensor(image)[None])
         return step
-    return Work(f"JPEG {side} x {side} to crop {size} x {size}", way, "1 core", "images", count, build,
-                waits=True)
+    return Work(f"JPEG {side} x {side} to crop {size} x {size}", way, f"{count} images, 1 core", "images",
+                count, build, waits=True)
 
 
 def decoding_by_all(config, way: Own, folder: Path, side: int, rate: str) -> Work:
@@ -237,5 +279,6 @@ def decoding_by_all(config, way: Own, folder: Path, side: int, rate: str) -> Wor
             for _ in range(batches):
                 next(come)
         return step
-    return Work(f"JPEG {side} x {side} to crop {size} x {size}", way, f"all {CORES} cores", "images",
-                batch * batches, build, waits=True, rate=rate)
+    return Work(f"JPEG {side} x {side} to crop {size} x {size}", way,
+                f"{batch * batches} images, all {CORES} cores", "images", batch * batches, build,
+                waits=True, rate=rate)
