@@ -256,7 +256,7 @@ def decoding(config, way: Own, folder: Path, side: int) -> Work:
 
         def step():
             for i in range(count):
-                image, _ = faces[i]
+                image, _ = faces[i % len(faces)]
                 if way.name == "plain":
                     normalise(torch.tensor(image)[None])
         return step

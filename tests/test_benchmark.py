@@ -8,6 +8,7 @@ import runpy
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,6 +178,58 @@ def test_times_are_those_of_single_calls():
     assert first < 0.05 <= second
 
 
+@pytest.fixture
+def card(monkeypatch):
+    """As much of torch.cuda as is needed to measure without a card: a clock in ms, bytes, a count of waits."""
+    card = SimpleNamespace(clock=0.0, bytes=0, peak=0, waits=0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = card.clock
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    def synchronize():
+        card.waits += 1
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: card.bytes)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: card.peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(card, "peak", card.bytes))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return card
+
+
+def test_on_a_card_times_are_taken_there_between_the_ends_of_steps_without_waiting_between(card):
+    steps_take = iter([5.0, 7.0, 11.0])
+
+    def step():
+        card.clock += next(steps_take)
+    assert timed(step, 3, torch.device("cuda"), waits=False) == [0.005, 0.007, 0.011]
+    assert card.waits == 2
+
+
+def test_on_a_card_a_peak_is_without_what_the_others_hold(card, monkeypatch):
+    monkeypatch.setattr(benchmark_measure, "ROUNDS", 1)
+
+    def work(name, holds, needs):
+        def build():
+            card.bytes += holds
+
+            def step():
+                card.clock += 1
+                card.peak = max(card.peak, card.bytes + needs)
+            return step
+        return Work(name, OWN, "", "images", 1, build)
+    works = [work("a", holds=100, needs=20), work("b", holds=1000, needs=300)]
+    rows = in_turn(works, work("matrix", 10, 0), torch.device("cuda"), seconds=0)
+    assert [row.memory for row in rows] == [120, 1300]
+
+
 @pytest.mark.parametrize("error, said", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
@@ -230,7 +283,8 @@ def test_names_of_kernels_and_operations_are_sorted_into_words():
     names = {"matrix products": ["aten::addmm", "aten::bmm", "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT",
                                  "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64",
                                  "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu>",
-                                 "sm80_xmma_wgrad_implicit_gemm_indexed_tf32f32", "aten::convolution_backward"],
+                                 "sm80_xmma_wgrad_implicit_gemm_indexed_tf32f32",
+                                 "aten::convolution_backward"],
              "attention": ["pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "aten::_softmax",
                            "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention)",
                            "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3",
