@@ -1,5 +1,5 @@
 """From faces to features: the ViT with its expression head, and one feature per frame of a video (paper §3.1,
-§3.2). What fine-tuning, extraction and prediction share."""
+§3.2). What fine-tuning, extraction and prediction share. `each_frame` serves EMMA as well."""
 
 import dataclasses
 
@@ -43,22 +43,24 @@ def feature_settings(config) -> dict:
 
 
 @torch.no_grad()
-def video_features(vit, frames: VideoFrames, length: int, config, team, progress):
-    """The features of one video of `length` frames. -> features float16 (T, D), noface bool (T,): True where
-    there was no readable face image. Row i belongs to frame i + 1.
+def each_frame(network, frames: VideoFrames, length: int, width: int, dtype, config, team, progress):
+    """What a network gives for each frame of one video of `length` frames, every frame by itself.
+    -> outputs of `dtype` (PyTorch's) as NumPy (T, width), noface bool (T,): True where there was no readable
+    face image. Row i belongs to frame i + 1.
 
-    A frame without a face has the feature of the frame before it (`fill_gaps`). Without any face, all
-    features are 0. Images that cannot be read are named. `progress` (run.Progress) counts the frames.
+    network: images (B, 3, height, width) -> (B, width). A frame without a face has the outputs of the frame
+    before it (`fill_gaps`). Without any face, all outputs are 0. Images that cannot be read are named.
+    `progress` (run.Progress) counts the frames.
     """
     noface, problems = np.ones(length, bool), []
-    features = np.zeros((length, config.vit.dim), np.float16)
+    outputs = torch.zeros(length, width, dtype=dtype).numpy()
     batches = BatchSampler(range(len(frames)), config.features.batch, drop_last=False)
     for images, rows, unreadable in loader(frames, batches, config.run.workers, team):
         problems += unreadable
         if len(rows):
             with team.autocast():
-                f = vit.features(normalise(images.to(team.device)), config.finetune.token)      # (B, D)
-            features[rows] = f.half().cpu().numpy()
+                of_batch = network(normalise(images.to(team.device)))                       # (B, width)
+            outputs[rows] = of_batch.to(dtype).cpu().numpy()
             noface[rows] = False
         progress.add(len(rows) + len(unreadable))
     progress.add(length - len(frames))                               # the frames without an image
@@ -66,16 +68,23 @@ def video_features(vit, frames: VideoFrames, length: int, config, team, progress
         more = f" and {len(problems) - 1} more of this video" if len(problems) > 1 else ""
         print(f"  left out: {problems[0]}{more}", flush=True)
     if not noface.all():
-        fill_gaps(features, noface)
-    return features, noface
+        fill_gaps(outputs, noface)
+    return outputs, noface
 
 
-def fill_gaps(features: np.ndarray, noface: np.ndarray):
-    """Give each frame without a face the feature of the last frame before it that has one; at the start, of
-    the first that has one. In place. Shape: features (T, D), noface (T,), not all True."""
+def video_features(vit, frames: VideoFrames, length: int, config, team, progress):
+    """The features of one video of `length` frames, by `each_frame`. -> float16 (T, D), noface bool (T,)"""
+    def features(images):
+        return vit.features(images, config.finetune.token)                                  # (B, D)
+    return each_frame(features, frames, length, config.vit.dim, torch.float16, config, team, progress)
+
+
+def fill_gaps(rows: np.ndarray, noface: np.ndarray):
+    """Give each frame without a face the row of the last frame before it that has one; at the start, of the
+    first that has one. In place. Shape: rows (T, D), noface (T,), not all True."""
     last = np.flatnonzero(~noface)[0]
-    for t in range(len(features)):
+    for t in range(len(rows)):
         if noface[t]:
-            features[t] = features[last]
+            rows[t] = rows[last]
         else:
             last = t

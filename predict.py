@@ -3,6 +3,7 @@
     python predict.py --frames FOLDER --out predictions.csv                        # the demo's models
     torchrun --nproc_per_node=2 predict.py --config my.yaml --frames FOLDER --out predictions.csv --fps 25
     python predict.py --config my.yaml --frames FOLDER --out faces.jsonl --still   # each image for itself
+    python predict.py --frames FOLDER --out predictions.csv --emma runs/demo/emma/best.pt
 
 FOLDER holds the face crops of one video (00001.jpg, ...; numbers may be missing), or a folder of them per
 video. Labels are not needed, only the run's fine-tuned ViT and its trained tasks; a task that is missing has
@@ -25,11 +26,13 @@ expression. Then `file`, the path below FOLDER, stands in place of video, frame 
 and action units, which need a video, are left out. Of an image that cannot be read, all but file and face is
 empty.
 
+--emma takes an EMMA of train_emma.py instead of the run's models. It sees every frame by itself, so with
+--still valence, arousal and action units are there, too. A task that it was not trained on has no columns.
+
 predictions.csv.json tells what the table was made of. The same command goes on with a killed run. In memory
 are the features of one video, as in extract_features.py.
 """
 
-import dataclasses
 import math
 import os
 import zlib
@@ -40,47 +43,19 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler
 
-from checkpoints import checksum, load_vit, load_weights, read_checkpoint
 from config import from_command_line
 from data import VideoFrames
 from distributed import all_sum, launch
-from features import build, feature_settings, video_features
 from frames import below, has_frames, list_frames
 from images import FaceImages, find_images, listed, normalise, read_image, resize, sizes
-from labels import EXPR, TASKS
-from made_of import command, find_input, finished, like, missing, there
 from postprocessing import in_units, smoothed
+from predict_models import Classifier, Emma, SegmentModels
 from run import Progress
-from scoring import Trained, check_features, load, stage_of
 from table import Table, beside_a_table
 from table_pictures import draw_missing
 from training import loader
-from vit import VisionTransformer
 
 TOGETHER = 1000            # with --still, images that are written together
-
-
-# ---- Models
-
-def finished_tasks(config) -> dict[str, Path]:
-    """{task name: its best.pt} of the run's tasks that are finished. Raises ValueError if one is gone."""
-    paths = {task.name: config.folder(stage_of(config, task)) / "best.pt" for task in TASKS.values()}
-    paths = {name: path for name, path in paths.items() if finished(path.parent)}
-    for path in paths.values():
-        there(path, config)
-    return paths
-
-
-def load_task(path, task, config, origin: dict, team) -> tuple[Trained, dict]:
-    """A task's segment model, and what it is, for the table's record. `origin`: the record of the ViT. Raises
-    ValueError if it needs another ViT's features."""
-    trained = load(path, config, task, team)
-    features = {"stage": "features", "settings": feature_settings(config), "from": origin}
-    check_features(path, trained.record, features)
-    for name, (_, was, now) in trained.changed.items():
-        team.say(f"  {name}={was} as in {path}; the configuration has {now}")
-    s = trained.config.segments
-    return trained, {"file": str(path), "checksum": checksum(path), "window": s.window, "stride": s.stride}
 
 
 # ---- Values
@@ -137,43 +112,23 @@ class Videos:
                                                       f"sizes {sizes(ends)}"}
         self.text = "\n".join([f"{folder}: {len(self.names)} videos, {images:,} images", *lines])
 
-    def load(self, config, team) -> dict:
-        """The ViT and the segment models. -> what they are, for the table's record"""
-        paths = finished_tasks(config)
-        if not paths:
-            raise missing(config.folder(stage_of(config, TASKS["au"])) / "best.pt",
-                          "train_task.py --task au", config)
-        path, origin = find_vit(config, team)
-        vit = VisionTransformer(**dataclasses.asdict(config.vit))
-        team.say(f"  ViT from {path}; {load_vit(vit, path)}")
-        self.vit, self.config, self.team, self.models = vit.to(team.device).eval(), config, team, []
-        record = {"vit": {"file": str(path), "checksum": origin["checksum"], "token": config.finetune.token}}
-        for task in TASKS.values():
-            if task.name in paths:
-                trained, record[task.name] = load_task(paths[task.name], task, config, origin, team)
-                self.models.append(trained)
-            else:
-                team.say(f"  no columns of {task.name}, which is not trained; to train it: "
-                         + command(f"train_task.py --task {task.name}", config))
-        self.tasks = [trained.task for trained in self.models]
-        self.header = ["video", "frame", "time", "face", *columns(self.tasks)]
-        return record
+    def fill_by(self, models, team):
+        """Take the models that fill the table."""
+        self.models, self.team = models, team
+        self.header = ["video", "frame", "time", "face", *columns(models.tasks)]
 
     def rows(self, number: int, progress):
         """One video. -> its rows, one after the other, and noface (T,)"""
-        length, o = self.sizes[number], self.options
-        frames = VideoFrames(self.folders[number], self.config.vit.image_size)
+        length, o, tasks = self.sizes[number], self.options, self.models.tasks
+        frames = VideoFrames(self.folders[number], self.models.config.vit.image_size)
         if self.numbers[number] != (len(frames), zlib.crc32(frames.numbers.tobytes())):
             raise ValueError(f"{self.folders[number]}: other frames than at the start; wait until all are "
                              "there, and give another --out")
-        features, noface = video_features(self.vit, frames, length, self.config, self.team, progress)
-        values = []
-        for trained in self.models if not noface.all() else []:
-            outputs = trained.predict(features)                                                      # (T, K)
-            values.append(smoothed(in_units(outputs, trained.task), o.smooth))
+        outputs, noface = self.models.video(frames, length, progress)                  # of a task (T, K)
+        values = [smoothed(in_units(x, task), o.smooth) for task, x in zip(tasks, outputs)]
         nothing = [None] * (len(self.header) - 4)
         return ([self.names[number], t + 1, t / o.fps if o.fps else None, int(not noface[t]),
-                 *(cells(self.tasks, [v[t] for v in values]) or nothing)] for t in range(length)), noface
+                 *(cells(tasks, [v[t] for v in values]) or nothing)] for t in range(length)), noface
 
 
 # ---- Single images
@@ -182,7 +137,6 @@ class Stills(FaceImages):
     """All images below a folder, each for itself; a part of the table are TOGETHER of them. Item: uint8 image
     (size, size, 3), its number. Raises ValueError if there is no image."""
     unit = "images"
-    header = ["file", "face", *columns([EXPR])]
 
     def __init__(self, folder: Path, options):
         skipped = Counter()
@@ -197,17 +151,11 @@ class Stills(FaceImages):
         lines = [f"  not read: {listed(skipped)}"] if skipped else []
         self.text = "\n".join([f"{folder}: {len(self.files):,} images", *lines])
 
-    def load(self, config, team) -> dict:
-        """The fine-tuned classifier. -> what it is, for the table's record"""
-        path, origin = find_vit(config, team)
-        saved = read_checkpoint(path)
-        config, _ = like(saved.get("made_of"), config, path)
-        super().__init__(config.vit.image_size, torch.zeros(0, dtype=torch.long))
-        self.config, self.team, self.classifier = config, team, build(config)
-        load_weights(self.classifier, saved.get("model", saved), path)
-        self.classifier.to(team.device).eval()
-        team.say(f"  expressions by {path}; no columns of va and au, which need a video")
-        return {"vit": {"file": str(path), "checksum": origin["checksum"], "token": config.finetune.token}}
+    def fill_by(self, models, team):
+        """Take the models that fill the table."""
+        super().__init__(models.config.vit.image_size, torch.zeros(0, dtype=torch.long))
+        self.models, self.team = models, team
+        self.header = ["file", "face", *columns(models.tasks)]
 
     def __len__(self):
         return len(self.files)
@@ -223,29 +171,26 @@ class Stills(FaceImages):
         """One part. -> its rows, one after the other, and noface (T,)"""
         first = number * TOGETHER
         taken = range(first, first + self.sizes[number])
-        values, noface = np.zeros((len(taken), len(EXPR.outputs)), np.float32), np.ones(len(taken), bool)
-        batches = BatchSampler(taken, self.config.features.batch, drop_last=False)
-        for images, numbers, unreadable in loader(self, batches, self.config.run.workers, self.team):
+        config, tasks, noface = self.models.config, self.models.tasks, np.ones(len(taken), bool)
+        values = [np.zeros((len(taken), len(task.outputs)), np.float32) for task in tasks]
+        batches = BatchSampler(taken, config.features.batch, drop_last=False)
+        for images, numbers, unreadable in loader(self, batches, config.run.workers, self.team):
             for problem in unreadable:
                 print(f"  left out: {problem}", flush=True)
             if len(numbers):
                 with self.team.autocast():
-                    logits = self.classifier(normalise(images.to(self.team.device)))                 # (B, 8)
-                values[numbers - first] = in_units(logits.float().cpu().numpy(), EXPR)
+                    outputs = self.models.images(normalise(images.to(self.team.device)))  # of a task (B, K)
+                for of_task, task, x in zip(values, tasks, outputs):
+                    of_task[numbers - first] = in_units(x.float().cpu().numpy(), task)
                 noface[numbers - first] = False
             progress.add(len(numbers) + len(unreadable))
-        nothing = [None] * len(columns([EXPR]))
+        nothing = [None] * len(columns(tasks))
         return ([os.fsdecode(self.files[i]), int(not noface[i - first]),
-                 *(nothing if noface[i - first] else cells([EXPR], [values[i - first]]))]
+                 *(nothing if noface[i - first] else cells(tasks, [v[i - first] for v in values]))]
                 for i in taken), noface
 
 
 # ---- The script
-
-def find_vit(config, team) -> tuple[Path, dict]:
-    """The fine-tuned checkpoint, as extract_features.py finds it, and its record (made_of.py)."""
-    return find_input(config, team, "features.checkpoint", "finetune", "best.pt", "train_finetune.py")
-
 
 def check_options(options):
     """Raises ValueError for options that make no sense, alone or together."""
@@ -270,10 +215,17 @@ def main(config, team, options):
     if team.agree(source.found) != source.found:
         raise ValueError(f"{options.frames}: this process sees other images than the first one")
     team.say(source.text)
-    if config.data.synthetic:
+    if options.emma:
+        models = Emma(options.emma, config, team)
+    elif options.still:
+        models = Classifier(config, team)
+    else:
+        models = SegmentModels(config, team)
+    if models.synthetic:
         team.say("  warning: these models learned from synthetic faces; they say little about real ones")
-    record = {**source.load(config, team), "still": options.still, "smooth": options.smooth,
-              "fps": options.fps, **source.found}
+    source.fill_by(models, team)
+    record = {**models.record, "still": options.still, "smooth": options.smooth, "fps": options.fps,
+              **source.found}
     table = Table(options.out, source.header, record, team)
     if not table.finished:
         make(table, source, team)
@@ -312,5 +264,6 @@ if __name__ == "__main__":
         fps={"type": float, "metavar": "F", "help": "frames per second, for the column time"},
         smooth={"type": int, "default": 0, "metavar": "K", "help": "mean over K frames before and after"},
         picture={"action": "store_true", "help": "draw FILE.pictures/<video>.png, too"},
-        still={"action": "store_true", "help": "each image for itself: expressions only"})
+        still={"action": "store_true", "help": "each image for itself; without --emma, expressions only"},
+        emma={"default": "", "metavar": "CHECKPOINT", "help": "predict with this EMMA, not with the run"})
     launch(main, config, options)

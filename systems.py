@@ -164,8 +164,9 @@ def collect_time(config, seeds) -> list[dict]:
         for run in runs:
             names, sums = read_sums(run.folder(stage_of(run, task)))
             others, of_emma = emma_frames.video_sums(run.folder("emma") / "best.pt", run, task, team)
-            segment[name].append(sums)
-            single[name].append(of_emma[[others.index(video) for video in names]])
+            both = [video for video in names if video in others]      # EMMA may have trained on some
+            segment[name].append(sums[[names.index(video) for video in both]])
+            single[name].append(of_emma[[others.index(video) for video in both]])
     rows = [{"title": "segment models, a task each", "tasks": segment},
             {"title": "EMMA, single frames", "tasks": single}]
     return with_changes([{**row, "tasks": {name: np.stack(sums) for name, sums in row["tasks"].items()}}

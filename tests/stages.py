@@ -7,6 +7,7 @@ nobody annotated, videos without labels, without images, and without a folder.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import runpy
@@ -26,10 +27,13 @@ import run
 import tiny
 from checkpoints import checksum
 from config import load
+from emma import EMMA
 from features import build as classifier
+from images import normalise
 from labels import TASKS
-from made_of import settings_of
+from made_of import read_record, settings_of
 from train_pretrain import build as autoencoder
+from vit import VisionTransformer
 
 STEP_SECONDS = 6              # of an optimiser step, by the tests' clock; a progress line comes after 5
 FACES = {"faces/a": 9, "faces/b": 14}                # images in each folder of still faces
@@ -163,6 +167,22 @@ def write_result(stage: Path, sections, config, source, before, models: dict, da
     (stage / "made_of.json").write_text(json.dumps(record))
     (stage / "metrics.json").write_text("{}")
     return record
+
+
+def write_emma(folder, run_name="tiny", cnn=None, weights=(1.0, 0.5, 0.25), trained_on=("1", "4")) -> EMMA:
+    """A finished EMMA with random weights, as train_emma.py leaves it in runs/<run_name>/emma. -> the network
+    in evaluation mode"""
+    config = settings(folder, f"emma.weights={list(weights)}")
+    torch.manual_seed(7)
+    model = EMMA(VisionTransformer(**dataclasses.asdict(config.vit)), cnn)
+    with torch.no_grad():                                    # so that faces differ, in both directions
+        model.head[2].weight.mul_(20)
+        noise = torch.randint(256, (40, *2 * (config.vit.image_size,), 3), dtype=torch.uint8)
+        model.head[2].bias -= model(normalise(noise))[:, 2:].mean(dim=0)
+    write_result(folder / "runs" / run_name / "emma", ["synthetic", "vit", "emma", "run.seed"], config,
+                 {"setting": "emma.start", "stage": "pretrain"}, read_record(folder / "runs/tiny/pretrain"),
+                 {"best.pt": model}, {"training videos": list(trained_on)})
+    return model.eval()
 
 
 def clean(folder):

@@ -154,7 +154,7 @@ def start(place, script: str, arguments: list[str]) -> tuple[object, str, bool]:
             mock.patch.object(shutil, "rmtree"),                     # benchmark.py begins anew
             mock.patch.object(subprocess, "run", side_effect=SystemExit(0)),
             mock.patch.object(subprocess, "Popen", side_effect=SystemExit(0))]      # many_runs.py
-    alone = script in ("predict.py", "report.py", "submission.py")
+    alone = script in ("emma_frames.py", "predict.py", "report.py", "submission.py")
     if alone or script == "synthetic.py" and "--sheet" not in arguments:
         work.append(mock.patch.object(distributed, "launch"))
     code = 0

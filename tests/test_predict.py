@@ -1,5 +1,5 @@
 """One's own faces as a table: the rows against features and models taken step by step, single images, gaps,
-what is refused, and what a kill leaves."""
+what is refused, and what a kill leaves; EMMA in place of a run's models."""
 
 import argparse
 import contextlib
@@ -7,30 +7,40 @@ import csv
 import json
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+import emma_frames
 import predict
+import predict_models
 import scoring
 import stages
 import tiny
-from checkpoints import read_checkpoint
+from checkpoints import checksum, read_checkpoint
+from cnn import ResNet18
+from data import VideoFrames
 from distributed import Team
+from emma import split_outputs
 from features import build
 from images import normalise, read_image, resize
 from labels import EXPR, TASKS
 from made_of import read_record
 from postprocessing import smoothed
+from prediction_files import score_file
+from run import Progress
+from score_table import score_table
 from stages import FILMS, settings
 from table import Table
 from temporal import SegmentModel
 
 ALONE = Team(0, 1, torch.device("cpu"))
 VIDEOS = sorted(name for name, film in FILMS.items() if film.images)
-OPTIONS = {"frames": "frames", "out": "all.csv", "fps": None, "smooth": 0, "still": False, "picture": False}
+OPTIONS = {"frames": "frames", "out": "all.csv", "fps": None, "smooth": 0, "still": False, "picture": False,
+           "emma": ""}
 VALUES = ["valence", "arousal", "expression", *EXPR.outputs, *TASKS["au"].outputs]
 
 
@@ -225,7 +235,7 @@ def test_pictures_can_be_asked_for_when_the_table_is_finished_and_are_the_same(t
     drawn = pictures(start(folder, out="at_once.csv", picture=True))
     table = start(folder, out="later.csv")
     before = (table.read_bytes(), table.stat().st_mtime_ns)
-    with mock.patch.object(predict, "video_features", side_effect=AssertionError):     # nothing is made again
+    with mock.patch.object(predict_models, "video_features", side_effect=AssertionError):   # not made again
         start(folder, out="later.csv", picture=True)
         assert pictures(table) == drawn and (table.read_bytes(), table.stat().st_mtime_ns) == before
         (folder / "later.csv.pictures/6.png").unlink()
@@ -269,6 +279,122 @@ def test_a_still_image_has_the_expression_that_the_fine_tuned_classifier_sees(tr
         assert row["face"] == "1" and row["expression"] == EXPR.outputs[int(shares.argmax())]
         assert [float(row[name]) for name in EXPR.outputs] == pytest.approx(shares.tolist(), abs=2e-6)
     assert {row["face"] for row in found} == {"0", "1"}
+
+
+# ---- EMMA
+
+@pytest.fixture(scope="module")
+def with_emma(tmp_path_factory):
+    """Videos and three checkpoints: EMMA, an EMMA that has learned action units alone, an MAE; no run, no
+    labels. -> the folder"""
+    made, folder = stages.write(tmp_path_factory.mktemp("made")), tmp_path_factory.mktemp("emma")
+    torch.manual_seed(5)
+    stages.write_emma(made, cnn=ResNet18(8, 2))
+    stages.write_emma(made, "au", weights=(0, 0, 1))
+    shutil.copy(made / "runs/tiny/emma/best.pt", folder / "emma.pt")
+    shutil.copy(made / "runs/au/emma/best.pt", folder / "au.pt")
+    shutil.copy(made / "runs/tiny/pretrain/last.pt", folder / "mae.pt")
+    shutil.move(made / "frames", folder / "frames")
+    shutil.move(made / "labels", folder / "put_aside")
+    tiny.write(folder, **stages.SETTINGS, vit={"dim": 12})           # the checkpoint tells its own
+    return folder
+
+
+def texts_of(outputs) -> list[list[str]]:
+    """What the table must say of EMMA's outputs (n, 22)."""
+    return as_text(dict(zip(TASKS, split_outputs(outputs))))
+
+
+def test_emma_fills_all_columns_of_videos_with_what_it_gives_for_each_frame(with_emma, capsys):
+    rows = read(start(with_emma, out="all.csv", emma="emma.pt", fps=8.0))
+    assert list(rows[0]) == ["video", "frame", "time", "face", *VALUES]
+    said = capsys.readouterr().out
+    assert "EMMA from emma.pt, each frame by itself" in said and "warning" not in said
+    assert "vit.dim=8 as in emma.pt; the configuration has 12" in said
+    trained = emma_frames.load(with_emma / "emma.pt", settings(with_emma))
+    for name in VIDEOS:
+        found, length = of_video(rows, name), max(FILMS[name].images)
+        frames = VideoFrames(with_emma / "frames" / name, 16)
+        outputs, noface = trained.predict(frames, length, Progress(1, "frames", ALONE))
+        expected = [[""] * len(VALUES)] * length if noface.all() else texts_of(outputs)
+        assert [[row[column] for column in VALUES] for row in found] == expected
+        assert [row["face"] for row in found] == ["01"[not gone] for gone in noface]
+    assert len({row["expression"] for row in rows}) > 3
+
+
+def test_the_scores_of_emmas_table_are_those_of_its_evaluation(with_emma):
+    table, labels = start(with_emma, out="scored.csv", emma="emma.pt"), with_emma / "put_aside"
+    config = settings(with_emma, "data.labels=put_aside")
+    with contextlib.chdir(with_emma):
+        for task in TASKS.values():
+            _, sums = emma_frames.video_sums("emma.pt", config, task, ALONE)
+            assert score_table(task, sums, comparable=False) in score_file(table, labels, task)
+
+
+def test_emma_tells_everything_of_a_still_image(with_emma, monkeypatch):
+    monkeypatch.setattr(predict, "TOGETHER", 7)                              # more than one part
+    rows = read(start(with_emma, out="still.csv", emma="emma.pt", still=True))
+    assert list(rows[0]) == ["file", "face", *VALUES]
+    assert len(rows) == len(list(with_emma.glob("frames/*/*.jpg")))
+    model = emma_frames.load(with_emma / "emma.pt").model
+    for row in rows[::3]:
+        film, name = row["file"].split("/")
+        found = [row[column] for column in VALUES]
+        if int(name[:5]) in FILMS[film].broken:
+            assert row["face"] == "0" and not any(found)
+            continue
+        pixels = torch.tensor(resize(read_image(with_emma / "frames" / row["file"]), (16, 16)))
+        with torch.no_grad():
+            [expected] = texts_of(model(normalise(pixels[None])).numpy())
+        assert row["face"] == "1" and found.pop(2) == expected.pop(2)
+        assert list(map(float, found)) == pytest.approx(list(map(float, expected)), abs=1e-4)
+    assert {row["face"] for row in rows} == {"0", "1"}
+
+
+@pytest.mark.parametrize("still", [False, True])
+def test_a_task_that_emma_was_not_trained_on_has_no_columns(with_emma, still, capsys):
+    rows = read(start(with_emma, out=f"au{still}.csv", emma="au.pt", still=still))
+    assert list(rows[0])[-12:] == list(TASKS["au"].outputs) and not {"valence", "expression"} & set(rows[0])
+    said = capsys.readouterr().out
+    assert all(f"no columns of {name}, which it was not trained on" in said for name in ("va", "expr"))
+
+
+def test_the_record_names_emmas_checkpoint_and_another_one_is_not_mixed_in(with_emma):
+    table = start(with_emma, frames="frames/9", out="nine.csv", emma="emma.pt")
+    record = json.loads((with_emma / "nine.csv.json").read_text())
+    assert record["emma"] == {"file": "emma.pt", "checksum": checksum(with_emma / "emma.pt")}
+    before = table.read_bytes()
+    shutil.copy(with_emma / "emma.pt", with_emma / "moved.pt")
+    start(with_emma, frames="frames/9", out="nine.csv", emma="moved.pt")               # the same bytes
+    with pytest.raises(ValueError, match=r"made, or begun, with something else:\n  emma: was .*'checksum'"):
+        start(with_emma, frames="frames/9", out="nine.csv", emma="au.pt")
+    assert table.read_bytes() == before
+
+
+def test_killed_with_emma_it_goes_on_and_two_processes_write_what_one_does(with_emma, tmp_path):
+    folder = tiny.copied(with_emma, tmp_path)
+    for name in set(VIDEOS) - {"4", "6", "7"}:
+        shutil.rmtree(folder / "frames" / name)
+    command = ["predict.py", *tiny.TINY, "--frames", "frames", "--smooth", "2", "--emma", "emma.pt", "--out"]
+    one = start(folder, out="by1.csv", emma="emma.pt", smooth=2, picture=True)
+    kill = tiny.stop("os.fsync", 3, after=False)         # the record, one video, the middle of a second
+    assert tiny.run(folder, *command, "by2.csv", hook=kill).codes == [-9]
+    assert len(list((folder / "by2.csv.parts").glob("[0-9]*"))) == 1 and not (folder / "by2.csv").exists()
+    tiny.done(folder, *command, "by2.csv", "--picture", world=2)
+    assert (folder / "by2.csv").read_bytes() == one.read_bytes()
+    assert pictures(folder / "by2.csv") == pictures(one) and len(pictures(one)) == 3
+
+
+@pytest.mark.parametrize("emma, overrides, message", [
+    ("nowhere.pt", [], "nowhere.pt: no such checkpoint"),
+    ("tiny.yaml", [], "tiny.yaml: not a whole, plain checkpoint"),
+    ("mae.pt", [], "mae.pt: of stage pretrain; expected EMMA, as train_emma.py writes it"),
+    ("emma.pt", ["vit.dim=16"], "emma.pt was made with other settings:\n  vit.dim: was 8, now 16")])
+def test_what_is_no_emma_fills_no_table(with_emma, emma, overrides, message):
+    for still in (False, True):
+        with pytest.raises(ValueError, match=message):
+            start(with_emma, *overrides, out="none.csv", emma=emma, still=still)
+    assert not list(with_emma.glob("none.csv*"))
 
 
 # ---- What is refused
@@ -389,7 +515,7 @@ def test_an_output_that_is_no_file_is_refused(trained, out):
 def test_frames_that_come_or_change_while_a_table_is_made_are_noticed(trained, tmp_path):
     shutil.copytree(trained / "frames/4", tmp_path / "4")
     source = predict.Videos(tmp_path, argparse.Namespace(**OPTIONS))
-    source.config = settings(trained)
+    source.models = SimpleNamespace(config=settings(trained), tasks=[])
     shutil.copy(tmp_path / "4/00033.jpg", tmp_path / "4/00034.jpg")
     with pytest.raises(ValueError, match="4: other frames than at the start; wait until all are there"):
         source.rows(0, None)

@@ -1,0 +1,144 @@
+"""A network that learns the expressions of still faces: EMMA's CNN, or a ViT, on AffectNet's labels.
+
+DAN by default; `stills.network` may be resnet18, its trunk alone, or vit. Every class comes equally often in
+training (`stills.LabelledStills`). The second paper's EMMA takes the CNN and does not train it further.
+
+    python train_stills.py                                                    # the demo's ResNet-18
+    torchrun --nproc_per_node=2 train_stills.py --config my.yaml              # from configs/emma.yaml
+    python train_stills.py --set run.name=dan --set stills.network=dan --set stills.start=runs/demo/stills/best.pt
+    python train_stills.py --set run.name=vit --set stills.network=vit --set stills.start=runs/demo/pretrain/last.pt
+
+Writes to runs/<config>/stills: best.pt (under the key `model`, of the epoch with the best validation macro
+F1), last.pt, log.csv, curves.png, metrics.json.
+
+log.csv, one row per epoch: `loss` cross-entropy, for DAN with its two other losses; `val_f1` macro F1 of the
+sets' own validation faces; `val_unreadable` faces of those that could not be decoded; `gradient_norm` (before
+clipping), `lr`, `unreadable`, `seconds` as in train_pretrain.py.
+
+The batch is not cut into pieces: BatchNorm and DAN's partition loss are no sums over pieces.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grads_with_norm_
+from torch.utils.data import BatchSampler
+
+from checkpoints import checksum, load_weights, read_checkpoint
+from config import from_command_line
+from dan import affinity_loss, partition_loss
+from distributed import all_sum
+from images import normalise
+from labels import EXPR, EXPRESSIONS
+from losses import expr_loss
+from made_of import settings_of
+from run import Run
+from score_table import in_lines
+from stills import LabelledStills, build, fill, labelled_sets
+from training import adamw, effective_batch, gradient_norm, loader, seed_dropout, set_learning_rate
+
+
+def main(config, team):
+    """Train the network, or go on with it, until runs/<config>/stills is finished."""
+    # configuration
+    s, seed = config.stills, config.run.seed
+    sections = ("vit", "finetune.token", "finetune.hidden", "finetune.dropout") if s.network == "vit" else ()
+    settings = settings_of(config, "synthetic", "stills", "run.seed", "data.affectnet_2017",
+                           "data.affectnet_2021", "data.affectnet_crop", *sections)
+    run = Run("stills", config, team, settings)
+
+    # data
+    sets = labelled_sets(config.data)
+    train = LabelledStills(sets, True, config.vit.image_size, seed, s.smallest_crop)
+    val = LabelledStills(sets, False, config.vit.image_size)
+    found = {"training": train.fingerprint(), "validation": val.fingerprint(),
+             "start": f"checksum {checksum(s.start)}" if s.start else "random weights"}
+    if run.still_finished(found):
+        return
+    team.say(f"  training: {train.summary()}\n  validation: {val.summary()}")
+    if 1 in (s.batch, len(train) % s.batch):
+        raise ValueError(f"stills.batch: {len(train):,} faces in batches of {s.batch} make a batch of one, of "
+                         "which BatchNorm has no deviation; try another size")
+
+    # model and optimiser
+    torch.manual_seed(seed)
+    model = build(config)
+    said = fill(model, s.network, s.start) if s.start else "random weights"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    team.say(f"  start: {s.start or ''} {said}\n{s.network}: {parameters:,} parameters, {s.epochs} epochs of "
+             f"{len(train):,} faces; {effective_batch(s.batch, 1, team)}")
+    ddp = team.parallel(model)
+    optimizer = adamw(model, s.lr, s.betas, s.weight_decay, s.layer_decay)
+    run.begin(model, optimizer, train, s.batch, s.epochs, found)
+
+    # loop
+    for epoch in range(run.epoch, s.epochs):
+        train.epoch = epoch
+        model.train()
+        for step, (images, labels, problems) in run.batches():
+            set_learning_rate(optimizer, step, run.steps * s.epochs, s.warmup_epochs * run.steps, s.lr)
+            _, unreadable = run.count_readable(images, problems)
+            seed_dropout(seed, epoch, run.step, team.rank)
+            images, labels = (part.to(team.device, non_blocking=True) for part in (images, labels))
+            optimizer.zero_grad(set_to_none=True)
+            with team.autocast():
+                outputs = ddp(normalise(images))
+            if s.network == "dan":
+                scores, features, heads = outputs                      # (B, 8), (B, D), (B, K, D)
+                loss = (expr_loss(scores, labels, labels >= 0)
+                        + affinity_loss(features, labels, labels >= 0, model.centres) + partition_loss(heads))
+            else:
+                loss = expr_loss(outputs, labels, labels >= 0)         # of the whole batch, on every process
+            loss.backward()
+            norm = gradient_norm(model)
+            if s.clip:
+                clip_grads_with_norm_(model.parameters(), s.clip, norm)
+            optimizer.step()
+            run.end_step(loss, norm, unreadable=unreadable)
+        batches = run.unless_stopped(read(val, config, team))
+        sums, val_unreadable = validate(model, batches, team)
+        run.obey_signals()
+        f1 = EXPR.metric.score(sums).mean()
+        run.keep_best(f1)
+        run.end_epoch(f"validation macro F1 {f1:.3f}", val_f1=f1, val_unreadable=val_unreadable)
+    run.end()
+
+    # finish
+    load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
+    sums, unreadable = validate(model, read(val, config, team), team)
+    f1, chance = EXPR.metric.score(sums), EXPR.metric.chance(sums)
+    run.finish({"val_macro_f1": f1.mean(), "val_f1": f1.tolist(), "chance": chance.mean(),
+                "val_faces": int(sums.sum()), "val_unreadable": unreadable},
+               chance={"loss": math.log(len(EXPRESSIONS)), "val_f1": chance.mean()})
+    columns = [[title, *[f"{score:.3f}" for score in [*scores, scores.mean()]]]
+               for title, scores in (("ours", f1), ("chance", chance))]
+    team.say(f"\n{s.network} on {int(sums.sum()):,} validation faces ({unreadable:,} more cannot be read)\n"
+             f"{in_lines('macro F1', [*EXPRESSIONS, 'mean'], columns)}\nwritten to {run.folder}")
+
+
+def read(val, config, team):
+    """Batches of this process's share of the validation faces: each is read by one process."""
+    mine = range(team.rank, len(val), team.world)
+    return loader(val, BatchSampler(mine, config.features.batch, drop_last=False), config.run.workers, team)
+
+
+@torch.no_grad()
+def validate(model, batches, team) -> tuple[np.ndarray, int]:
+    """Over all processes: faces by (label, prediction) (8, 8), and how many could not be read."""
+    sums, unreadable = np.zeros((len(EXPRESSIONS), len(EXPRESSIONS))), 0
+    model.eval()
+    for images, labels, problems in batches:
+        with team.autocast():
+            outputs = model(normalise(images.to(team.device, non_blocking=True)))
+        scores = outputs[0] if isinstance(outputs, tuple) else outputs
+        labels = labels.numpy()
+        sums += EXPR.metric.count(scores.float().cpu().numpy(), labels, labels >= 0)
+        unreadable += len(problems)
+    model.train()
+    return all_sum(torch.from_numpy(sums)).numpy(), int(all_sum(torch.tensor(unreadable)))
+
+
+if __name__ == "__main__":
+    import pipeline
+    pipeline.run("train_stills", from_command_line(__doc__)[0])
