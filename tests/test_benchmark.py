@@ -181,7 +181,7 @@ def test_times_are_those_of_single_calls():
 
 @pytest.fixture
 def card(monkeypatch):
-    """As much of torch.cuda as is needed to measure without a card: a clock in ms, bytes, a count of waits."""
+    """As much of torch.cuda as measuring needs, without a card: a clock in ms, bytes, a count of waits."""
     card = SimpleNamespace(clock=0.0, bytes=0, peak=0, waits=0)
 
     class Event:
