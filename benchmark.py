@@ -5,6 +5,8 @@ without a part are ablation.py's, those of the folds folds.py's.
     python benchmark.py --training    # a checkpoint, and a second process, at the paper's sizes (5 minutes)
     python benchmark.py --scorer      # a million predictions scored (1 minute)
     python benchmark.py --prediction  # predictions beside extraction, on the demo's frames (1 minute)
+    python benchmark.py --device cpu  # each stage beside a plain baseline (2 minutes; docs/gpu.md)
+    python benchmark.py --device cuda --compile       # the paper's sizes; and with torch.compile
     python benchmark.py               # the demo from nothing, into runs/benchmark.md, docs/pipeline.png
                                       # and docs/curves.png (about 5 minutes on two cores)
 """
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+import benchmark_device
 import many_runs
 import pictures
 from checkpoints import write_file
@@ -211,10 +214,18 @@ if __name__ == "__main__":
     parser.add_argument("--training", action="store_true", help="only checkpoints and a second process")
     parser.add_argument("--scorer", action="store_true", help="only metrics.py on a million predictions")
     parser.add_argument("--prediction", action="store_true", help="only predict.py beside the extraction")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="only each stage's speed on this device")
+    parser.add_argument("--compile", action="store_true", help="with --device: torch.compile too")
     parser.add_argument("--segment-steps", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.segment_steps:
         segment_steps()
+    elif options.device:
+        try:
+            benchmark_device.main(options.device, options.compile)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
     elif options.prediction:
         measure_prediction()
     elif options.training:

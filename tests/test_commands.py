@@ -25,6 +25,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import benchmark
+import benchmark_device
 import distributed
 import pipeline
 import synthetic
@@ -154,7 +155,7 @@ def place(tmp_path_factory):
 def start(place, script: str, arguments: list[str]) -> tuple[object, str, bool]:
     """Run a script in this process. -> exit code, what it said, whether it came as far as its long work."""
     said, argv, handler = io.StringIO(), sys.argv, signal.getsignal(signal.SIGCHLD)
-    work = [mock.patch.object(pipeline, "run"),
+    work = [mock.patch.object(pipeline, "run"), mock.patch.object(benchmark_device, "main"),
             mock.patch.object(shutil, "rmtree"),                     # benchmark.py begins anew
             mock.patch.object(subprocess, "run", side_effect=SystemExit(0)),
             mock.patch.object(subprocess, "Popen", side_effect=SystemExit(0))]      # many_runs.py
