@@ -20,10 +20,8 @@ import dataclasses
 import math
 import os
 
-import numpy as np
 import torch
 from torch.nn.utils import clip_grads_with_norm_
-from torch.utils.data import BatchSampler
 
 from checkpoints import load_vit, load_weights, read_checkpoint
 from class_folders import CLASSES, ClassFaces, class_folders
@@ -35,8 +33,9 @@ from made_of import find_input, settings_of
 from metrics import CLASS_F1
 from run import Run
 from score_table import in_lines
-from training import (adamw, effective_batch, gradient_norm, in_pieces, loader, pieces, seed_dropout,
+from training import (adamw, effective_batch, gradient_norm, in_pieces, pieces, seed_dropout,
                       set_learning_rate, vit_bytes)
+from validation import batches_of, count_classes
 
 SOURCE = "cotex.start", "pretrain"           # where the input is looked for: a setting, a stage
 
@@ -118,8 +117,9 @@ def main(config, team):
                 clip_grads_with_norm_(model.parameters(), c.clip, norm)
             optimizer.step()
             run.end_step(loss, norm, unreadable=unreadable)
-        batches = run.unless_stopped(read(val, config, team))
-        sums, val_unreadable = validate(model, batches, team)
+        model.eval()
+        batches = run.unless_stopped(batches_of(val, config, team))
+        sums, val_unreadable = count_classes(model.classify, batches, len(CLASSES), team)
         run.obey_signals()
         f1 = CLASS_F1.score(sums).mean()
         run.keep_best(f1)
@@ -128,7 +128,8 @@ def main(config, team):
 
     # finish
     load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
-    sums, unreadable = validate(model, read(val, config, team), team)
+    model.eval()
+    sums, unreadable = count_classes(model.classify, batches_of(val, config, team), len(CLASSES), team)
     f1, chance = CLASS_F1.score(sums), CLASS_F1.chance(sums)
     run.finish({"val_macro_f1": f1.mean(), "val_f1": f1.tolist(), "chance": chance.mean(),
                 "confusion": sums.tolist(), "val_faces": int(sums.sum()), "val_unreadable": unreadable},
@@ -137,27 +138,6 @@ def main(config, team):
                for title, scores in (("ours", f1), ("chance", chance))]
     team.say(f"\nmasked CoTEX on {int(sums.sum()):,} real faces ({unreadable:,} more cannot be read)\n"
              f"{in_lines('macro F1', [*CLASSES, 'mean'], columns)}\nwritten to {run.folder}")
-
-
-def read(val, config, team):
-    """Batches of this process's share of the real faces: each is read by one process."""
-    mine = range(team.rank, len(val), team.world)
-    return loader(val, BatchSampler(mine, config.features.batch, drop_last=False), config.run.workers, team)
-
-
-@torch.no_grad()
-def validate(model, batches, team) -> tuple[np.ndarray, int]:
-    """Over all processes: faces by (label, prediction) (6, 6), and how many could not be read."""
-    sums, unreadable = np.zeros((len(CLASSES), len(CLASSES))), 0
-    model.eval()
-    for images, labels, _, problems in batches:
-        with team.autocast():
-            scores = model.classify(normalise(images.to(team.device, non_blocking=True)))
-        labels = labels.numpy()
-        sums += CLASS_F1.count(scores.cpu().numpy(), labels, labels >= 0)
-        unreadable += len(problems)
-    model.train()
-    return all_sum(torch.from_numpy(sums)).numpy(), int(all_sum(torch.tensor(unreadable)))
 
 
 if __name__ == "__main__":

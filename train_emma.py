@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
-from torch.utils.data import BatchSampler
 
 from checkpoints import load_vit, load_weights, read_checkpoint, write_text
 from config import from_command_line
@@ -42,8 +41,9 @@ from run import Run
 from s_aff_wild2 import FILES, MultiTaskFrames, pos_weight, read_annotations
 from score_table import score_table
 from stills import load_cnn
-from training import (adamw, augment, effective_batch, gradient_norm, loader, seed_dropout,
+from training import (adamw, augment, effective_batch, gradient_norm, seed_dropout,
                       set_learning_rate)
+from validation import batches_of
 from vit import VisionTransformer
 
 SOURCE, CNN = ("emma.start", "pretrain"), ("emma.cnn", "stills")     # inputs: a setting, a stage
@@ -108,7 +108,7 @@ def main(config, team):
                 clip_grads_with_norm_(model.parameters(), e.clip, norm)
             optimizer.step()
             run.end_step(loss, norm, unreadable=unreadable)
-        batches = run.unless_stopped(read(val, config, team))
+        batches = run.unless_stopped(batches_of(val, config, team))
         sums, val_unreadable = validate(model, batches, len(val.videos), team)
         run.obey_signals()
         scores = scores_of(sums, trained)
@@ -153,12 +153,6 @@ def which_cnn(config, team, run) -> str:
 
 # ---- Scoring
 
-def read(val, config, team):
-    """Batches of this process's share of the validation frames: each frame is read by one process."""
-    mine = range(team.rank, len(val), team.world)
-    return loader(val, BatchSampler(mine, config.features.batch, drop_last=False), config.run.workers, team)
-
-
 @torch.no_grad()
 def validate(model, batches, videos: int, team) -> tuple[np.ndarray, int]:
     """Over all processes: the sums of each video (videos, 124), and how many frames could not be read."""
@@ -172,7 +166,6 @@ def validate(model, batches, videos: int, team) -> tuple[np.ndarray, int]:
         for v in np.unique(video):
             sums[v] += count(outputs[video == v], labels[video == v])
         unreadable += len(problems)
-    model.train()
     return all_sum(torch.from_numpy(sums)).numpy(), int(all_sum(torch.tensor(unreadable)))
 
 
@@ -185,7 +178,7 @@ def scores_of(sums, trained) -> dict[str, float]:
 def finish(run, model, trained, val, config, team):
     """Score the best epoch's weights on every validation frame, and tell the score."""
     load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
-    sums, unreadable = validate(model, read(val, config, team), len(val.videos), team)
+    sums, unreadable = validate(model, batches_of(val, config, team), len(val.videos), team)
     scores, of_task = scores_of(sums, trained), by_task(sums)
     chance = {task.name: task.metric.chance(of_task[task.name].sum(axis=0)).mean() for task in trained}
     names = " + ".join(f"{scores[task.name]:.3f} ({task.metric.name})" for task in trained)

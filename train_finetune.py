@@ -21,10 +21,8 @@ train_pretrain.py.
 import math
 from functools import partial
 
-import numpy as np
 import torch
 from torch.nn.utils import clip_grads_with_norm_
-from torch.utils.data import BatchSampler
 
 from checkpoints import load_vit, load_weights, read_checkpoint
 from config import from_command_line
@@ -38,8 +36,9 @@ from losses import expr_loss
 from made_of import find_input, settings_of
 from run import Run
 from splits import split
-from training import (adamw, augment, effective_batch, gradient_norm, in_pieces, loader, pieces, seed_dropout,
+from training import (adamw, augment, effective_batch, gradient_norm, in_pieces, pieces, seed_dropout,
                       set_learning_rate, vit_bytes)
+from validation import batches_of, count_classes
 
 SOURCE = "finetune.start", "pretrain"        # where the input is looked for: a setting, a stage
 
@@ -107,8 +106,9 @@ def main(config, team):
                 clip_grads_with_norm_(model.parameters(), f.clip, norm)
             optimizer.step()
             run.end_step(loss, norm, unreadable=unreadable)
-        batches = run.unless_stopped(read(val, config, team))
-        sums, val_unreadable = validate(model, batches, team)
+        model.eval()
+        batches = run.unless_stopped(batches_of(val, config, team))
+        sums, val_unreadable = count_classes(model, batches, len(EXPR.outputs), team)
         run.obey_signals()
         f1 = EXPR.metric.score(sums).mean()
         run.keep_best(f1)
@@ -122,35 +122,13 @@ def finish(run, model, train, val, config, team):
     """Score the best epoch's weights on every validation frame."""
     load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
     val.every = 1
-    sums, unreadable = validate(model, read(val, config, team), team)
+    sums, unreadable = count_classes(model.eval(), batches_of(val, config, team), len(EXPR.outputs), team)
     f1, scored = EXPR.metric.score(sums), int(sums.sum())
     run.finish({"val_macro_f1": f1.mean(), "val_f1": f1.tolist(), "val_frames": scored,
                 "val_unreadable": unreadable, "train_frames": len(train.rows)},
                chance={"loss": EXPR.zero_loss, "val_f1": EXPR.metric.chance(sums).mean()})
     team.say(f"fine-tuning is finished: macro F1 {f1.mean():.3f} on {scored:,} single validation frames "
              f"({unreadable:,} more cannot be read), written to {run.folder}")
-
-
-def read(val, config, team):
-    """Batches of this process's share of the validation frames: each frame is read by one process."""
-    mine = range(team.rank, len(val), team.world)
-    return loader(val, BatchSampler(mine, config.features.batch, drop_last=False), config.run.workers, team)
-
-
-@torch.no_grad()
-def validate(model, batches, team) -> tuple[np.ndarray, int]:
-    """Over all processes: frames by (label, prediction) (8, 8), and how many frames could not be read."""
-    classes = len(EXPR.outputs)
-    sums, unreadable = np.zeros((classes, classes)), 0
-    model.eval()
-    for images, labels, problems in batches:
-        with team.autocast():
-            logits = model(normalise(images.to(team.device, non_blocking=True)))
-        labels = labels.numpy()
-        sums += EXPR.metric.count(logits.float().cpu().numpy(), labels, labels >= 0)
-        unreadable += len(problems)
-    model.train()
-    return all_sum(torch.from_numpy(sums)).numpy(), int(all_sum(torch.tensor(unreadable)))
 
 
 if __name__ == "__main__":

@@ -22,15 +22,12 @@ The batch is not cut into pieces: BatchNorm and DAN's partition loss are no sums
 
 import math
 
-import numpy as np
 import torch
 from torch.nn.utils import clip_grads_with_norm_
-from torch.utils.data import BatchSampler
 
 from checkpoints import checksum, load_weights, read_checkpoint
 from config import from_command_line
 from dan import affinity_loss, partition_loss
-from distributed import all_sum
 from images import normalise
 from labels import EXPR, EXPRESSIONS
 from losses import expr_loss
@@ -38,7 +35,8 @@ from made_of import settings_of
 from run import Run
 from score_table import in_lines
 from stills import LabelledStills, build, fill, labelled_sets
-from training import adamw, effective_batch, gradient_norm, loader, seed_dropout, set_learning_rate
+from training import adamw, effective_batch, gradient_norm, seed_dropout, set_learning_rate
+from validation import batches_of, count_classes
 
 
 def main(config, team):
@@ -71,6 +69,7 @@ def main(config, team):
     team.say(f"  start: {s.start or ''} {said}\n{s.network}: {parameters:,} parameters, {s.epochs} epochs of "
              f"{len(train):,} faces; {effective_batch(s.batch, 1, team)}")
     ddp = team.parallel(model)
+    scores_of = model.dan if s.network == "dan" else model                  # without what only its losses take
     optimizer = adamw(model, s.lr, s.betas, s.weight_decay, s.layer_decay)
     run.begin(model, optimizer, train, s.batch, s.epochs, found)
 
@@ -98,8 +97,9 @@ def main(config, team):
                 clip_grads_with_norm_(model.parameters(), s.clip, norm)
             optimizer.step()
             run.end_step(loss, norm, unreadable=unreadable)
-        batches = run.unless_stopped(read(val, config, team))
-        sums, val_unreadable = validate(model, batches, team)
+        model.eval()
+        batches = run.unless_stopped(batches_of(val, config, team))
+        sums, val_unreadable = count_classes(scores_of, batches, len(EXPRESSIONS), team)
         run.obey_signals()
         f1 = EXPR.metric.score(sums).mean()
         run.keep_best(f1)
@@ -108,7 +108,8 @@ def main(config, team):
 
     # finish
     load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
-    sums, unreadable = validate(model, read(val, config, team), team)
+    model.eval()
+    sums, unreadable = count_classes(scores_of, batches_of(val, config, team), len(EXPRESSIONS), team)
     f1, chance = EXPR.metric.score(sums), EXPR.metric.chance(sums)
     run.finish({"val_macro_f1": f1.mean(), "val_f1": f1.tolist(), "chance": chance.mean(),
                 "val_faces": int(sums.sum()), "val_unreadable": unreadable},
@@ -117,28 +118,6 @@ def main(config, team):
                for title, scores in (("ours", f1), ("chance", chance))]
     team.say(f"\n{s.network} on {int(sums.sum()):,} validation faces ({unreadable:,} more cannot be read)\n"
              f"{in_lines('macro F1', [*EXPRESSIONS, 'mean'], columns)}\nwritten to {run.folder}")
-
-
-def read(val, config, team):
-    """Batches of this process's share of the validation faces: each is read by one process."""
-    mine = range(team.rank, len(val), team.world)
-    return loader(val, BatchSampler(mine, config.features.batch, drop_last=False), config.run.workers, team)
-
-
-@torch.no_grad()
-def validate(model, batches, team) -> tuple[np.ndarray, int]:
-    """Over all processes: faces by (label, prediction) (8, 8), and how many could not be read."""
-    sums, unreadable = np.zeros((len(EXPRESSIONS), len(EXPRESSIONS))), 0
-    model.eval()
-    for images, labels, problems in batches:
-        with team.autocast():
-            outputs = model(normalise(images.to(team.device, non_blocking=True)))
-        scores = outputs[0] if isinstance(outputs, tuple) else outputs
-        labels = labels.numpy()
-        sums += EXPR.metric.count(scores.float().cpu().numpy(), labels, labels >= 0)
-        unreadable += len(problems)
-    model.train()
-    return all_sum(torch.from_numpy(sums)).numpy(), int(all_sum(torch.tensor(unreadable)))
 
 
 if __name__ == "__main__":

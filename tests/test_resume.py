@@ -79,7 +79,7 @@ def test_the_whole_pipeline_killed_in_every_stage_ends_with_the_same_bits(undist
     folder = tiny.write(tmp_path, **tiny.DROPOUT)
     for hook in (stop("synthetic.draw_video", 3),
                  stop("train_pretrain.draw_reconstruction", 1),
-                 stop("train_finetune.validate", 1),
+                 stop("train_finetune.count_classes", 1),
                  stop("vit.VisionTransformer.features", 12),
                  stop("train_task.score", 1)):
         assert run(folder, *TRAIN_AU, *EACH_STEP, hook=hook).codes == [-9]
