@@ -19,11 +19,15 @@ import checkpoints
 import config
 import faces
 import synthetic
+from class_folders import class_folders
+from cnn import ResNet18
 from distributed import Team
 from images import inside, read_image
 from labels import AU, EXPR, VA
 from run_folder import RunFolder
+from s_aff_wild2 import HEADER, read_annotations
 from settings import Config, Data
+from stills import load_cnn
 from submission_check import check
 from submission_file import check_out, read_template
 
@@ -81,10 +85,10 @@ def raf(line):
     return call
 
 
-def checkpoint(state, write=torch.save):
+def checkpoint(state, write=torch.save, load=checkpoints.read_checkpoint):
     def call(d):
         checkpoints.write_file(d / "best.pt", lambda file: write(state, file))
-        return checkpoints.read_checkpoint(d / "best.pt")
+        return load(d / "best.pt")
     return call
 
 
@@ -136,6 +140,11 @@ def used_folder(d):
 
 def template(content, task=VA):
     return lambda d: read_template(put(d / "t.txt", content), task)
+
+
+def frames(*rows):
+    """A list of s-Aff-Wild2."""
+    return lambda d: read_annotations(put(d / "t.txt", "\n".join([HEADER, *rows])))
 
 
 def checked(content, task=VA):
@@ -233,6 +242,31 @@ TABLE = {
         other_architecture, r"(?s)best\.pt: .*another architecture, 3 of 2 entries differ.*"
                             r"weight: file \(2, 4\), model \(2, 3\).*bias: missing in the file.*"
                             "scale: not in the model"),
+    # the second paper's
+    "a class folder of another name": (
+        lambda d: class_folders(put(d / "banana/1.jpg").parents[1]),
+        "found banana, expected ANGRER .* give the folder that holds these class folders and no others"),
+    "two folders of one class": (
+        lambda d: class_folders(put(put(d / "ANGRER/1.jpg").parents[1] / "angry/1.jpg").parents[1]),
+        "both ANGRER and angry hold Anger; put their images into one folder"),
+    "class folders without an image": (
+        lambda d: class_folders(put(d / "FEAR/list.txt").parents[1]), "no image in FEAR; left out: 1"),
+    "a list of frames with a row of another length": (
+        frames("a/1.jpg,0,0,1"), r"t\.txt, line 2: 4 fields .*, expected 16"),
+    "a list of frames that says a frame twice": (
+        frames("a/1.jpg,0,0,1" + ",0" * 12, "a/1.jpg,0,0,2" + ",0" * 12),
+        r"t\.txt, line 3: frame 1 of a has other labels than in line 2; keep the right one"),
+    "a list of frames with a class that there is not": (
+        frames("a/1.jpg,0,0,8" + ",0" * 12), r"t\.txt, line 2: got expression '8', expected a whole number"),
+    "a CNN of another class count": (
+        checkpoint({"model": ResNet18(7, 2).state_dict(), "made_of": {"stage": "stills"}}, load=load_cnn),
+        r"best\.pt: a network of 7 classes, expected 8 \(Neutral, Anger"),
+    "a CNN with classes in an unknown order": (
+        checkpoint({"model": ResNet18(8, 2).state_dict()}, load=load_cnn),
+        r"best\.pt: not of train_stills\.py, so the order of its 8 classes is unknown"),
+    "a ViT as EMMA's CNN": (
+        checkpoint({"model": {"vit.cls_token": torch.zeros(3)}}, load=load_cnn),
+        r"best\.pt: got vit\.cls_token, .*expected the weights of a ResNet-18 or of a DAN"),
     # templates and submissions of the challenge
     "an empty template": (template(""), r"t\.txt: no rows; expected a line for each frame, like "),
     "a template of a header alone": (template("image_location,valence,arousal\r\n\r\n"), r"t\.txt: no rows"),
