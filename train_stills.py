@@ -69,7 +69,7 @@ def main(config, team):
     team.say(f"  start: {s.start or ''} {said}\n{s.network}: {parameters:,} parameters, {s.epochs} epochs of "
              f"{len(train):,} faces; {effective_batch(s.batch, 1, team)}")
     ddp = team.parallel(model)
-    scores_of = model.dan if s.network == "dan" else model                  # without what only its losses take
+    scores_of = model.dan if s.network == "dan" else model             # without what only its losses take
     optimizer = adamw(model, s.lr, s.betas, s.weight_decay, s.layer_decay)
     run.begin(model, optimizer, train, s.batch, s.epochs, found)
 
