@@ -56,7 +56,7 @@ class Own:
     def task_adamw(self, model, section):
         """The optimiser of the tasks, on a GPU in one kernel."""
         return torch.optim.AdamW(model.parameters(), lr=section.lr, weight_decay=section.weight_decay,
-                                 fused=self.team.device.type == "cuda" or None)
+                                 fused=training.fused(model))
 
     def precision(self):
         """A context for all that is computed."""
