@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import uuid
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,8 @@ class Team:
         return Compiled(ddp) if compiled else ddp
 
     def _ddp(self, model):
+        # The gradient of a 1 x 1 convolution has other strides than its weight, though the same memory.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         # gloo adds up three or more processes in an order that depends on the place in what is sent
         # together, and DDP rearranges that after its first step: a run that starts again would differ in

@@ -44,7 +44,7 @@ def main(config, team):
     # configuration
     s, seed = config.stills, config.run.seed
     sections = ("vit", "finetune.token", "finetune.hidden", "finetune.dropout") if s.network == "vit" else ()
-    settings = settings_of(config, "synthetic", "stills", "run.seed", "data.affectnet_2017",
+    settings = settings_of(config, "synthetic", "stills", "run.seed", "vit.image_size", "data.affectnet_2017",
                            "data.affectnet_2021", "data.affectnet_crop", *sections)
     run = Run("stills", config, team, settings)
 
@@ -64,9 +64,9 @@ def main(config, team):
     # model and optimiser
     torch.manual_seed(seed)
     model = build(config)
-    said = fill(model, s.network, s.start) if s.start else "random weights"
+    said = f"{s.start}; {fill(model, s.network, s.start)}" if s.start else "random weights"
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    team.say(f"  start: {s.start or ''} {said}\n{s.network}: {parameters:,} parameters, {s.epochs} epochs of "
+    team.say(f"  start: {said}\n{s.network}: {parameters:,} parameters, {s.epochs} epochs of "
              f"{len(train):,} faces; {effective_batch(s.batch, 1, team)}")
     ddp = team.parallel(model)
     scores_of = model.dan if s.network == "dan" else model             # without what only its losses take

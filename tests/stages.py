@@ -79,6 +79,8 @@ SETTINGS = {
     "features": {"batch": 4},
     "temporal": {"dropout": 0.3, "causal": False},
     "task": {"epochs": 21, "batch": 4, "lr": 1e-2, "weight_decay": 0.2, "warmup_epochs": 1.3},
+    "stills": {"width": 2, "epochs": 4, "batch": 5, "lr": 1e-2, "betas": [0.8, 0.95], "weight_decay": 0.3,
+               "warmup_epochs": 0.7, "smallest_crop": 0.5},
     "emma": {"cnn": "none", "weights": [1.0, 0.5, 0.25], "epochs": 5, "batch": 10, "lr": 2e-2, "va_lr": 3e-3,
              "betas": [0.8, 0.95], "weight_decay": 0.4, "warmup_epochs": 0.7, "smallest_crop": 0.5,
              "layer_decay": 0.6, "drop_path": 0.4, "clip": 8.0},
