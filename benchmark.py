@@ -5,7 +5,7 @@ without a part are ablation.py's, those of the folds folds.py's.
     python benchmark.py --training    # a checkpoint, and a second process, at the paper's sizes (5 minutes)
     python benchmark.py --scorer      # a million predictions scored (1 minute)
     python benchmark.py --prediction  # predictions beside extraction, on the demo's frames (1 minute)
-    python benchmark.py --device cpu  # each stage beside a plain baseline (2 minutes; docs/gpu.md)
+    python benchmark.py --device cpu  # each stage beside a plain baseline (1 minute; docs/gpu.md)
     python benchmark.py --device cuda --compile       # the paper's sizes; and with torch.compile
     python benchmark.py               # the demo from nothing, into runs/benchmark.md, docs/pipeline.png
                                       # and docs/curves.png (about 5 minutes on two cores)
