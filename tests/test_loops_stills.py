@@ -102,7 +102,8 @@ def plain_stills(folder, config) -> Plain:
     return plain
 
 
-@pytest.mark.parametrize("network, clip", [("resnet18", 50), ("dan", 140)])
+@pytest.mark.parametrize("network, clip", [
+    ("resnet18", 50), pytest.param("dan", 140, marks=pytest.mark.slow)])
 def test_training_on_still_faces_is_the_plain_loop(made, network, clip):
     options = [f"run.name={network}", f"stills.network={network}", f"stills.clip={clip}",
                "data.affectnet_2017=affectnet"]

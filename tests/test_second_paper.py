@@ -14,40 +14,50 @@ from tiny import (EACH_STEP, TINY, Job, apart, assert_same, copied, done, log_nu
 SCRIPTS = {"stills": "train_stills.py", "emma": "train_emma.py", "cotex": "train_cotex.py"}
 
 
+def make(folder, world=1):
+    """Both systems, made from nothing by two commands."""
+    tiny.write(folder)
+    done(folder, "train_emma.py", *TINY, world=world)
+    done(folder, "train_cotex.py", *TINY, world=world)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """{processes: the folder of a run with both systems, made from nothing by two commands}"""
-    folders = {}
-    for world in (1, 2):
-        folders[world] = tiny.write(tmp_path_factory.mktemp(f"second{world}"))
-        done(folders[world], "train_emma.py", *TINY, world=world)
-        done(folders[world], "train_cotex.py", *TINY, world=world)
-    return folders
+    """-> the folder"""
+    return make(tmp_path_factory.mktemp("second"))
+
+
+@pytest.fixture(scope="module")
+def made_by_two(tmp_path_factory):
+    """-> the folder"""
+    return make(tmp_path_factory.mktemp("second"), world=2)
 
 
 # ---- From nothing
 
 def test_one_command_makes_emma_from_nothing_and_the_first_papers_chain_is_not_run(made):
-    stages = {path.name for path in (made[1] / "runs/tiny").iterdir()}
+    stages = {path.name for path in (made / "runs/tiny").iterdir()}
     assert stages == {"pretrain", "stills", "emma", "cotex"}
-    scores = (made[1] / "runs/tiny/emma/scores.txt").read_text()
+    scores = (made / "runs/tiny/emma/scores.txt").read_text()
     assert "P_MTL" in scores and "CCC" in scores and "AU26" in scores
-    again = done(made[1], "train_emma.py", *TINY)
+    again = done(made, "train_emma.py", *TINY)
     assert "runs/tiny/emma is finished; nothing to do" in again and scores in again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_two_processes_train_as_one_does(made, stage):
-    one, two = (made[world] / "runs/tiny" / stage for world in (1, 2))
+def test_two_processes_train_as_one_does(made, made_by_two, stage):
+    one, two = made / "runs/tiny" / stage, made_by_two / "runs/tiny" / stage
     assert apart(weights(one), weights(two)) < 2e-5
     assert log_numbers(one) == pytest.approx(log_numbers(two), rel=1e-4, abs=1e-5)
     assert metrics(one).keys() == metrics(two).keys()
 
 
 def test_emma_scores_each_video_of_its_file_and_the_sums_tell_the_score(made):
-    stored = json.loads((made[1] / "runs/tiny/emma/video_sums.json").read_text())
+    stored = json.loads((made / "runs/tiny/emma/video_sums.json").read_text())
     names = {line.split("/")[0] for line in
-             (made[1] / "data/ABAW4/validation_set_annotations.txt").read_text().splitlines()[1:]}
+             (made / "data/ABAW4/validation_set_annotations.txt").read_text().splitlines()[1:]}
     assert set(stored["videos"]) == names and np.array(stored["sums"]).shape == (len(names), 124)
 
 
@@ -61,7 +71,7 @@ MOMENTS = {"in_the_first_epoch": stop("run.Run.end_step", 2),
 @pytest.fixture(scope="module")
 def dropping(made, tmp_path_factory):
     """Both systems with drop path, without an interruption. -> the folder"""
-    folder = copied(made[1], tmp_path_factory.mktemp("dropping"), ["emma", "cotex"])
+    folder = copied(made, tmp_path_factory.mktemp("dropping"), ["emma", "cotex"])
     tiny.write(folder, **tiny.DROPOUT)
     done(folder, "train_emma.py", *TINY)
     done(folder, "train_cotex.py", *TINY)
@@ -82,18 +92,18 @@ def test_killed_at_a_few_moments_and_started_again_it_ends_with_the_same_bits(dr
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["emma", "cotex"])
 def test_it_may_go_on_with_another_number_of_processes(made, tmp_path, stage):
-    folder, place = ready(made[1], tmp_path, stage)
+    folder, place = ready(made, tmp_path, stage)
     command = [SCRIPTS[stage], *TINY, *EACH_STEP]
     for world, steps in ((2, 2), (1, 3), (3, None)):
         codes, said = run(folder, *command, world=world, hook=steps and stop("run.Run.end_step", steps))
         assert codes == [-9 if steps else 0] * world, said
-    assert apart(weights(place), weights(made[1] / "runs/tiny" / stage)) < 2e-5
+    assert apart(weights(place), weights(made / "runs/tiny" / stage)) < 2e-5
 
 
 # ---- Other inputs, other settings
 
 def test_emma_outlives_its_cnns_file_and_refuses_another_cnn(made, tmp_path):
-    folder = copied(made[1], tmp_path)
+    folder = copied(made, tmp_path)
     shutil.move(folder / "runs/tiny/stills", folder / "put_aside")
     assert "is finished; nothing to do" in done(folder, "train_emma.py", *TINY)
     shutil.move(folder / "put_aside", folder / "runs/tiny/stills")
@@ -104,7 +114,7 @@ def test_emma_outlives_its_cnns_file_and_refuses_another_cnn(made, tmp_path):
 
 
 def test_a_variant_takes_the_mae_and_the_cnn_over_and_trains_without_either_if_asked(made, tmp_path):
-    folder = copied(made[1], tmp_path)
+    folder = copied(made, tmp_path)
     options = ["--set", "run.name=v", "--set", "run.base=tiny", "--set", "emma.epochs=1"]
     said = done(folder, "train_emma.py", *TINY, *options, "--set", "emma.weights=[0,0,1]")
     assert "pretrain: taken from runs/tiny/pretrain (run.base)" in said and "P_MTL" not in said
@@ -130,7 +140,7 @@ REFUSED = {
 
 
 def test_what_cannot_be_is_refused_in_one_line(made, tmp_path):
-    folder = copied(made[1], tmp_path)
+    folder = copied(made, tmp_path)
     jobs = {}
     for number, words in enumerate(REFUSED):
         script, *options = words.split()
@@ -143,7 +153,7 @@ def test_what_cannot_be_is_refused_in_one_line(made, tmp_path):
 
 
 def test_a_video_of_both_files_is_refused(made, tmp_path):
-    folder = copied(made[1], tmp_path, ["emma"])
+    folder = copied(made, tmp_path, ["emma"])
     for file in ("training", "validation"):
         path = folder / f"data/ABAW4/{file}_set_annotations.txt"
         header, row, *rows = path.read_text().splitlines()
