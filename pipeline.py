@@ -45,7 +45,7 @@ MAIN = {"synthetic": synthetic.make,
         "train_cotex": train_cotex.main}
 DEMO_SECONDS = {"synthetic": 13, "train_pretrain": 139, "train_finetune": 66, "extract_features": 6,
                 "train_task": 21,                                   # measured by benchmark.py on two cores
-                "synthetic_abaw4": 4, "train_stills": 60, "train_emma": 70, "train_cotex": 60}
+                "synthetic_abaw4": 4, "train_stills": 65, "train_emma": 77, "train_cotex": 50}
 
 DRAWN = ("synthetic", "synthetic_abaw4")
 LENT = ("train_pretrain", "train_finetune", "extract_features", "train_stills")     # run.base lends these
