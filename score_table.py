@@ -11,6 +11,7 @@ import numpy as np
 
 from intervals import interval
 from labels import TASKS, Task, targets
+from metrics import class_chance, class_score
 
 
 def in_lines(head: str, names, columns: list[list[str]]) -> str:
@@ -49,6 +50,13 @@ def score_table(task: Task, sums: np.ndarray, unseen=None, fold: int = 0, compar
     columns += [["frames", *[f"{part:,}" if part == whole else f"{part:,} of {whole:,}"
                              for part, whole in task.metric.labelled(total)], ""]]
     return in_lines(task.metric.name, names, columns)
+
+
+def class_table(names, sums: np.ndarray) -> str:
+    """F1 of classes beside chance, where images belong to no videos. Shape: sums (K, K)"""
+    columns = [[title, *[f"{score:.3f}" for score in [*scores, scores.mean()]]]
+               for title, scores in (("ours", class_score(sums)), ("chance", class_chance(sums)))]
+    return in_lines("macro F1", [*names, "mean"], columns)
 
 
 def confusion(task: Task, sums: np.ndarray) -> str:

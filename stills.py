@@ -187,6 +187,8 @@ def load_cnn(path) -> tuple[nn.Module, str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print(__doc__)
     refused = False
     for path in sys.argv[1:]:
         try:

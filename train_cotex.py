@@ -32,7 +32,7 @@ from images import normalise
 from made_of import find_input, settings_of
 from metrics import CLASS_F1
 from run import Run
-from score_table import in_lines
+from score_table import class_table
 from training import (adamw, effective_batch, gradient_norm, in_pieces, pieces, seed_dropout,
                       set_learning_rate, vit_bytes)
 from validation import batches_of, count_classes
@@ -125,8 +125,11 @@ def main(config, team):
         run.keep_best(f1)
         run.end_epoch(f"macro F1 on real faces {f1:.3f}", val_f1=f1, val_unreadable=val_unreadable)
     run.end()
+    finish(run, model, val, config, team)
 
-    # finish
+
+def finish(run, model, val, config, team):
+    """Score the best epoch's weights on every real face, and tell the score."""
     load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
     model.eval()
     sums, unreadable = count_classes(model.classify, batches_of(val, config, team), len(CLASSES), team)
@@ -134,10 +137,8 @@ def main(config, team):
     run.finish({"val_macro_f1": f1.mean(), "val_f1": f1.tolist(), "chance": chance.mean(),
                 "confusion": sums.tolist(), "val_faces": int(sums.sum()), "val_unreadable": unreadable},
                chance={"loss": math.log(len(CLASSES)), "val_f1": chance.mean()})
-    columns = [[title, *[f"{score:.3f}" for score in [*scores, scores.mean()]]]
-               for title, scores in (("ours", f1), ("chance", chance))]
     team.say(f"\nmasked CoTEX on {int(sums.sum()):,} real faces ({unreadable:,} more cannot be read)\n"
-             f"{in_lines('macro F1', [*CLASSES, 'mean'], columns)}\nwritten to {run.folder}")
+             f"{class_table(CLASSES, sums)}\nwritten to {run.folder}")
 
 
 if __name__ == "__main__":

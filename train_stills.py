@@ -17,10 +17,9 @@ log.csv, one row per epoch: `loss` cross-entropy, for DAN with its two other los
 sets' own validation faces; `val_unreadable` faces of those that could not be decoded; `gradient_norm` (before
 clipping), `lr`, `unreadable`, `seconds` as in train_pretrain.py.
 
-The batch is not cut into pieces: BatchNorm and DAN's partition loss are no sums over pieces.
+The batch is not cut into pieces: BatchNorm and DAN's partition loss are no sums over pieces. A step in which
+fewer than two faces can be read is left out.
 """
-
-import math
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_
@@ -33,7 +32,7 @@ from labels import EXPR, EXPRESSIONS
 from losses import expr_loss
 from made_of import settings_of
 from run import Run
-from score_table import in_lines
+from score_table import class_table
 from stills import LabelledStills, build, fill, labelled_sets
 from training import adamw, effective_batch, gradient_norm, seed_dropout, set_learning_rate
 from validation import batches_of, count_classes
@@ -74,12 +73,16 @@ def main(config, team):
     run.begin(model, optimizer, train, s.batch, s.epochs, found)
 
     # loop
+    nothing = torch.zeros((), device=team.device)
     for epoch in range(run.epoch, s.epochs):
         train.epoch = epoch
         model.train()
         for step, (images, labels, problems) in run.batches():
             set_learning_rate(optimizer, step, run.steps * s.epochs, s.warmup_epochs * run.steps, s.lr)
-            _, unreadable = run.count_readable(images, problems)
+            readable, unreadable = run.count_readable(images, problems)
+            if readable < 2:                                           # BatchNorm has no deviation of one
+                run.end_step(nothing, nothing, unreadable=unreadable)
+                continue
             seed_dropout(seed, epoch, run.step, team.rank)
             images, labels = (part.to(team.device, non_blocking=True) for part in (images, labels))
             optimizer.zero_grad(set_to_none=True)
@@ -105,19 +108,20 @@ def main(config, team):
         run.keep_best(f1)
         run.end_epoch(f"validation macro F1 {f1:.3f}", val_f1=f1, val_unreadable=val_unreadable)
     run.end()
+    finish(run, model, scores_of, val, config, team)
 
-    # finish
+
+def finish(run, model, scores_of, val, config, team):
+    """Score the best epoch's weights on every validation face, and tell the score."""
     load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
     model.eval()
     sums, unreadable = count_classes(scores_of, batches_of(val, config, team), len(EXPRESSIONS), team)
     f1, chance = EXPR.metric.score(sums), EXPR.metric.chance(sums)
     run.finish({"val_macro_f1": f1.mean(), "val_f1": f1.tolist(), "chance": chance.mean(),
                 "val_faces": int(sums.sum()), "val_unreadable": unreadable},
-               chance={"loss": math.log(len(EXPRESSIONS)), "val_f1": chance.mean()})
-    columns = [[title, *[f"{score:.3f}" for score in [*scores, scores.mean()]]]
-               for title, scores in (("ours", f1), ("chance", chance))]
-    team.say(f"\n{s.network} on {int(sums.sum()):,} validation faces ({unreadable:,} more cannot be read)\n"
-             f"{in_lines('macro F1', [*EXPRESSIONS, 'mean'], columns)}\nwritten to {run.folder}")
+               chance={"loss": EXPR.zero_loss, "val_f1": chance.mean()})
+    team.say(f"\n{config.stills.network} on {int(sums.sum()):,} validation faces ({unreadable:,} more cannot "
+             f"be read)\n{class_table(EXPRESSIONS, sums)}\nwritten to {run.folder}")
 
 
 if __name__ == "__main__":

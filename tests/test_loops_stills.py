@@ -126,3 +126,13 @@ def test_training_on_still_faces_is_the_plain_loop(made, network, clip):
     assert metrics(out)["val_f1"] == f1.tolist() and metrics(out)["val_faces"] == 5
     assert stages.files(out) == {"config.yaml", "made_of.json", "last.pt", "best.pt", "log.csv",
                                  "metrics.json", "curves.png"}
+
+
+def test_a_step_with_fewer_than_two_readable_faces_is_left_out(made):
+    options = ["run.name=pairs", "stills.network=resnet18", "stills.batch=2", "stills.epochs=1",
+               "data.affectnet_2017=affectnet"]
+    stages.start(made, "train_stills.py", *stages.overriding(options))
+    row = log_lines(made / "runs/pairs/stills")[1].split(",")
+    assert row[4] == "1" and math.isfinite(float(row[2]))            # one face of one pair is broken
+    assert all(value.isfinite().all() for value in checkpoint(made / "runs/pairs/stills", "last.pt")["model"]
+               .values())
