@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from affectnet import affectnet_2017, affectnet_2021
 from checkpoints import check_names, load_vit, load_weights, read_checkpoint
 from cnn import ResNet18, Trunk, load_trunk
 from dan import DAN, DANWithCentres
 from dan_weights import load_dan
+from faces import load_faces
 from features import ExprClassifier
 from images import FaceImages, listed, random_crop, resize
 from labels import EXPRESSIONS
@@ -31,12 +31,11 @@ CLASSES = len(EXPRESSIONS)
 # ---- Faces
 
 def labelled_sets(data) -> list:
-    """AffectNet's sets that the `data` section gives: FaceSets with labels. Raises ValueError without any."""
-    sets = [affectnet_2017(data.affectnet_2017, data.affectnet_crop)] if data.affectnet_2017 else []
-    sets += [affectnet_2021(data.affectnet_2021)] if data.affectnet_2021 else []
-    if not sets:
+    """AffectNet's sets that the `data` section gives: FaceSets with labels. Raises ValueError without any, and
+    for one that cannot be opened, naming its setting."""
+    if not (data.affectnet_2017 or data.affectnet_2021):
         raise ValueError("no labelled still faces: give data.affectnet_2017 or data.affectnet_2021")
-    return sets
+    return load_faces(dataclasses.replace(data, raf_db="", fer2013="", ferplus="", folders=[]))
 
 
 class LabelledStills(FaceImages):

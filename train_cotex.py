@@ -43,7 +43,8 @@ SOURCE = "cotex.start", "pretrain"           # where the input is looked for: a 
 def open_faces(config):
     """The drawn faces, to train on, and the real ones, to score on: two FaceSets.
 
-    Raises ValueError if one of both is not given, or if they are the same folder, or one in the other.
+    Raises ValueError, naming the setting, if one of both is not given or not in class folders, or if they are
+    the same folder, or one in the other.
     """
     given = {"data.drawn_faces": config.data.drawn_faces, "data.real_faces": config.data.real_faces}
     for name, path in given.items():
@@ -54,7 +55,13 @@ def open_faces(config):
         raise ValueError(f"data.drawn_faces={config.data.drawn_faces} and data.real_faces="
                          f"{config.data.real_faces} share images; a score on faces that were trained on "
                          "says nothing, so give two folders apart")
-    return class_folders(config.data.drawn_faces), class_folders(config.data.real_faces)
+    found = []
+    for name, path in given.items():
+        try:
+            found.append(class_folders(path))
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from None
+    return found
 
 
 def main(config, team):
