@@ -31,8 +31,8 @@ CLASSES = len(EXPRESSIONS)
 # ---- Faces
 
 def labelled_sets(data) -> list:
-    """AffectNet's sets that the `data` section gives: FaceSets with labels. Raises ValueError without any, and
-    for one that cannot be opened, naming its setting."""
+    """AffectNet's sets that the `data` section gives: FaceSets with labels. Raises ValueError without any,
+    and for one that cannot be opened, naming its setting."""
     if not (data.affectnet_2017 or data.affectnet_2021):
         raise ValueError("no labelled still faces: give data.affectnet_2017 or data.affectnet_2021")
     return load_faces(dataclasses.replace(data, raf_db="", fer2013="", ferplus="", folders=[]))

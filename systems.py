@@ -6,9 +6,9 @@ several seeds.
     python systems.py --config my.yaml --seeds 5
 
 EMMA is compared with the same network without the CNN's scores, and with three networks that learn one task
-each. Masked CoTEX is compared with one ViT that costs as much to train, with two views that see all patches,
-with two that do not learn from each other, and with other mask ratios. A third table lays EMMA, which sees
-single frames, beside the segment models of train_task.py, on the same validation videos.
+each. Masked CoTEX is compared with one ViT that sees as many tokens in training, with two views that see all
+patches, with two that do not learn from each other, and with other mask ratios. A third table lays EMMA,
+which sees single frames, beside the segment models of train_task.py, on the same validation videos.
 
 The seeds are run.seed, run.seed + 1, ...; each is that of everything from the pre-training on. Runs are named
 <run>_<system>_seed<s>, as in ablation.py. Writes systems.txt and systems.json beside the runs (run.out): mean
@@ -58,11 +58,11 @@ def cotex_rows(config) -> list[System]:
     """Masked CoTEX, and what it is compared with."""
     c = config.cotex
     patches = (config.vit.image_size // config.vit.patch) ** 2
-    cost = c.views * (1 + int(patches * (1 - c.mask_ratio))) / (1 + patches)      # of an epoch, in plain ViTs
-    epochs = max(1, round(c.epochs * cost))
+    share = c.views * (1 + int(patches * (1 - c.mask_ratio))) / (1 + patches)      # of a plain ViT's tokens
+    epochs = max(1, round(c.epochs * share))
     plain = ("cotex.views=1", "cotex.mask_ratio=0")
     rows = [("masked CoTEX", WHOLE),
-            (f"one plain ViT, same cost: {epochs} epochs",
+            (f"one plain ViT, as many tokens: {epochs} epochs",
              Variant("", "cotex_plain", (*plain, f"cotex.epochs={epochs}"))),
             (f"one plain ViT, {c.epochs} epochs", Variant("", "cotex_long", plain)),
             ("one masked view", Variant("", "cotex_one", ("cotex.views=1",))),

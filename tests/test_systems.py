@@ -97,12 +97,12 @@ def test_each_row_and_seed_is_a_run_that_takes_the_mae_and_the_cnn_over(finished
     assert {path.name for path in (runs / "my_cotex_r0_seed1").iterdir()} == {"cotex"}
 
 
-def test_the_plain_vit_costs_as_much_as_the_two_masked_views():
+def test_the_plain_vit_sees_as_many_tokens_as_the_two_masked_views():
     config = load("configs/cotex.yaml")
     plain = cotex_rows(config)[1]
-    assert plain.title == "one plain ViT, same cost: 3 epochs"              # 6 · 2 · (1 + 49) / (1 + 196)
+    assert plain.title == "one plain ViT, as many tokens: 3 epochs"          # 6 · 2 · (1 + 49) / (1 + 196)
     config.cotex.mask_ratio = 0.0
-    assert cotex_rows(config)[1].title == "one plain ViT, same cost: 12 epochs"
+    assert cotex_rows(config)[1].title == "one plain ViT, as many tokens: 12 epochs"
 
 
 def test_only_what_there_is_data_for_is_compared(finished, monkeypatch, capsys):
