@@ -1,6 +1,7 @@
-"""ResNet-18 and DAN on AffectNet's labels against a plain loop, as in test_loops.py."""
+"""ResNet-18, DAN and a ViT on AffectNet's labels against a plain loop, as in test_loops.py."""
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from torch.nn import functional as F
 import stages
 from cnn import ResNet18
 from dan import DAN, DANWithCentres, affinity_loss, partition_loss
+from features import ExprClassifier
 from images import normalise, random_crop, read_image, resize
 from metrics import class_f1
 from plain import Plain, adamw, batches, crop_rng, loop_lines, seed_dropout
 from stages import checkpoint, log_lines, metrics, settings
-from test_loops import SIZE
+from test_loops import SIZE, below
 from tiny import same
+from vit import VisionTransformer
 
 AFFECTNET = (0, 6, 5, 4, 1, 2, 3, 7)                  # its codes of our classes
 TRAINING, VALIDATION = [0, 1, 1, 2, 0, 0, 4, 2, 0, 1, 6, 0, 0, 7], [0, 1, 2, 4, 1, 7]      # classes
@@ -70,8 +73,11 @@ def balanced(seed: int, epoch: int) -> list[int]:
 def plain_stills(folder, config) -> Plain:
     s, seed = config.stills, config.run.seed
     torch.manual_seed(seed)
-    model = DANWithCentres(DAN(width=2)) if s.network == "dan" else ResNet18(8, 2)
-    plain = Plain(model, adamw(model, s), s, math.ceil(len(TRAINING) / s.batch), s.epochs, "images")
+    model = {"dan": lambda: DANWithCentres(DAN(width=2)), "resnet18": lambda: ResNet18(8, 2),
+             "vit": lambda: ExprClassifier(VisionTransformer(**asdict(config.vit), drop_path=s.drop_path),
+                                           "cls", config.finetune.hidden, 0.3)}[s.network]()
+    factors = {name: s.layer_decay ** below(name) for name, _ in model.named_parameters()}
+    plain = Plain(model, adamw(model, s, factors), s, math.ceil(len(TRAINING) / s.batch), s.epochs, "images")
     for epoch in range(s.epochs):
         model.train()
         unreadable, faces = 0, balanced(seed, epoch)
@@ -102,18 +108,18 @@ def plain_stills(folder, config) -> Plain:
     return plain
 
 
-@pytest.mark.parametrize("network, clip", [
-    ("resnet18", 50), pytest.param("dan", 140, marks=pytest.mark.slow)])
-def test_training_on_still_faces_is_the_plain_loop(made, network, clip):
+@pytest.mark.parametrize("network, clip, more", [
+    ("resnet18", 50, []), ("dan", 140, []), ("vit", 1.5, ["stills.layer_decay=0.6", "stills.drop_path=0.4"])])
+def test_training_on_still_faces_is_the_plain_loop(made, network, clip, more):
     options = [f"run.name={network}", f"stills.network={network}", f"stills.clip={clip}",
-               "data.affectnet_2017=affectnet"]
+               "data.affectnet_2017=affectnet", *more]
     config, out = settings(made, *options), made / f"runs/{network}/stills"
     said = stages.start(made, "train_stills.py", *stages.overriding(options))
-    plain, best = plain_stills(made, config), checkpoint(out, "best.pt")
+    plain, best, last = plain_stills(made, config), checkpoint(out, "best.pt"), checkpoint(out, "last.pt")
     for name, value in plain.model.state_dict().items():        # the terms are added in another order
-        assert torch.allclose(checkpoint(out, "last.pt")["model"][name], value, atol=1e-4), name
-    if network == "resnet18":
-        assert same(checkpoint(out, "last.pt")["model"], plain.model.state_dict())
+        assert torch.allclose(last["model"][name], value, atol=1e-4), name
+    if network != "dan":
+        assert same(last["model"], plain.model.state_dict())
         assert same(best["model"], plain.best_weights)
     assert best["epoch"] == plain.best_epoch
     assert 0 < plain.clipped < plain.done, "take another clip"
