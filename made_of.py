@@ -224,7 +224,7 @@ def stale(folder: Path, config: Config) -> str:
     made = str(folder)
     while record.get("input"):
         setting, stage, before = record["input"]["setting"], record["input"]["stage"], record["from"]
-        given = value(config, setting)
+        given = value(config, setting) or ("" if stage else "none")      # an input that no stage makes
         where = Path(given) if given else place(config, stage)
         now = before                                         # if there is nothing to compare it with
         if given and (given == "none" or where.exists()):

@@ -147,19 +147,23 @@ def cnn_of(weights: dict, path) -> nn.Module:
 
     Raises ValueError if it is neither, or scores another number of classes.
     """
+    check_names(weights, path)
     is_dan = "trunk.conv1.weight" in weights
+    heads = {name.split(".")[1] for name in weights if name.startswith("heads.")}
     first = weights.get("trunk.conv1.weight" if is_dan else "conv1.weight")
     last = weights.get("fc.weight")
-    if first is None or last is None:
-        raise ValueError(f"{path}: got {', '.join(list(weights)[:3])}, ...; expected the weights of a "
-                         "ResNet-18 or of a DAN that scores expressions")
+    fits = first is not None and first.shape[1:] == (3, 7, 7) and last is not None and last.ndim == 2
+    if not fits or is_dan and len(heads) < 2:
+        names = ", ".join(list(weights)[:3]) or "nothing"
+        raise ValueError(f"{path}: got {names}, ...; expected the weights of a ResNet-18 or of a DAN that "
+                         "scores expressions")
     if len(last) != CLASSES:
         raise ValueError(f"{path}: a network of {len(last)} classes, expected {CLASSES} "
                          f"({', '.join(EXPRESSIONS)}); use a checkpoint that was trained on these")
-    if not is_dan:
-        return ResNet18(CLASSES, len(first))
-    heads = {name.split(".")[1] for name in weights if name.startswith("heads.")}
-    return DAN(CLASSES, len(heads), len(first))
+    try:
+        return DAN(CLASSES, len(heads), len(first)) if is_dan else ResNet18(CLASSES, len(first))
+    except ValueError as problem:                                      # a width that DAN does not have
+        raise ValueError(f"{path}: {problem}") from None
 
 
 def load_cnn(path) -> tuple[nn.Module, str]:
@@ -170,15 +174,16 @@ def load_cnn(path) -> tuple[nn.Module, str]:
     knows the order of its classes.
     """
     checkpoint = read_checkpoint(path)
-    weights = checkpoint.get("model", checkpoint)
-    if "model_state_dict" in checkpoint or any(name.startswith("cat_head") for name in weights):
+    weights = checkpoint.get("model_state_dict", checkpoint.get("model", checkpoint))
+    check_names(weights, path)
+    if any(name.startswith("cat_head") for name in weights):
         model = DAN()
         return model, load_dan(model, path)
-    check_names(weights, path)
     of_dan = {name.removeprefix("dan."): value for name, value in weights.items() if name.startswith("dan.")}
     weights = of_dan or weights                             # beside "dan." are the centres
     model = cnn_of(weights, path)
-    if checkpoint.get("made_of", {}).get("stage") != "stills":
+    record = checkpoint.get("made_of")
+    if not isinstance(record, dict) or record.get("stage") != "stills":
         raise ValueError(f"{path}: not of train_stills.py, so the order of its {CLASSES} classes is unknown; "
                          "train one from it: --set stills.start=...")
     load_weights(model, weights, path)

@@ -18,24 +18,26 @@ sets' own validation faces; `val_unreadable` faces of those that could not be de
 clipping), `lr`, `unreadable`, `seconds` as in train_pretrain.py.
 
 The batch is not cut into pieces: BatchNorm and DAN's partition loss are no sums over pieces. A step in which
-fewer than two faces can be read is left out.
+fewer than two faces can be read is left out, as may be the last one of an epoch.
 """
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_
 
-from checkpoints import checksum, load_weights, read_checkpoint
+from checkpoints import load_weights, read_checkpoint
 from config import from_command_line
 from dan import affinity_loss, partition_loss
 from images import normalise
 from labels import EXPR, EXPRESSIONS
 from losses import expr_loss
-from made_of import settings_of
+from made_of import given_record, settings_of
 from run import Run
 from score_table import class_table
 from stills import LabelledStills, build, fill, labelled_sets
 from training import adamw, effective_batch, gradient_norm, seed_dropout, set_learning_rate
 from validation import batches_of, count_classes
+
+SOURCE = "stills.start", ""                  # where the input is looked for: a setting, and no stage
 
 
 def main(config, team):
@@ -45,32 +47,32 @@ def main(config, team):
     sections = ("vit", "finetune.token", "finetune.hidden", "finetune.dropout") if s.network == "vit" else ()
     settings = settings_of(config, "synthetic", "stills", "run.seed", "vit.image_size", "data.affectnet_2017",
                            "data.affectnet_2021", "data.affectnet_crop", *sections)
-    run = Run("stills", config, team, settings)
+    run = Run("stills", config, team, settings, SOURCE)
 
     # data
     sets = labelled_sets(config.data)
     train = LabelledStills(sets, True, config.vit.image_size, seed, s.smallest_crop)
     val = LabelledStills(sets, False, config.vit.image_size)
-    found = {"training": train.fingerprint(), "validation": val.fingerprint(),
-             "start": f"checksum {checksum(s.start)}" if s.start else "random weights"}
+    found = {"training": train.fingerprint(), "validation": val.fingerprint()}
     if run.still_finished(found):
         return
     team.say(f"  training: {train.summary()}\n  validation: {val.summary()}")
-    if 1 in (s.batch, len(train) % s.batch):
-        raise ValueError(f"stills.batch: {len(train):,} faces in batches of {s.batch} make a batch of one, "
-                         "of which BatchNorm has no deviation; try another size")
+    if s.batch == 1:
+        raise ValueError("stills.batch: got 1, expected 2 or more: BatchNorm takes a deviation over a batch")
 
     # model and optimiser
+    given = s.start not in ("", "none")
+    origin = given_record(s.start if given else "none")
     torch.manual_seed(seed)
     model = build(config)
-    said = f"{s.start}; {fill(model, s.network, s.start)}" if s.start else "random weights"
+    said = f"{s.start}; {fill(model, s.network, s.start)}" if given else "random weights"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     team.say(f"  start: {said}\n{s.network}: {parameters:,} parameters, {s.epochs} epochs of "
              f"{len(train):,} faces; {effective_batch(s.batch, 1, team)}")
     ddp = team.parallel(model)
     scores_of = model.dan if s.network == "dan" else model             # without what only its losses take
     optimizer = adamw(model, s.lr, s.betas, s.weight_decay, s.layer_decay)
-    run.begin(model, optimizer, train, s.batch, s.epochs, found)
+    run.begin(model, optimizer, train, s.batch, s.epochs, found, origin)
 
     # loop
     nothing = torch.zeros((), device=team.device)
@@ -117,11 +119,13 @@ def finish(run, model, scores_of, val, config, team):
     model.eval()
     sums, unreadable = count_classes(scores_of, batches_of(val, config, team), len(EXPRESSIONS), team)
     f1, chance = EXPR.metric.score(sums), EXPR.metric.chance(sums)
+    network = config.stills.network
+    at_chance = {} if network == "dan" else {"loss": EXPR.zero_loss}      # DAN's loss has two terms more
     run.finish({"val_macro_f1": f1.mean(), "val_f1": f1.tolist(), "chance": chance.mean(),
                 "val_faces": int(sums.sum()), "val_unreadable": unreadable},
-               chance={"loss": EXPR.zero_loss, "val_f1": chance.mean()})
-    team.say(f"\n{config.stills.network} on {int(sums.sum()):,} validation faces ({unreadable:,} more cannot "
-             f"be read)\n{class_table(EXPRESSIONS, sums)}\nwritten to {run.folder}")
+               chance={**at_chance, "val_f1": chance.mean()})
+    team.say(f"\n{network} on {int(sums.sum()):,} validation faces ({unreadable:,} more cannot be read)\n"
+             f"{class_table(EXPRESSIONS, sums)}\nwritten to {run.folder}")
 
 
 if __name__ == "__main__":
