@@ -27,6 +27,7 @@ from benchmark_steps import CORES
 from checkpoints import write_text
 from config import load
 from distributed import join
+from many_runs import in_words
 
 ROOT = Path(__file__).parent
 MATRIX_TYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
@@ -94,23 +95,14 @@ def line(row: Row, rows: list[Row]) -> str:
     return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
 
-def clock(seconds: float | None) -> str:
-    """0.4 s, 95 s, 12 min, 5.3 h: as exact as a reader needs it."""
-    if seconds is None:
-        return "-"
-    if seconds < 120:
-        return f"{number(seconds)} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def recipe_lines(parts: list) -> list[str]:
     """The second table: each stage of the recipe, and the sum."""
     lines = ["| part | how much | a second | bound by | time |", "|---|---|---|---|---|"]
     lines += [f"| {part.stage} | {part.samples:,} {part.unit} | {number(part.rate)} | {part.bound_by} "
-              f"| {clock(part.seconds)} |" for part in parts]
+              f"| {'-' if part.seconds is None else in_words(part.seconds)} |" for part in parts]
     known = [part.seconds for part in parts if part.seconds is not None]
     missing = "" if len(known) == len(parts) else f", {len(parts) - len(known)} parts not measured"
-    return [*lines, f"| all{missing} | | | | {clock(sum(known))} |"]
+    return [*lines, f"| all{missing} | | | | {in_words(sum(known))} |"]
 
 
 def rates_of(rows: list[Row], batch: int) -> benchmark_recipe.Rates:
@@ -150,6 +142,7 @@ def groups(config, sizes: Sizes, ways: list, folder: Path):
 
 
 def machine(device) -> str:
+    """What it was measured on, in a line."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     return (f"{name}, {CORES} CPU cores, {torch.get_num_threads()} threads; torch {torch.__version__}, "
             f"Python {platform.python_version()}, NumPy {np.__version__}")
@@ -210,7 +203,7 @@ def main(device: str, compiled: bool = False, out="runs"):
         say(f"\n## Where the time of a MAE step of {batch} images goes\n")
         shares = benchmark_profile.shares(steps.mae_step(config, own, batch).build(), team.device)
         say("\n".join(benchmark_profile.table(shares)))
-    say(f"\nMeasured on {datetime.date.today()} in {clock(time.time() - began)}.")
+    say(f"\nMeasured on {datetime.date.today()} in {in_words(time.time() - began)}.")
     path = Path(out) / f"benchmark_{device}.md"
     write_text(path, "\n".join(lines) + "\n")
     found = {"machine": machine(team.device), "rows": [as_dict(row) for row in rows],

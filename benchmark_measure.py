@@ -143,10 +143,12 @@ class Measured:
 
 
 def held(device) -> int:
+    """Bytes of a GPU's memory that tensors hold now; 0 without a GPU."""
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
 
 def wait(device):
+    """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 

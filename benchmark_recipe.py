@@ -2,7 +2,7 @@
 
 Costs are the matrix products of a model in floating-point operations, a multiplication and an addition being
 two. What attention computes a second time for the backward pass does not count, so a kernel that does so
-gains no share of the card's rate by it. tests/test_benchmark_recipe.py compares them with PyTorch's counter.
+gains no share of the card's rate by it. tests/test_benchmark.py compares them with PyTorch's counter.
 
 Letters: n tokens, D width, T frames, N patches, P patch side.
 """

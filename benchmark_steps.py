@@ -29,6 +29,7 @@ from images import normalise
 from labels import AU
 from losses import au_loss, expr_loss
 from scoring import predict
+from segments import segments
 from synthetic_face import State, draw_face, person
 from temporal import SegmentModel
 from training import gradient_norm, loader
@@ -173,6 +174,7 @@ def segment_step(config, way: Own) -> Work:
 
 
 def segment_model(config) -> SegmentModel:
+    """The AU model of a configuration, with random weights."""
     return SegmentModel(config.vit.dim, len(AU.outputs), **vars(config.temporal))
 
 
@@ -213,7 +215,6 @@ def extraction_of_video(config, way: Own, folder: Path) -> Work:
 def whole_video(config, way: Own, frames: int) -> Work:
     """All segments of one video, merged into an output per frame, as in validation and prediction."""
     s = config.segments
-    segments = -(-max(frames - s.window, 0) // s.stride) + 1
 
     def build():
         model = way.call(way.place(segment_model(config)).eval())
@@ -221,7 +222,7 @@ def whole_video(config, way: Own, frames: int) -> Work:
         return lambda: predict(model, x, s.window, s.stride, config.task.batch, way.team)
     forward, _ = benchmark_recipe.segment_forward(config, len(AU.outputs))
     return Work("whole video", way, f"{frames:,} frames", "frames", frames, build,
-                segments * forward // frames, waits=True, rate="videos")
+                len(segments(frames, s.window, s.stride)) * forward // frames, waits=True, rate="videos")
 
 
 # ---- What feeds them

@@ -239,7 +239,8 @@ def launch(main, config, *arguments):
         if isinstance(error, torch.OutOfMemoryError):
             what = str(error).partition(". GPU")[0]          # CUDA out of memory. Tried to allocate 2.00 GiB
             sys.exit(f"error: {what}; cut the batch into smaller pieces with --set run.largest_piece=N, or "
-                     "make it smaller: task.batch of train_task.py, features.batch of extract_features.py")
+                     "make the batch smaller where it is not cut: task.batch, emma.batch, stills.batch, "
+                     "features.batch")
         if "by peer" not in str(error):                      # gloo: "Connection closed by peer"
             raise
         sys.exit("error: another process of this run has ended; see its message or exit code")

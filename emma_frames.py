@@ -26,7 +26,6 @@ from labels import TASKS, Task, has_labels, read_labels, targets
 from made_of import finished, like, missing, tuned_on
 from run import Progress
 from score_table import score_table
-from scoring import shared_out
 from segments import reasons
 from settings import Config
 from splits import scene, split
@@ -80,57 +79,77 @@ def load(path, config: Config | None = None, team: Team | None = None) -> Traine
 # ---- The score on the validation videos
 
 class Video(NamedTuple):
-    """A validation video of a task."""
+    """A validation video of one or more tasks."""
     name: str
     frames: VideoFrames
-    labels: np.ndarray        # as `read_labels` gives them
+    labels: dict[str, np.ndarray]        # {task name: as `read_labels` gives them}
 
 
-def open_videos(trained: Trained, task: Task) -> tuple[list[Video], dict[str, str]]:
-    """The official validation videos of a task, and {name: why it is left out}."""
-    config, record, videos, left_out = trained.config, trained.record, [], {}
-    folders = find_videos(config.data.frames)
+def open_videos(trained: Trained, tasks) -> tuple[list[Video], dict[str, dict[str, str]]]:
+    """The official validation videos of some tasks, each once, and {task name: {video: why it is left
+    out}}."""
+    config, record, videos = trained.config, trained.record, {}
+    folders, left_out = find_videos(config.data.frames), {task.name: {} for task in tasks}
     seen = {scene(name) for name in record["data"]["training videos"] + tuned_on(record)}
-    for name, file in split(config.data.labels, task, 0)[1].items():
-        labels = read_labels(file, task)
-        frames = VideoFrames(folders[name], config.vit.image_size) if name in folders else []
-        if scene(name) in seen:
-            left_out[name] = "EMMA was trained on its scene"
-        elif not len(labels) or not len(frames):
-            left_out[name] = "no frames" if len(labels) else "no labels"
-        else:
-            videos.append(Video(name, frames, labels))
-    return videos, left_out
+    for task in tasks:
+        for name, file in split(config.data.labels, task, 0)[1].items():
+            labels = read_labels(file, task)
+            if name not in videos:
+                frames = VideoFrames(folders[name], config.vit.image_size) if name in folders else []
+                videos[name] = Video(name, frames, {})
+            if scene(name) in seen:
+                left_out[task.name][name] = "EMMA was trained on its scene"
+            elif not len(labels) or not len(videos[name].frames):
+                left_out[task.name][name] = "no frames" if len(labels) else "no labels"
+            else:
+                videos[name].labels[task.name] = labels
+    return [video for video in videos.values() if video.labels], left_out
 
 
-def video_sums(path, config: Config, task: Task, team: Team) -> tuple[list[str], np.ndarray]:
-    """The names of the validation videos, and the sums of the task's metric for each of them, (videos, ...),
-    over all processes. A labelled frame without a face counts, with the outputs of the frame before it, as it
-    does for a segment model. Says which videos are left out. Raises ValueError if EMMA was not trained on the
-    task, or if no video is left."""
+def video_sums(path, config: Config, tasks, team: Team) -> dict[str, tuple[list[str], np.ndarray]]:
+    """{task name: the names of its validation videos, the sums of its metric for each of them (videos, ...)},
+    over all processes. Each video is read once for all tasks.
+
+    A labelled frame without a face counts, with the outputs of the frame before it, as it does for a segment
+    model. Says which videos are left out. Raises ValueError if EMMA was not trained on a task, or if one has
+    no video left.
+    """
     trained = load(path, config, team)
-    if task not in trained.tasks:
-        raise ValueError(f"{path}: trained without {task.name} (emma.weights={trained.config.emma.weights})")
-    videos, left_out = open_videos(trained, task)
-    mine, place = shared_out(videos, team), {video.name: i for i, video in enumerate(videos)}
-    progress = Progress(sum(len(video.labels) for video in mine), "frames", team)
-    nothing = np.zeros((0, len(task.outputs)))
-    no_label = nothing[:, 0] if task.one_class else nothing
-    empty = task.metric.count(nothing, no_label, no_label.astype(bool))
-    sums, faces = np.zeros((len(videos), *empty.shape)), np.zeros(len(videos))
+    for task in tasks:
+        if task not in trained.tasks:
+            raise ValueError(f"{path}: trained without {task.name} "
+                             f"(emma.weights={trained.config.emma.weights})")
+    videos, left_out = open_videos(trained, tasks)
+    sums = {task.name: np.zeros((len(videos), *nothing_counted(task).shape)) for task in tasks}
+    faces, longest_first = np.zeros(len(videos)), sorted(videos, key=lambda v: (-len(v.frames), v.name))
+    mine, place = longest_first[team.rank::team.world], {video.name: i for i, video in enumerate(videos)}
+    lengths = {v.name: max(int(v.frames.numbers[-1]), *map(len, v.labels.values())) for v in mine}
+    progress = Progress(sum(lengths.values()), "frames", team)
     for video in mine:
-        length = max(len(video.labels), int(video.frames.numbers[-1]))
-        outputs, noface = trained.predict(video.frames, length, progress)
-        outputs = outputs_of(task, outputs)[:len(video.labels)]                        # (T, 22) -> (T, K)
-        sums[place[video.name]] = task.metric.count(outputs, *targets(video.labels, task))
+        outputs, noface = trained.predict(video.frames, lengths[video.name], progress)            # (T, 22)
         faces[place[video.name]] = (~noface).sum()
-    sums, faces = (all_sum(torch.from_numpy(part)).numpy() for part in (sums, faces))
-    left_out |= {video.name: "no readable face" for video in videos if not faces[place[video.name]]}
-    if left_out:
-        team.say(f"  left out: {reasons(left_out)}")
-    if not faces.any():
-        raise ValueError(f"{path}: no validation video of {task.name} can be scored; check data.frames")
-    return [video.name for video in videos if faces[place[video.name]]], sums[faces > 0]
+        for name, labels in video.labels.items():
+            of_task = outputs_of(TASKS[name], outputs)[:len(labels)]                              # (T, K)
+            sums[name][place[video.name]] = TASKS[name].metric.count(of_task, *targets(labels, TASKS[name]))
+    faces, found = all_sum(torch.from_numpy(faces)).numpy(), {}
+    for task in tasks:
+        of_task = all_sum(torch.from_numpy(sums[task.name])).numpy()
+        scored = [i for i, video in enumerate(videos) if task.name in video.labels and faces[i]]
+        left_out[task.name] |= {video.name: "no readable face" for i, video in enumerate(videos)
+                                if task.name in video.labels and not faces[i]}
+        if left_out[task.name]:
+            team.say(f"  left out of {task.name}: {reasons(left_out[task.name])}")
+        if not scored:
+            raise ValueError(f"{path}: no validation video of {task.name} can be scored; check data.frames")
+        found[task.name] = [videos[i].name for i in scored], of_task[scored]
+    return found
+
+
+def nothing_counted(task: Task) -> np.ndarray:
+    """The sums of no frame at all."""
+    outputs = np.zeros((0, len(task.outputs)))
+    target = outputs[:, 0] if task.one_class else outputs
+    return task.metric.count(outputs, target, target.astype(bool))
 
 
 def main(config, team, checkpoint=""):
@@ -141,10 +160,10 @@ def main(config, team, checkpoint=""):
     trained = load(path, config, team)
     for name, (_, was, now) in trained.changed.items():
         team.say(f"  {name}={was} as in {path}; the configuration has {now}")
-    for task in [task for task in trained.tasks if has_labels(config.data.labels, task)] or trained.tasks:
-        team.say(f"\n{path}, each frame by itself")
-        names, sums = video_sums(path, config, task, team)
-        team.say(f"{len(names)} validation videos\n{score_table(task, sums, comparable=False)}")
+    tasks = [task for task in trained.tasks if has_labels(config.data.labels, task)] or trained.tasks
+    team.say(f"{path}, each frame by itself")
+    for name, (names, sums) in video_sums(path, config, tasks, team).items():
+        team.say(f"\n{len(names)} validation videos\n{score_table(TASKS[name], sums, comparable=False)}")
 
 
 if __name__ == "__main__":

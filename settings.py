@@ -145,7 +145,7 @@ class Task:
 class Stills:
     """Training a network on AffectNet's expressions: EMMA's CNN, or a ViT. "DAN's": of DAN's authors."""
     network: Literal["dan", "resnet18", "vit"] = "dan"    # EMMA takes either of the first two
-    start: str = ""                   # "" = random weights; or for a CNN a ResNet-18, for the ViT an MAE
+    start: str = ""                   # "" or "none" = random; for a CNN a ResNet-18, for the ViT an MAE
     width: int = 64                   # channels of the CNN's first stage; ResNet-18 has 64
     epochs: int = 10                  # passes; each class comes equally often. DAN's
     batch: int = 256                  # faces per optimiser step, over all processes. DAN's

@@ -16,6 +16,7 @@ from torch import nn
 
 from checkpoints import check_names, load_vit, load_weights, read_checkpoint
 from cnn import ResNet18, Trunk, load_trunk
+from config import print_all
 from dan import DAN, DANWithCentres
 from dan_weights import load_dan
 from faces import load_faces
@@ -191,13 +192,4 @@ def load_cnn(path) -> tuple[nn.Module, str]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        print(__doc__)
-    refused = False
-    for path in sys.argv[1:]:
-        try:
-            print(f"{path}: {load_cnn(path)[1]}")
-        except ValueError as refusal:
-            print(f"refused: {refusal}", file=sys.stderr)
-            refused = True
-    sys.exit(2 if refused else 0)
+    print_all(f"{path}: {load_cnn(path)[1]}" for path in sys.argv[1:])

@@ -35,8 +35,8 @@ from emma import by_task
 from labels import TASKS
 from many_runs import Job
 from scoring import read_sums, stage_of
-from variants import (SEEDS, WHOLE, Variant, change_of, change_text, config_of, score_text, scores_of,
-                      seeds_from)
+from variants import (SEEDS, WHOLE, Variant, change_of, change_text, config_of, over_seeds, score_text,
+                      scores_of, seeds_from)
 
 
 class System(NamedTuple):
@@ -138,13 +138,8 @@ def collect_emma(config, seeds) -> list[dict]:
     found = with_changes(rows)
     for row in found:
         totals = np.sum([row["tasks"][name]["scores"] for name in TASKS], axis=0)          # (3, seeds)
-        row["p_mtl"] = numbers(totals)
+        row["p_mtl"] = over_seeds(totals)
     return found
-
-
-def numbers(scores) -> dict:
-    """{"scores", "mean", "deviation"} of one score per seed."""
-    return {"scores": list(map(float, scores)), "mean": np.mean(scores), "deviation": np.std(scores, ddof=1)}
 
 
 def collect_cotex(config, seeds) -> list[dict]:
@@ -153,7 +148,7 @@ def collect_cotex(config, seeds) -> list[dict]:
     for system in cotex_rows(config):
         folders = [config_of(config, system.variants[0], seed).folder("cotex") for seed in seeds]
         scores = [read_json(folder / "metrics.json")["val_macro_f1"] for folder in folders]
-        rows.append({"title": system.title, **numbers(scores)})
+        rows.append({"title": system.title, **over_seeds(scores)})
     return rows
 
 
@@ -163,13 +158,12 @@ def collect_time(config, seeds) -> list[dict]:
     runs = [config_of(config, WHOLE, seed) for seed in seeds]
     if not all(Job("train_task", run, task).state == "finished" for run in runs for task in TASKS.values()):
         return []
-    segment, single = {}, {}
+    segment, single = {name: [] for name in TASKS}, {name: [] for name in TASKS}
     team = Team(0, 1, choose_device(config.run.device))
-    for name, task in TASKS.items():
-        segment[name], single[name] = [], []
-        for run in runs:
-            names, sums = read_sums(run.folder(stage_of(run, task)))
-            others, of_emma = emma_frames.video_sums(run.folder("emma") / "best.pt", run, task, team)
+    for run in runs:
+        path = run.folder("emma") / "best.pt"
+        for name, (others, of_emma) in emma_frames.video_sums(path, run, TASKS.values(), team).items():
+            names, sums = read_sums(run.folder(stage_of(run, TASKS[name])))
             both = [video for video in names if video in others]      # EMMA may have trained on some
             segment[name].append(sums[[names.index(video) for video in both]])
             single[name].append(of_emma[[others.index(video) for video in both]])

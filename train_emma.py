@@ -59,8 +59,9 @@ def main(config, team):
 
     # data
     train, val = open_frames(config, team)
+    cnn_path, cnn_found = find_cnn(config, team, run)
     found = {"training": train.fingerprint(), "validation": val.fingerprint(),
-             "training videos": train.used, "cnn": which_cnn(config, team, run)}
+             "training videos": train.used, "cnn": cnn_found}
     if run.still_finished(found):
         return team.say(f"\n{(run.folder / 'scores.txt').read_text()}")
     team.say(f"  training: {train.summary()}\n  validation: {val.summary()}")
@@ -69,8 +70,8 @@ def main(config, team):
     start, origin = find_input(config, team, *SOURCE, "last.pt", "train_pretrain.py")
     torch.manual_seed(seed)
     cnn = None
-    if e.cnn != "none":
-        cnn, said = load_cnn(find_input(config, team, *CNN, "best.pt", "train_stills.py")[0])
+    if cnn_path:
+        cnn, said = load_cnn(cnn_path)
         team.say(f"  CNN: {said}")
     model = EMMA(VisionTransformer(**dataclasses.asdict(config.vit), drop_path=e.drop_path), cnn)
     if e.start == "none":
@@ -140,15 +141,15 @@ def open_frames(config, team) -> tuple[MultiTaskFrames, MultiTaskFrames]:
             MultiTaskFrames(val_file, videos, config.vit.image_size))
 
 
-def which_cnn(config, team, run) -> str:
-    """The CNN, for the record: its checkpoint's checksum. EMMA's weights hold the CNN, so a finished EMMA
-    stays valid without its file."""
+def find_cnn(config, team, run):
+    """The CNN's checkpoint, or None, and what it is, for the record. EMMA's weights hold the CNN, so a
+    finished EMMA stays valid without its file."""
     if config.emma.cnn == "none":
-        return "none"
+        return None, "none"
     if run.finished and not team.agree(input_there(config, *CNN)):
-        return read_record(run.folder)["data"]["cnn"]
-    _, record = find_input(config, team, *CNN, "best.pt", "train_stills.py")
-    return f"checksum {record['checksum']}"
+        return None, read_record(run.folder)["data"]["cnn"]
+    path, record = find_input(config, team, *CNN, "best.pt", "train_stills.py")
+    return path, f"checksum {record['checksum']}"
 
 
 # ---- Scoring

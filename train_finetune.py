@@ -75,8 +75,8 @@ def main(config, team):
         team.say(f"  the ViT starts from {start}; {load_vit(model.vit, start)}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     bytes_each = vit_bytes(math.prod(model.vit.patch_embed.grid) + 1, config.vit.dim, config.vit.depth)
-    share = math.ceil(f.batch / team.world)
-    count = pieces(share, bytes_each, parameters, team.device, config.run.largest_piece)
+    count = pieces(math.ceil(f.batch / team.world), bytes_each, parameters, team.device,
+                   config.run.largest_piece)
     team.say(f"fine-tuning {parameters:,} parameters for {f.epochs} epochs of {len(train):,} frames; "
              f"{effective_batch(f.batch, count, team)}")
     ddp = team.parallel(model, config.run.compile)
@@ -106,9 +106,8 @@ def main(config, team):
                 clip_grads_with_norm_(model.parameters(), f.clip, norm)
             optimizer.step()
             run.end_step(loss, norm, unreadable=unreadable)
-        model.eval()
         batches = run.unless_stopped(batches_of(val, config, team))
-        sums, val_unreadable = count_classes(model, batches, len(EXPR.outputs), team)
+        sums, val_unreadable = count_classes(model.eval(), batches, len(EXPR.outputs), team)
         run.obey_signals()
         f1 = EXPR.metric.score(sums).mean()
         run.keep_best(f1)

@@ -113,11 +113,14 @@ def sums_over_seeds(config, variant: Variant, task: Task, seeds, order=None) -> 
     return order, np.stack(found)
 
 
+def over_seeds(scores) -> dict:
+    """{"scores", "mean", "deviation"} of a score per seed; the deviation of a sample, divided by n - 1."""
+    return {"scores": list(map(float, scores)), "mean": np.mean(scores), "deviation": np.std(scores, ddof=1)}
+
+
 def scores_of(sums: np.ndarray, task: Task) -> dict:
-    """{"scores", "mean", "deviation"} over the seeds; the deviation of a sample, divided by n - 1. Shape:
-    sums (seeds, videos, ...)"""
-    scores = [float(task.metric.score(of_seed.sum(axis=0)).mean()) for of_seed in sums]
-    return {"scores": scores, "mean": np.mean(scores), "deviation": np.std(scores, ddof=1)}
+    """The same of a task's sums (seeds, videos, ...)."""
+    return over_seeds([task.metric.score(of_seed.sum(axis=0)).mean() for of_seed in sums])
 
 
 def change_of(sums: np.ndarray, others: np.ndarray, task: Task) -> dict:

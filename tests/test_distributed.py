@@ -232,8 +232,8 @@ def test_a_full_gpu_is_one_line_that_says_what_to_make_smaller(capsys):
     with pytest.raises(SystemExit) as end:
         launch(main, Config())
     assert end.value.code == ("error: CUDA out of memory. Tried to allocate 2.00 GiB; cut the batch into "
-                              "smaller pieces with --set run.largest_piece=N, or make it smaller: task.batch "
-                              "of train_task.py, features.batch of extract_features.py")
+                              "smaller pieces with --set run.largest_piece=N, or make the batch smaller "
+                              "where it is not cut: task.batch, emma.batch, stills.batch, features.batch")
 
 
 @pytest.mark.parametrize("rank, seconds", [(0, []), (1, [2])])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import emma_frames
 import stages
 import tiny
 from cnn import ResNet18
@@ -111,7 +112,7 @@ def test_a_video_without_a_readable_face_has_outputs_of_0_and_says_so(made):
 
 def sums_of(folder, task, *overrides, run="tiny", team=ALONE):
     with contextlib.chdir(folder):
-        return video_sums(f"runs/{run}/emma/best.pt", settings(folder, *overrides), task, team)
+        return video_sums(f"runs/{run}/emma/best.pt", settings(folder, *overrides), [task], team)[task.name]
 
 
 def labels_of(folder, name, task) -> np.ndarray:
@@ -160,6 +161,24 @@ def test_videos_and_labelled_frames_are_those_that_a_segment_model_is_scored_on(
             assert np.array_equal(task.metric.labelled(of_video), task.metric.labelled(theirs))
 
 
+def test_all_tasks_together_have_the_sums_of_each_alone_and_a_video_is_read_once(made, tmp_path, monkeypatch):
+    folder, read = tiny.copied(made[0], tmp_path), []
+    (folder / f"labels/{AU.folders[0]}/Validation_Set/7.txt").unlink()      # not every task has every video
+    predict = emma_frames.Trained.predict
+
+    def noted(trained, frames, length, progress):
+        read.append(length)
+        return predict(trained, frames, length, progress)
+    monkeypatch.setattr(emma_frames.Trained, "predict", noted)
+    with contextlib.chdir(folder):
+        found = video_sums(CHECKPOINT, settings(folder), TASKS.values(), ALONE)
+    assert read == [45, 19]                                       # the frames of 6 and of 7
+    for task in TASKS.values():
+        names, sums = sums_of(folder, task)
+        assert found[task.name][0] == names == (["6"] if task is AU else ["6", "7"])
+        assert np.array_equal(found[task.name][1], sums)
+
+
 def test_two_processes_give_the_sums_of_one_bit_for_bit(made):
     folder, _ = made
     codes, results = in_team(2, lambda team: sums_of(folder, AU, team=team))
@@ -177,7 +196,7 @@ def test_a_scene_that_emma_or_its_vit_was_trained_on_is_left_out_and_named(made,
     names, sums = sums_of(folder, VA, run="seen")
     said = capsys.readouterr().out
     assert names == ["7"] and np.array_equal(sums, sums_of(folder, VA)[1][1:])
-    assert "  left out: 6_right (EMMA was trained on its scene); 8 (no frames)\n" in said
+    assert "  left out of va: 6_right (EMMA was trained on its scene); 8 (no frames)\n" in said
     path = folder / CHECKPOINT
     saved = torch.load(path, weights_only=True)
     saved["made_of"]["from"] = {**read_record(folder / "runs/tiny/finetune"), "file": "tuned.pt"}
@@ -193,12 +212,14 @@ def test_a_scene_that_emma_or_its_vit_was_trained_on_is_left_out_and_named(made,
 def test_the_script_prints_the_tables_of_the_tasks_that_emma_has_learned(made, tmp_path):
     folder, _ = made
     said = stages.start(folder, "emma_frames.py")
-    tables = said.removeprefix("\n").split("\n\n")
+    head, *tables = said.strip().split("\n\n")
+    lines = [line for line in head.splitlines() if "not a readable image" not in line]
+    assert lines == ["runs/tiny/emma/best.pt, each frame by itself",
+                     *(f"  left out of {task}: 8 (no frames)" for task in TASKS)]
     for task, table in zip(TASKS.values(), tables, strict=True):
         sums = sums_of(folder, task)[1]
-        lines = [line for line in table.strip().splitlines() if "not a readable image" not in line]
-        assert lines == ["runs/tiny/emma/best.pt, each frame by itself", "  left out: 8 (no frames)",
-                         "2 validation videos", *score_table(task, sums, comparable=False).splitlines()]
+        assert table.splitlines() == ["2 validation videos",
+                                      *score_table(task, sums, comparable=False).splitlines()]
     stages.write_emma(folder, "one_task", weights=(0, 0, 1))
     said = stages.start(folder, "emma_frames.py", "--checkpoint", "runs/one_task/emma/best.pt")
     assert "mean F1" in said and "macro F1" not in said and "CCC" not in said
@@ -246,7 +267,7 @@ def test_what_is_no_emma_or_does_not_fit_is_refused(made, tmp_path, spoil, overr
     if spoil:
         spoil(path)
     with contextlib.chdir(folder), pytest.raises(ValueError, match=message):
-        video_sums(path, settings(folder, *overrides), VA, ALONE)
+        video_sums(path, settings(folder, *overrides), [VA], ALONE)
 
 
 def test_a_task_that_emma_was_not_trained_on_is_not_scored(made):

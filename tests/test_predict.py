@@ -329,7 +329,7 @@ def test_the_scores_of_emmas_table_are_those_of_its_evaluation(with_emma):
     config = settings(with_emma, "data.labels=put_aside")
     with contextlib.chdir(with_emma):
         for task in TASKS.values():
-            _, sums = emma_frames.video_sums("emma.pt", config, task, ALONE)
+            _, sums = emma_frames.video_sums("emma.pt", config, [task], ALONE)[task.name]
             assert score_table(task, sums, comparable=False) in score_file(table, labels, task)
 
 

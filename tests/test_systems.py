@@ -48,10 +48,13 @@ def start(monkeypatch, *more, command=COMMAND):
     return 0
 
 
-def single_frames(path, config, task, team):
+def single_frames(path, config, tasks, team):
     """Stands for scoring EMMA on the videos: the segment model's sums, in another order, times 2."""
-    names, sums = read_sums(Path(path).parents[1] / f"task_{task.name}")
-    return names[::-1], 2 * sums[::-1]
+    found = {}
+    for task in tasks:
+        names, sums = read_sums(Path(path).parents[1] / f"task_{task.name}")
+        found[task.name] = names[::-1], 2 * sums[::-1]
+    return found
 
 
 class Finished(NamedTuple):
