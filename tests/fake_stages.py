@@ -20,6 +20,7 @@ import torch
 import emma
 import made_of
 import many_runs
+import variants
 from checkpoints import checksum
 from config import load
 from labels import EXPR, TASKS
@@ -150,6 +151,16 @@ def scored(folder, config, task, record) -> dict:
             "score_interval": [scores.mean() - 0.1, scores.mean() + 0.1], "chance": 0.25,
             "validation_videos": len(val), "seen_videos": sum(seen), "left_out": {}, "data": "made-up data",
             "comparable": True}
+
+
+def started(monkeypatch, module, *command) -> int:
+    """What a script of many runs with seeds does, in this process. -> exit code"""
+    monkeypatch.setattr(sys, "argv", list(command))
+    try:
+        many_runs.start(module.main, *module.from_command_line("", seeds=variants.SEEDS, **many_runs.OPTIONS))
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def script(name: str) -> str:

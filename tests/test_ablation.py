@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ import tiny
 import variants
 from ablation import all_jobs, rows_of
 from config import load
-from fake_stages import Ran, pretended
+from fake_stages import Ran, pretended, started
 from intervals import difference, difference_over_seeds, drawn, drawn_scores
 from labels import TASKS, VA, read_labels, targets
 from scoring import read_sums
@@ -54,13 +53,7 @@ def prepare(folder):
 
 def start(monkeypatch, *more, command=COMMAND):
     """What the script does, in this process. -> exit code"""
-    monkeypatch.setattr(sys, "argv", [*command, *more])
-    seeds = {"type": int, "default": 3}
-    try:
-        many_runs.start(ablation.main, *ablation.from_command_line("", seeds=seeds, **many_runs.OPTIONS))
-    except SystemExit as end:
-        return end.code
-    return 0
+    return started(monkeypatch, ablation, *command, *more)
 
 
 def not_merged(config, task, merge, tune, read=variants.sums_of):

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ import tiny
 import variants
 from config import load
 from experiments import command, ideas_of, verdict
-from fake_stages import Ran, pretended
+from fake_stages import Ran, pretended, started
 from intervals import difference_over_seeds
 from labels import AU, EXPR, TASKS, VA
 from scoring import read_sums
@@ -39,13 +38,7 @@ LENT = ["train_pretrain", "train_finetune", "extract_features"]
 
 def start(monkeypatch, *more, command=COMMAND):
     """What the script does, in this process. -> exit code"""
-    monkeypatch.setattr(sys, "argv", [*command, *more])
-    try:
-        many_runs.start(experiments.main, *experiments.from_command_line("", seeds=variants.SEEDS,
-                                                                         **many_runs.OPTIONS))
-    except SystemExit as end:
-        return end.code
-    return 0
+    return started(monkeypatch, experiments, *command, *more)
 
 
 def stored_sums(config, task, merge, tune, read=variants.sums_of):

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +13,11 @@ import pytest
 import emma
 import emma_frames
 import fake_stages
-import many_runs
 import systems
 import tiny
 import variants
 from config import load
-from fake_stages import Ran, pretended
+from fake_stages import Ran, pretended, started
 from intervals import difference_over_seeds
 from labels import TASKS
 from scoring import read_sums
@@ -39,13 +37,7 @@ COTEX = {"cotex_plain": "cotex.views=1 cotex.mask_ratio=0 cotex.epochs=3",
 
 def start(monkeypatch, *more, command=COMMAND):
     """What the script does, in this process. -> exit code"""
-    monkeypatch.setattr(sys, "argv", [*command, *more])
-    seeds = {"type": int, "default": 3}
-    try:
-        many_runs.start(systems.main, *systems.from_command_line("", seeds=seeds, **many_runs.OPTIONS))
-    except SystemExit as end:
-        return end.code
-    return 0
+    return started(monkeypatch, systems, *command, *more)
 
 
 def single_frames(path, config, tasks, team):
