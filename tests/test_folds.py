@@ -212,6 +212,8 @@ def test_what_is_gone_but_no_longer_needed_is_not_made_again(tmp_path, monkeypat
     there.clear()
     assert pipeline.unfinished("train_task", load("tiny.yaml", ["data.synthetic=false"])) == [
         "train_pretrain", "train_finetune", "extract_features"]
+    assert pipeline.unfinished("train_emma", load("tiny.yaml", ["data.synthetic=false"])) == [
+        "train_pretrain", "train_stills"]
 
 
 def test_pre_training_that_is_gone_is_made_in_the_run_itself(tmp_path, monkeypatch):

@@ -1,14 +1,15 @@
 """Whole runs on a GPU: the pipeline against the CPU's, NCCL, two GPUs, killed and started again, and no step
-that waits for the GPU. The CPU's half does the same with bf16 and gloo on the CPU."""
+that waits for the GPU. The CPU's half does the same with bf16 and gloo, and on a pretended card."""
 
+import contextlib
+import csv
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.overrides import TorchFunctionMode
 
 import distributed
 import run
@@ -19,8 +20,10 @@ from distributed import BACKENDS, LONGEST, Team, all_sum, all_sum_inside, choose
 from features import ExprClassifier
 from images import FaceImages
 from losses import expr_loss
+from pretended_card import pretended_card
 from processes import CPU
 from test_loops_second import made  # noqa: F401, a fixture: what each stage reads
+from test_predict import trained  # noqa: F401, a fixture: all that a prediction takes
 from tiny import (EACH_STEP, ROOT, STAGES, TINY, TRAIN_AU, apart, assert_same, done, log_numbers, ready,
                   weights)
 from training import in_pieces, loader
@@ -205,83 +208,100 @@ def test_killed_and_started_again_a_training_ends_with_the_same_bits(tmp_path, d
         assert difference < 0.01
 
 
-# ---- No step waits for the GPU
+# ---- No step waits for a card, and nothing mixes its tensors with the CPU's
 
-VALUES = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+class RealCard:
+    """As PretendedCard: refuses to let Python wait, if told so."""
 
-
-class Refuse(TorchFunctionMode):
-    """Refuses to tell a tensor's value, as torch.cuda.set_sync_debug_mode("error") does on a GPU."""
-
-    allowed = False
-
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        if function.__name__ in VALUES and not self.allowed:
-            raise AssertionError(f"a step asks for a tensor's value: {function.__name__}")
-        return function(*arguments, **keywords or {})
+    def refuse_waiting(self, refuse: bool):
+        torch.cuda.set_sync_debug_mode("error" if refuse else "default")
 
 
-@pytest.fixture
-def watched(monkeypatch):
-    """In each step of a training but the first, in which constants go to the GPU, none may wait for it.
-    -> the number of steps that were watched"""
-    steps, refuse, batches = [], Refuse(), run.Run.batches
+KINDS = {"pretended": pretended_card, "real": lambda: contextlib.nullcontext(RealCard())}
+CARDS = ["pretended", pytest.param("real", marks=ON_CARD)]
+NO_PINNED = pytest.mark.filterwarnings("ignore:'pin_memory' argument")                # for a pretended card
 
-    def allowing(method):
-        """What looks at numbers that lie on the CPU."""
-        def function(*arguments):
-            before, refuse.allowed = refuse.allowed, True
-            try:
-                return method(*arguments)
-            finally:
-                refuse.allowed = before
-        return function
+
+@contextlib.contextmanager
+def watched(card):
+    """In each step of a training but the first, in which constants go to the card, none may wait for it.
+    -> the steps that were watched, as they come"""
+    steps, batches = [], run.Run.batches
 
     def watch(self):
         for step, batch in batches(self):
-            if step and self.team.device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("error")
-                yield step, batch
-                torch.cuda.set_sync_debug_mode("default")
-            elif step:
-                with refuse:
-                    yield step, batch
-            else:
-                yield step, batch
+            card.refuse_waiting(step > 0)
+            yield step, batch
+            card.refuse_waiting(False)
             steps.append(step)
 
-    monkeypatch.setattr(run.Run, "batches", watch)
-    for name in ("count_readable", "check_finite"):
-        monkeypatch.setattr(run.Run, name, allowing(getattr(run.Run, name)))
-    monkeypatch.setattr(stages.Clock, "tick", lambda clock, *ignored: None)     # no progress line: it waits
-    # On the CPU, AdamW counts its steps in a tensor that it reads.
-    hooks = [register_optimizer_step_pre_hook(lambda *ignored: setattr(refuse, "allowed", True)),
-             register_optimizer_step_post_hook(lambda *ignored: setattr(refuse, "allowed", False))]
-    yield steps
-    for hook in hooks:
-        hook.remove()
-    if torch.cuda.is_available():
-        torch.cuda.set_sync_debug_mode("default")
+    try:
+        with mock.patch.object(run.Run, "batches", watch):
+            with mock.patch.object(stages.Clock, "tick", lambda *ignored: None):     # a progress line waits
+                yield steps
+    finally:
+        card.refuse_waiting(False)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+def trained_on(kind: str, folder, *script) -> int:
+    """Start a training on a card that is watched. -> the number of steps"""
+    with KINDS[kind]() as card, watched(card) as steps:
+        stages.start(folder, *script, "--set", "run.device=cuda")
+    return len(steps)
+
+
+def far_from(expected, folder, stage: str) -> float:
+    """The largest difference between the weights of two runs."""
+    difference = apart(*(weights(place / "runs/tiny" / stage) for place in (folder, expected)))
+    print(f"{stage}: weights differ by at most {difference:.1e}")
+    return difference
+
+
+@NO_PINNED
+@pytest.mark.parametrize("kind", CARDS)
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "task_va", "task_expr", "task_au", "emma",
                                    "cotex"])
-def test_no_step_waits_for_the_gpu(made, tmp_path, watched, stage, device):
-    folder = tiny.copied(made, tmp_path, [stage] if stage in stages.MADE else [])
+def test_no_step_waits_for_the_card(made, tmp_path, stage, kind):
     section, _, task = stage.partition("_")
-    script = [f"train_{section}.py", *(["--task", task] if task else [])]
-    stages.start(folder, *script, "--set", f"run.device={device}", "--set", f"{section}.epochs=2")
-    assert len(watched) >= 4
+    script = [f"train_{section}.py", *(["--task", task] if task else []), "--set", f"{section}.epochs=2"]
+    cpu, card = (tiny.copied(made, tmp_path / name, [stage] if stage in stages.MADE else [])
+                 for name in ("cpu", "card"))
+    stages.start(cpu, *script)
+    assert trained_on(kind, card, *script) >= 4
+    assert kind == "real" or far_from(cpu, card, stage) < 1e-5                # bf16: by the scores, above
 
 
-@pytest.mark.parametrize("network, device", [
-    ("resnet18", "cpu"), pytest.param("resnet18", "cuda", marks=ON_CARD),
-    pytest.param("dan", "cuda", marks=ON_CARD)])             # DAN asks for a count, which lies on the CPU
-def test_no_step_on_labelled_still_faces_waits_for_the_gpu(tmp_path, watched, network, device):
-    folder = tiny.write(tmp_path, stills={"network": network}, run={"device": device})
-    stages.start(folder, "train_stills.py")
-    assert len(watched) >= 4
+@NO_PINNED
+@pytest.mark.parametrize("kind", CARDS)
+@pytest.mark.parametrize("network, limit", [("resnet18", 1e-5), ("dan", 0.01)])   # Adam's steps are of a size
+def test_no_step_on_labelled_still_faces_waits_for_the_card(tmp_path, network, limit, kind):
+    cpu, card = (tiny.write(tmp_path / name, stills={"network": network}) for name in ("cpu", "card"))
+    stages.start(cpu, "train_stills.py")
+    assert trained_on(kind, card, "train_stills.py") >= 4
+    assert kind == "real" or far_from(cpu, card, "stills") < limit
+
+
+def predicted(folder, *more) -> np.ndarray:
+    """Extract the features, and predict all tables. -> the numbers of the table of the run, then EMMA's"""
+    stages.start(folder, "extract_features.py", *more)
+    tables = []
+    for table, model in (("run.csv", []), ("emma.csv", ["--emma", "runs/tiny/emma/best.pt"])):
+        stages.start(folder, "predict.py", "--frames", "frames", "--out", table, *model, *more)
+        with open(folder / table, newline="") as file:
+            tables += [[row["valence"], row["Anger"], row["AU1"]] for row in csv.DictReader(file)]
+    return np.array([[float(x or "nan") for x in row] for row in tables])
+
+
+@NO_PINNED
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_card_predicts_what_the_cpu_does(trained, tmp_path, kind):
+    stages.write_emma(trained)
+    cpu, card = (tiny.copied(trained, tmp_path / name, ["features"]) for name in ("cpu", "card"))
+    expected = predicted(cpu)
+    with KINDS[kind]():
+        ours = predicted(card, "--set", "run.device=cuda")
+    assert np.isfinite(expected).any(axis=0).all()
+    assert ours == pytest.approx(expected, abs={"pretended": 2e-6, "real": 0.05}[kind], nan_ok=True)
 
 
 # ---- Nothing to read

@@ -8,7 +8,7 @@ import pytest
 from intervals import interval
 from labels import AU, EXPR, TASKS, VA, targets
 from metrics import binary_f1, ccc, class_f1
-from score_table import confusion, numbers, score_table
+from score_table import class_table, confusion, numbers, score_table
 
 of_each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
@@ -134,6 +134,14 @@ def test_a_table_of_a_complete_aff_wild2_is_at_most_110_characters_wide_without_
     lines = [*score_table(task, np.abs(sums), np.array([True] * 4)).splitlines(),
              *confusion(task, np.abs(sums)).splitlines()]
     assert max(map(len, lines)) <= 110 and all(line == line.rstrip() for line in lines)
+
+
+def test_the_table_of_classes_has_chance_beside_each_f1_and_their_mean():
+    shown = columns(class_table(["a", "b", "c"], np.array([[6, 2, 0], [0, 2, 0], [0, 0, 0]])))
+    # a: 6 hits, 2 misses; b: 2 hits, 2 false alarms. Chance: always a gives 2 · 8 / (8 + 10), always b
+    # 2 · 2 / (2 + 10), and of c there is nothing.
+    assert shown == {"macro F1": ["a", "b", "c", "mean"], "ours": ["0.857", "0.667", "0.000", "0.508"],
+                     "chance": ["0.889", "0.000", "0.000", "0.296"]}
 
 
 # ---- The confusion

@@ -41,11 +41,12 @@ def start(monkeypatch, *more, command=COMMAND):
 
 
 def single_frames(path, config, tasks, team):
-    """Stands for scoring EMMA on the videos: the segment model's sums, in another order, times 2."""
+    """Stands for scoring EMMA on the videos: the segment model's sums, in another order, times 2, and without
+    the first video, on which this EMMA was trained."""
     found = {}
     for task in tasks:
         names, sums = read_sums(Path(path).parents[1] / f"task_{task.name}")
-        found[task.name] = names[::-1], 2 * sums[::-1]
+        found[task.name] = names[:0:-1], 2 * sums[:0:-1]
     return found
 
 
@@ -96,6 +97,8 @@ def test_the_plain_vit_sees_as_many_tokens_as_the_two_masked_views():
     config = load("configs/cotex.yaml")
     plain = cotex_rows(config)[1]
     assert plain.title == "one plain ViT, as many tokens: 3 epochs"          # 6 · 2 · (1 + 49) / (1 + 196)
+    small = load("configs/cotex.yaml", ["vit.image_size=32", "cotex.epochs=10", "cotex.mask_ratio=0.5"])
+    assert cotex_rows(small)[1].title == "one plain ViT, as many tokens: 12 epochs"    # 10 · 2 · (1 + 2) / 5
     config.cotex.mask_ratio = 0.0
     assert cotex_rows(config)[1].title == "one plain ViT, as many tokens: 12 epochs"
 
@@ -153,7 +156,10 @@ def test_the_file_holds_the_scores_of_each_system(finished):
         scores = [tiny.metrics(folder / "runs" / run / "cotex")["val_macro_f1"] for run in names]
         assert row["scores"] == scores
     segment, single = found["time"]
-    for name in TASKS:                           # the same videos in another order, each counted twice
+    for name, task in TASKS.items():             # the same videos in another order, each counted twice
+        of_seeds = [read_sums(folder / f"runs/{run}/task_{name}")[1] for run in ("my", "my_seed1")]
+        expected = [task.metric.score(sums[1:].sum(axis=0)).mean() for sums in of_seeds]
+        assert segment["tasks"][name]["scores"] == pytest.approx(expected)
         assert single["tasks"][name]["scores"] == pytest.approx(segment["tasks"][name]["scores"])
         assert single["tasks"][name]["interval"] == pytest.approx([0, 0])
 
