@@ -282,14 +282,16 @@ def test_no_step_on_labelled_still_faces_waits_for_the_card(tmp_path, network, l
 
 
 def predicted(folder, *more) -> np.ndarray:
-    """Extract the features, and predict all tables. -> the numbers of the table of the run, then EMMA's"""
+    """Extract the features; predict tables of videos, of single images and by EMMA. -> the numbers of all three, below each other"""
     stages.start(folder, "extract_features.py", *more)
     tables = []
-    for table, model in (("run.csv", []), ("emma.csv", ["--emma", "runs/tiny/emma/best.pt"])):
-        stages.start(folder, "predict.py", "--frames", "frames", "--out", table, *model, *more)
+    for table, options in (("run.csv", []), ("still.csv", ["--still"]),
+                         ("emma.csv", ["--emma", "runs/tiny/emma/best.pt"])):
+        stages.start(folder, "predict.py", "--frames", "frames", "--out", table, *options, *more)
         with open(folder / table, newline="") as file:
-            tables += [[row["valence"], row["Anger"], row["AU1"]] for row in csv.DictReader(file)]
-    return np.array([[float(x or "nan") for x in row] for row in tables])
+            tables += [[row.get(name) or "nan" for name in ("valence", "Anger", "AU1")]      # some have fewer
+                       for row in csv.DictReader(file)]
+    return np.array(tables, dtype=float)
 
 
 @NO_PINNED
