@@ -46,6 +46,8 @@ class PretendedCard(TorchFunctionMode):
         if function == DATA:                                         # how the parameters of a module move
             noted(arguments[0], arguments[1] in THERE)
             return function(*arguments)
+        if function == torch.Tensor.pin_memory:
+            return arguments[0]
         name, device = function.__name__, device_in(function, arguments, keywords)
         if device:
             outputs = function(*here(arguments), **here(keywords))
@@ -97,6 +99,22 @@ def here(arguments):
     return tree_map(on_cpu, arguments)
 
 
+class Event:
+    """A moment on the card, where each step takes a millisecond."""
+
+    def __init__(self, enable_timing: bool = False):
+        pass
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, later) -> float:
+        return 1.0
+
+
 @contextlib.contextmanager
 def pretended_card():
     """Inside, run.device=cuda means a pretended card, which has no bf16. -> PretendedCard"""
@@ -104,7 +122,7 @@ def pretended_card():
                 (distributed, "has_bf16"): lambda device: False, (training, "has_bf16"): lambda device: False,
                 (distributed.Team, "autocast"): lambda team: contextlib.nullcontext(),
                 (torch.cuda, "get_device_properties"): lambda device: SimpleNamespace(total_memory=80e9),
-                (torch.cuda, "Event"): lambda: mock.Mock(spec=["record", "synchronize"]),
+                (torch.cuda, "Event"): Event,
                 # PyTorch's C++ sees where they really are.
                 (torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype"):
                     lambda gradients: {(CARD, torch.float32): (gradients, None)}}

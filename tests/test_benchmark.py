@@ -25,6 +25,7 @@ from benchmark_steps import Work
 from config import load
 from distributed import Team
 from labels import TASKS
+from pretended_card import CARD, pretended_card
 from settings import Config
 from vit import Attention
 
@@ -358,6 +359,27 @@ def test_every_rate_of_the_recipe_is_measured_and_every_way_of_the_compared_rows
     assert {work.rate for work in works} - {""} == set(recipe.Rates.__dataclass_fields__)
     compared = [[work.way.name for work in group] for group in groups if len(group) > 1]
     assert compared.count(["project", "plain", "compiled"]) == 7 and compared.count(["project", "plain"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_all_is_measured_on_a_card_and_no_step_of_the_projects_waits(config, card, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_measure, "ROUNDS", 1)
+    small = dataclasses.replace(benchmark_device.SIZES["cuda"], mae=(4, 8), compared=8, finetune=2, video=10)
+    steps.draw_jpegs(tmp_path / "stills", 3, 96)
+    steps.draw_jpegs(tmp_path / "video", 10, 112)
+    with pretended_card() as there:
+        ways = [Own(Team(0, 1, CARD)), Plain(Team(0, 1, CARD))]
+        matrix = steps.matrix_product(ways[0], torch.bfloat16, 8)
+        for works in benchmark_device.groups(config, small, ways, tmp_path):
+            rows = in_turn(works, matrix, CARD, seconds=0)
+            assert all(row.seconds for row in rows), rows
+            if ways[0] is works[0].way and not works[0].waits:
+                step = works[0].build()
+                step()
+                there.refuse_waiting(True)
+                step()
+                there.refuse_waiting(False)
 
 
 def test_the_papers_counts_are_those_of_the_data_page():
