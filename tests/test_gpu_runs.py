@@ -282,7 +282,7 @@ def test_no_step_on_labelled_still_faces_waits_for_the_card(tmp_path, network, l
 
 
 def predicted(folder, *more) -> np.ndarray:
-    """Extract the features; predict tables of videos, of single images and by EMMA. -> (rows of all three, 3)"""
+    """Extract the features; predict tables of videos, of images and by EMMA. -> (rows of all, 3)"""
     stages.start(folder, "extract_features.py", *more)
     tables = []
     for table, options in (("run.csv", []), ("still.csv", ["--still"]),
