@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
 
 import benchmark_recipe
 import features

@@ -6,7 +6,6 @@ extract_features.py has extracted the videos of the test set, too. Or they come 
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np

@@ -12,6 +12,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -42,6 +43,7 @@ STAGES = {"train_pretrain": ("pretrain", ["synthetic", "vit", "pretrain", "run.s
 TOOK = {"train_pretrain": 90, "train_finetune": 45, "train_task": 12, "train_stills": 30, "train_emma": 40,
         "train_cotex": 20}                                                      # seconds, in log.csv
 OTHERS_TOOK = 6
+SEEDS = {"seeds": variants.SEEDS}                     # an option of most scripts of many runs
 
 
 class Ran:
@@ -59,6 +61,13 @@ class Ran:
             given = [after for word, after in zip(words, words[1:]) if word == "--set"]
             lines.append(" ".join([stage, *task, *given]).replace("run.name=", "run="))
         return lines
+
+
+class Finished(NamedTuple):
+    """A script that has come to its end, and what it ran and said."""
+    folder: Path
+    commands: list[str]
+    said: str
 
 
 @contextmanager
@@ -153,11 +162,11 @@ def scored(folder, config, task, record) -> dict:
             "comparable": True}
 
 
-def started(monkeypatch, module, *command) -> int:
-    """What a script of many runs with seeds does, in this process. -> exit code"""
+def started(monkeypatch, module, *command, options=SEEDS) -> int:
+    """What a script of many runs does, in this process. -> exit code"""
     monkeypatch.setattr(sys, "argv", list(command))
     try:
-        many_runs.start(module.main, *module.from_command_line("", seeds=variants.SEEDS, **many_runs.OPTIONS))
+        many_runs.start(module.main, *module.from_command_line("", **options, **many_runs.OPTIONS))
     except SystemExit as end:
         return end.code
     return 0

@@ -7,7 +7,6 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ import tiny
 import variants
 from ablation import all_jobs, rows_of
 from config import load
-from fake_stages import Ran, pretended, started
+from fake_stages import Finished, Ran, pretended, started
 from intervals import difference, difference_over_seeds, drawn, drawn_scores
 from labels import TASKS, VA, read_labels, targets
 from scoring import read_sums
@@ -65,12 +64,6 @@ def not_merged(config, task, merge, tune, read=variants.sums_of):
 def few_rounds(patch):
     """Draw fewer sets of videos, which is faster."""
     patch.setattr(variants, "difference_over_seeds", partial(difference_over_seeds, rounds=ROUNDS))
-
-
-class Finished(NamedTuple):
-    folder: Path
-    commands: list[str]
-    said: str
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from losses import expr_loss
 from mae import MaskedAutoencoder
 from processes import ALONE, in_team
 from training import adamw, in_pieces
-from vit import VisionTransformer
 
 TINY = dict(image_size=(8, 12), patch=4, dim=16, depth=2, heads=2)              # N = 6 patches
 SHARDS = {1: [6], 2: [4, 2], 3: [4, 2, 0], 4: [1, 2, 0, 3]}          # world size -> images on each rank

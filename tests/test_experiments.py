@@ -23,7 +23,7 @@ from config import load
 from experiments import command, ideas_of, verdict
 from fake_stages import Ran, pretended, started
 from intervals import difference_over_seeds
-from labels import AU, EXPR, TASKS, VA
+from labels import AU, EXPR, VA
 from scoring import read_sums
 from test_ablation import prepare
 from test_commands import blocks

@@ -7,8 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ import pipeline
 import tiny
 import train_finetune
 from config import load
-from fake_stages import Ran, pretended
+from fake_stages import Finished, Ran, pretended, started
 from intervals import interval
 from labels import EXPR, TASKS
 from processes import ALONE
@@ -48,12 +46,6 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-class Finished(NamedTuple):
-    folder: Path
-    commands: list[str]
-    said: str
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """All folds, run once."""
@@ -66,14 +58,7 @@ def finished(tmp_path_factory):
 
 def start(monkeypatch, *more, command=COMMAND):
     """What the script does, in this process. -> exit code"""
-    monkeypatch.setattr(sys, "argv", [*command, *more])
-    shared = {"action": "store_true"}
-    try:
-        many_runs.start(folds.main, *folds.from_command_line("", **{"shared-encoder": shared},
-                                                             **many_runs.OPTIONS))
-    except SystemExit as end:
-        return end.code
-    return 0
+    return started(monkeypatch, folds, *command, *more, options={"shared-encoder": {"action": "store_true"}})
 
 
 def of_fold(k: int) -> str:

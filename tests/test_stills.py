@@ -17,7 +17,6 @@ from dan import DAN, DANWithCentres
 from face_set import FaceSet
 from features import ExprClassifier
 from images import random_crop, read_image
-from labels import EXPRESSIONS
 from plain import crop_rng
 from plain_cnn import public_dan_shapes, random_weights, resnet_shapes
 from processes import ALONE

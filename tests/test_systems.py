@@ -5,7 +5,6 @@ import io
 import json
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ import systems
 import tiny
 import variants
 from config import load
-from fake_stages import Ran, pretended, started
+from fake_stages import Finished, Ran, pretended, started
 from intervals import difference_over_seeds
 from labels import TASKS
 from scoring import read_sums
@@ -48,12 +47,6 @@ def single_frames(path, config, tasks, team):
         names, sums = read_sums(Path(path).parents[1] / f"task_{task.name}")
         found[task.name] = names[:0:-1], 2 * sums[:0:-1]
     return found
-
-
-class Finished(NamedTuple):
-    folder: Path
-    commands: list[str]
-    said: str
 
 
 @pytest.fixture(scope="module")

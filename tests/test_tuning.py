@@ -1,12 +1,10 @@
 """Smoothing and thresholds: chosen where they are best, on videos that are neither trained on nor scored; the
 score of another run beside."""
 
-from functools import partial
 
 import numpy as np
 import pytest
 
-import tiny
 from labels import AU, EXPR, TASKS, VA, targets
 from made_of import read_record
 from postprocessing import Postprocessing, apply
