@@ -3,6 +3,7 @@ that waits for the GPU. The CPU's half does the same with bf16 and gloo, and on 
 
 import contextlib
 import csv
+import math
 import os
 from unittest import mock
 
@@ -304,6 +305,23 @@ def test_a_card_predicts_what_the_cpu_does(trained, tmp_path, kind):
         ours = predicted(card, "--set", "run.device=cuda")
     assert np.isfinite(expected).any(axis=0).all()
     assert ours == pytest.approx(expected, abs={"pretended": 2e-6, "real": 0.05}[kind], nan_ok=True)
+
+
+SCRIPTS = [["train_task.py", "--task", "au"], ["train_emma.py"], ["train_cotex.py"],       # and what they need
+           ["evaluate.py", "--task", "au"], ["emma_frames.py"], ["report.py"]]
+
+
+@NO_PINNED
+@pytest.mark.parametrize("kind", [pytest.param("pretended", marks=pytest.mark.slow), CARDS[1]])
+def test_every_script_comes_to_its_end_on_a_card(tmp_path, kind):
+    folder = tiny.write(tmp_path, run={"device": "cuda"})
+    with KINDS[kind]():
+        said = [stages.start(folder, *script) for script in SCRIPTS]
+    assert all("on cuda" in text for text in said[:3])
+    for stage, score in {"task_au": "score", "stills": "val_macro_f1", "emma": "score",
+                         "cotex": "val_macro_f1"}.items():
+        assert math.isfinite(tiny.metrics(folder / "runs/tiny" / stage)[score])
+    assert (folder / "runs/tiny/report.html").exists()
 
 
 # ---- Nothing to read
