@@ -307,7 +307,7 @@ def test_a_card_predicts_what_the_cpu_does(trained, tmp_path, kind):
     assert ours == pytest.approx(expected, abs={"pretended": 2e-6, "real": 0.05}[kind], nan_ok=True)
 
 
-SCRIPTS = [["train_task.py", "--task", "au"], ["train_emma.py"], ["train_cotex.py"],       # and what they need
+SCRIPTS = [["train_task.py", "--task", "au"], ["train_emma.py"], ["train_cotex.py"],      # and what they need
            ["evaluate.py", "--task", "au"], ["emma_frames.py"], ["report.py"]]
 
 
