@@ -10,6 +10,7 @@ A video is left out, and named, if EMMA or the ViT that it started from was trai
 """
 
 import dataclasses
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from labels import TASKS, Task, has_labels, read_labels, targets
 from made_of import finished, like, missing, tuned_on
 from run import Progress
 from score_table import score_table
+from scoring import shared_out
 from segments import reasons
 from settings import Config
 from splits import scene, split
@@ -35,6 +37,7 @@ from vit import VisionTransformer
 
 class Trained(NamedTuple):
     """EMMA with what its checkpoint carries: enough to predict, without the run that made it."""
+    path: str | Path          # of the checkpoint
     model: EMMA
     tasks: list[Task]         # those that it was trained on; what it gives for others means nothing
     config: Config            # with the settings that it was trained with
@@ -73,7 +76,7 @@ def load(path, config: Config | None = None, team: Team | None = None) -> Traine
     model = EMMA(VisionTransformer(**dataclasses.asdict(config.vit)), cnn_of(cnn, path) if cnn else None)
     load_weights(model, weights, path)
     tasks = [task for task, weight in zip(TASKS.values(), config.emma.weights) if weight]
-    return Trained(model.to(team.device).eval(), tasks, config, team, record, changed)
+    return Trained(path, model.to(team.device).eval(), tasks, config, team, record, changed)
 
 
 # ---- The score on the validation videos
@@ -84,6 +87,11 @@ class Video(NamedTuple):
     frames: VideoFrames
     labels: dict[str, np.ndarray]        # {task name: as `read_labels` gives them}
 
+    @property
+    def length(self) -> int:
+        """Up to the last image and the last label."""
+        return max(int(self.frames.numbers[-1]), *map(len, self.labels.values()))
+
 
 def open_videos(trained: Trained, tasks) -> tuple[list[Video], dict[str, dict[str, str]]]:
     """The official validation videos of some tasks, each once, and {task name: {video: why it is left
@@ -93,20 +101,21 @@ def open_videos(trained: Trained, tasks) -> tuple[list[Video], dict[str, dict[st
     seen = {scene(name) for name in record["data"]["training videos"] + tuned_on(record)}
     for task in tasks:
         for name, file in split(config.data.labels, task, 0)[1].items():
-            labels = read_labels(file, task)
+            if scene(name) in seen:
+                left_out[task.name][name] = "EMMA was trained on its scene"
+                continue
             if name not in videos:
                 frames = VideoFrames(folders[name], config.vit.image_size) if name in folders else []
                 videos[name] = Video(name, frames, {})
-            if scene(name) in seen:
-                left_out[task.name][name] = "EMMA was trained on its scene"
-            elif not len(labels) or not len(videos[name].frames):
-                left_out[task.name][name] = "no frames" if len(labels) else "no labels"
-            else:
+            labels = read_labels(file, task)
+            if len(labels) and len(videos[name].frames):
                 videos[name].labels[task.name] = labels
+            else:
+                left_out[task.name][name] = "no frames" if len(labels) else "no labels"
     return [video for video in videos.values() if video.labels], left_out
 
 
-def video_sums(path, config: Config, tasks, team: Team) -> dict[str, tuple[list[str], np.ndarray]]:
+def video_sums(trained: Trained, tasks) -> dict[str, tuple[list[str], np.ndarray]]:
     """{task name: the names of its validation videos, the sums of its metric for each of them (videos, ...)},
     over all processes. Each video is read once for all tasks.
 
@@ -114,19 +123,17 @@ def video_sums(path, config: Config, tasks, team: Team) -> dict[str, tuple[list[
     model. Says which videos are left out. Raises ValueError if EMMA was not trained on a task, or if one has
     no video left.
     """
-    trained = load(path, config, team)
     for task in tasks:
         if task not in trained.tasks:
-            raise ValueError(f"{path}: trained without {task.name} "
+            raise ValueError(f"{trained.path}: trained without {task.name} "
                              f"(emma.weights={trained.config.emma.weights})")
-    videos, left_out = open_videos(trained, tasks)
+    (videos, left_out), team = open_videos(trained, tasks), trained.team
+    place = {video.name: i for i, video in enumerate(videos)}
     sums = {task.name: np.zeros((len(videos), *nothing_counted(task).shape)) for task in tasks}
-    faces, longest_first = np.zeros(len(videos)), sorted(videos, key=lambda v: (-len(v.frames), v.name))
-    mine, place = longest_first[team.rank::team.world], {video.name: i for i, video in enumerate(videos)}
-    lengths = {v.name: max(int(v.frames.numbers[-1]), *map(len, v.labels.values())) for v in mine}
-    progress = Progress(sum(lengths.values()), "frames", team)
+    faces, mine = np.zeros(len(videos)), shared_out(videos, team, lambda video: video.length)
+    progress = Progress(sum(video.length for video in mine), "frames", team)
     for video in mine:
-        outputs, noface = trained.predict(video.frames, lengths[video.name], progress)            # (T, 22)
+        outputs, noface = trained.predict(video.frames, video.length, progress)                   # (T, 22)
         faces[place[video.name]] = (~noface).sum()
         for name, labels in video.labels.items():
             of_task = outputs_of(TASKS[name], outputs)[:len(labels)]                              # (T, K)
@@ -134,13 +141,14 @@ def video_sums(path, config: Config, tasks, team: Team) -> dict[str, tuple[list[
     faces, found = all_sum(torch.from_numpy(faces)).numpy(), {}
     for task in tasks:
         of_task = all_sum(torch.from_numpy(sums[task.name])).numpy()
-        scored = [i for i, video in enumerate(videos) if task.name in video.labels and faces[i]]
-        left_out[task.name] |= {video.name: "no readable face" for i, video in enumerate(videos)
-                                if task.name in video.labels and not faces[i]}
+        labelled = [i for i, video in enumerate(videos) if task.name in video.labels]
+        scored = [i for i in labelled if faces[i]]
+        left_out[task.name] |= {videos[i].name: "no readable face" for i in labelled if not faces[i]}
         if left_out[task.name]:
             team.say(f"  left out of {task.name}: {reasons(left_out[task.name])}")
         if not scored:
-            raise ValueError(f"{path}: no validation video of {task.name} can be scored; check data.frames")
+            raise ValueError(f"{trained.path}: no validation video of {task.name} can be scored; check "
+                             "data.frames")
         found[task.name] = [videos[i].name for i in scored], of_task[scored]
     return found
 
@@ -162,7 +170,7 @@ def main(config, team, checkpoint=""):
         team.say(f"  {name}={was} as in {path}; the configuration has {now}")
     tasks = [task for task in trained.tasks if has_labels(config.data.labels, task)] or trained.tasks
     team.say(f"{path}, each frame by itself")
-    for name, (names, sums) in video_sums(path, config, tasks, team).items():
+    for name, (names, sums) in video_sums(trained, tasks).items():
         team.say(f"\n{len(names)} validation videos\n{score_table(TASKS[name], sums, comparable=False)}")
 
 

@@ -161,8 +161,8 @@ def collect_time(config, seeds) -> list[dict]:
     segment, single = {name: [] for name in TASKS}, {name: [] for name in TASKS}
     team = Team(0, 1, choose_device(config.run.device))
     for run in runs:
-        path = run.folder("emma") / "best.pt"
-        for name, (others, of_emma) in emma_frames.video_sums(path, run, TASKS.values(), team).items():
+        trained = emma_frames.load(run.folder("emma") / "best.pt", run, team)
+        for name, (others, of_emma) in emma_frames.video_sums(trained, TASKS.values()).items():
             names, sums = read_sums(run.folder(stage_of(run, TASKS[name])))
             both = [video for video in names if video in others]      # EMMA may have trained on some
             segment[name].append(sums[[names.index(video) for video in both]])

@@ -51,14 +51,7 @@ def main(config, team):
     run = Run("finetune", config, team, settings, SOURCE)
 
     # data
-    videos, merged = video_folders(config.data.frames)
-    for line in merged:
-        team.say(line)
-    train_files, val_files = split(config.data.labels, EXPR, f.fold)
-    size = config.vit.image_size
-    crop = partial(augment, size=(size, size), seed=seed, smallest_crop=f.smallest_crop)
-    train = ExprFrames(train_files, videos, size, f.every, crop)
-    val = ExprFrames(val_files, videos, size, f.every)
+    train, val = open_frames(config, team)
     found = {"training": train.fingerprint(), "validation": val.fingerprint(),
              "training videos": train.videos}
     if run.still_finished(found):
@@ -115,6 +108,18 @@ def main(config, team):
                       val_unreadable=val_unreadable)
     run.end()
     finish(run, model, train, val, config, team)
+
+
+def open_frames(config, team) -> tuple[ExprFrames, ExprFrames]:
+    """The training and the validation frames, every `finetune.every`-th of both."""
+    f, size = config.finetune, config.vit.image_size
+    videos, merged = video_folders(config.data.frames)
+    for line in merged:
+        team.say(line)
+    train_files, val_files = split(config.data.labels, EXPR, f.fold)
+    crop = partial(augment, size=(size, size), seed=config.run.seed, smallest_crop=f.smallest_crop)
+    return (ExprFrames(train_files, videos, size, f.every, crop),
+            ExprFrames(val_files, videos, size, f.every))
 
 
 def finish(run, model, train, val, config, team):

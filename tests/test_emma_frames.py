@@ -112,7 +112,8 @@ def test_a_video_without_a_readable_face_has_outputs_of_0_and_says_so(made):
 
 def sums_of(folder, task, *overrides, run="tiny", team=ALONE):
     with contextlib.chdir(folder):
-        return video_sums(f"runs/{run}/emma/best.pt", settings(folder, *overrides), [task], team)[task.name]
+        trained = load(f"runs/{run}/emma/best.pt", settings(folder, *overrides), team)
+        return video_sums(trained, [task])[task.name]
 
 
 def labels_of(folder, name, task) -> np.ndarray:
@@ -171,7 +172,7 @@ def test_all_tasks_together_have_the_sums_of_each_alone_and_a_video_is_read_once
         return predict(trained, frames, length, progress)
     monkeypatch.setattr(emma_frames.Trained, "predict", noted)
     with contextlib.chdir(folder):
-        found = video_sums(CHECKPOINT, settings(folder), TASKS.values(), ALONE)
+        found = video_sums(load(CHECKPOINT, settings(folder), ALONE), TASKS.values())
     assert read == [45, 19]                                       # the frames of 6 and of 7
     for task in TASKS.values():
         names, sums = sums_of(folder, task)
@@ -267,7 +268,7 @@ def test_what_is_no_emma_or_does_not_fit_is_refused(made, tmp_path, spoil, overr
     if spoil:
         spoil(path)
     with contextlib.chdir(folder), pytest.raises(ValueError, match=message):
-        video_sums(path, settings(folder, *overrides), [VA], ALONE)
+        video_sums(load(path, settings(folder, *overrides), ALONE), [VA])
 
 
 def test_a_task_that_emma_was_not_trained_on_is_not_scored(made):

@@ -1,7 +1,6 @@
 """Smoothing and thresholds: chosen where they are best, on videos that are neither trained on nor scored; the
 score of another run beside."""
 
-
 import numpy as np
 import pytest
 
