@@ -50,9 +50,7 @@ def main(config, team):
     run = Run("stills", config, team, settings, SOURCE)
 
     # data
-    sets = labelled_sets(config.data)
-    train = LabelledStills(sets, True, config.vit.image_size, seed, s.smallest_crop)
-    val = LabelledStills(sets, False, config.vit.image_size)
+    train, val = open_faces(config)
     found = {"training": train.fingerprint(), "validation": val.fingerprint()}
     if run.still_finished(found):
         return
@@ -111,6 +109,13 @@ def main(config, team):
         run.end_epoch(f"validation macro F1 {f1:.3f}", val_f1=f1, val_unreadable=val_unreadable)
     run.end()
     finish(run, model, scores_of, val, config, team)
+
+
+def open_faces(config) -> tuple[LabelledStills, LabelledStills]:
+    """The labelled training and validation faces of all sets that are given."""
+    sets, size = labelled_sets(config.data), config.vit.image_size
+    return (LabelledStills(sets, True, size, config.run.seed, config.stills.smallest_crop),
+            LabelledStills(sets, False, size))
 
 
 def finish(run, model, scores_of, val, config, team):
