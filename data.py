@@ -1,154 +1,352 @@
-"""Aff-Wild2: frames with their labels, and what a copy of it holds (paper §4.1.2).
+"""Batches of face images, the frames of videos, feature files, and the segments that videos are cut into
+(paper §3.2, §4.1.2).
 
-The folders of the videos are found in `frames.py`, which videos train and which validate in `splits.py`; the
-still-face sets of pre-training are in `faces.py`, the features of whole videos in `segments.py`.
-Layouts, and counts to check a copy against: docs/data.md.
+Which videos train and which validate: labels.py. Still faces: datasets/faces.py. Layouts, and counts to check
+a copy against: docs/data.md.
 
     python data.py --config my.yaml      # what is found in your copy: videos, frames, labels per class
+    python data.py                       # of the demo; and how videos are cut with w = 300, s = 200
 """
 
-import math
+import os
 import zlib
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
-from config import from_command_line, print_all
-from frames import list_frames, video_folders
-from images import FaceImages, listed, read_image, resize, sizes
-from labels import EXPR, TASKS, has_labels, label_files, read_labels, targets
+from engine.checkpoints import read_json
+from engine.config import from_command_line, print_all
+from engine.training import generator
+from images import FrameFiles, list_frames, listed, random_crop, read_image, resize, sizes, video_folders
+from labels import EXPR, TASKS, Task, has_labels, label_files, read_labels, targets
 
-# ---- Images to train on
+AGAIN = "delete it and run extract_features.py again"
 
-class ExprFrames(FaceImages):
-    """Single frames with an expression label and a face image, for fine-tuning (§3.1).
 
-    Item: uint8 image (size, size, 3) and its class. Neighbouring frames are all but equal, so an epoch
-    takes each `every`-th frame, from another offset each time. `crop(image, sample, epoch)` cuts the image
-    to size; without it the whole image is resized.
-    """
+# ---- Batches of images
 
-    def __init__(self, files: dict[str, Path], videos: dict[str, Path], size: int, every: int = 1, crop=None):
-        super().__init__(size, torch.zeros(0, dtype=torch.long))
-        self.every, self.crop, self.epoch = every, crop, 0
-        self.videos, self.folders, self.without_frames, rows = [], [], [], []
-        for video, file in files.items():
-            labels = read_labels(file, EXPR)
-            numbers = np.zeros(0, np.int64)
-            if video in videos:
-                numbers, names, _ = list_frames(videos[video])
-            if not len(numbers):
-                self.without_frames.append(video)
-                continue
-            numbers = numbers[numbers <= len(labels)]
-            classes = labels[numbers - 1]
-            numbers, classes = numbers[classes != EXPR.invalid], classes[classes != EXPR.invalid]
-            rows.append(np.stack([np.full(len(numbers), len(self.folders)), numbers, classes], axis=1))
-            self.videos.append(video)
-            self.folders.append(names)
-        # (frames, 3): which video, which number, which class. An array, because worker processes share it.
-        self.rows = np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 3), np.int32)
-        if not len(self.rows):
-            raise ValueError("no frame has both an expression label and an image: "
-                             f"{len(files)} label files, {len(self.without_frames)} of them without frames; "
-                             "check data.labels and data.frames")
+class Frames:
+    """Single frames, n of several videos: `rows` (n, 2) says which video, and which number in it."""
 
-    def fingerprint(self) -> str:
-        """Which frames with which labels, for made_of.py; of the images the size of each video's first."""
-        crc = zlib.crc32(self.rows.tobytes(), zlib.crc32("\n".join(self.videos).encode()))
-        _, first = np.unique(self.rows[:, 0], return_index=True)             # the first row of each video
-        images = sizes(self.folders[video].path(number) for video, number, _ in self.rows[first])
-        return f"{len(self.rows):,} frames of {len(self.videos)} videos, checksum {crc:08x}, sizes {images}"
-
-    def summary(self) -> str:
-        """How many frames of how many videos, and which videos are left out."""
-        left_out = f"; left out, no frames: {', '.join(self.without_frames)}" if self.without_frames else ""
-        return (f"{len(self.rows):,} labelled frames with a face image in {len(self.folders)} videos"
-                f"{left_out}")
+    def __init__(self, videos: list[str], folders: list[FrameFiles], rows: np.ndarray):
+        self.videos, self.folders, self.rows = videos, folders, rows
 
     def __len__(self):
-        return math.ceil(len(self.rows) / self.every)    # rounded up, so that the last few have their turn
-
-    def row(self, i):
-        return self.rows[(i * self.every + self.epoch % self.every) % len(self.rows)]
+        return len(self.rows)
 
     def where(self, i) -> str:
-        video, number, _ = self.row(i)
+        video, number = self.rows[i]
         return self.folders[video].path(number)
 
-    def item(self, i):
-        image = read_image(self.where(i))
-        pixels = self.crop(image, i, self.epoch) if self.crop else resize(image, self.size)
-        return pixels, self.row(i)[2]
+    def read(self, i):
+        return read_image(self.where(i))
+
+    def fingerprint(self, labels: np.ndarray) -> str:
+        """Which frames with which labels, for the record; of the images the size of each video's first."""
+        crc = zlib.crc32(self.rows.tobytes() + labels.tobytes(), zlib.crc32("\n".join(self.videos).encode()))
+        _, first = np.unique(self.rows[:, 0], return_index=True)             # the first row of each video
+        return f"{len(self):,} frames, checksum {crc:08x}, sizes {sizes(self.where(i) for i in first)}"
 
 
-class VideoFrames(FaceImages):
-    """One video's face images. Item: uint8 image (size, size, 3), its row (number - 1)."""
+class VideoFrames(Frames):
+    """The frames of one video, with their `numbers` (n,), sorted."""
 
-    def __init__(self, folder, size: int):
-        super().__init__(size, torch.zeros(0, dtype=torch.long))
-        self.numbers, self.files, _ = list_frames(folder)
+    def __init__(self, folder):
+        self.numbers, files, self.beside = list_frames(folder)
+        rows = np.stack([np.zeros_like(self.numbers), self.numbers], axis=1)
+        super().__init__([os.path.basename(folder)], [files], rows)
+
+
+def expr_frames(files: dict[str, Path], videos: dict[str, Path]) -> tuple[Frames, np.ndarray, list[str]]:
+    """The frames that have an expression label and an image, for fine-tuning (§3.1). -> frames, their classes
+    (n,), the videos without frames. Raises ValueError if there is no such frame."""
+    folders, rows, classes = {}, [], []
+    for video, file in files.items():
+        labels = read_labels(file, EXPR)
+        numbers, found, _ = list_frames(videos[video]) if video in videos else ([], None, None)
+        if len(numbers):
+            numbers = numbers[numbers <= len(labels)]
+            numbers = numbers[labels[numbers - 1] != EXPR.invalid]
+            rows.append(np.stack([np.full_like(numbers, len(folders)), numbers], axis=1))      # which video
+            classes.append(labels[numbers - 1])
+            folders[video] = found
+    without = [video for video in files if video not in folders]
+    if not sum(map(len, rows)):
+        raise ValueError(f"no frame has both an expression label and an image: {len(files)} label files, "
+                         f"{len(without)} of them without frames; check data.labels and data.frames")
+    frames = Frames(list(folders), list(folders.values()), np.concatenate(rows).astype(np.int32))
+    return frames, np.concatenate(classes), without
+
+
+class Images(Dataset):
+    """Images, and what stands beside each, to train on or to go over.
+
+    files: has len, where(i) -> a name for messages, read(i) -> a Pillow image. columns: arrays (n, ...).
+    Item i of an epoch is row r = order(epoch)[i], by default r = i: uint8 (size, size, 3), then column[r] of
+    each column, then noise, if its shape is given. With a `seed`, to train: a random crop of at least
+    `smallest` of the image's area, flipped or not, and random noise in [0, 1), all a function of (seed,
+    epoch, i). Without one: the whole image, and zeros. Run sets `epoch`.
+    """
+
+    def __init__(self, files, size: int, columns=(), seed: int | None = None, smallest: float = 1.0,
+                 noise: tuple | None = None, order=None):
+        self.files, self.size, self.columns, self.noise = files, (size, size), columns, noise
+        self.seed, self.smallest, self.order, self.epoch = seed, smallest, order, 0
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int):
+        self._epoch = epoch
+        self.rows = range(len(self.files)) if self.order is None else self.order(epoch)
+
+    def __getstate__(self):
+        # A worker needs the rows only. Where workers are spawned, as on macOS, no function can be sent there.
+        return {**vars(self), "order": None}
 
     def __len__(self):
-        return len(self.numbers)
+        return len(self.rows)
 
-    def where(self, i) -> str:
-        return self.files.path(self.numbers[i])
+    def __getitem__(self, i):
+        """The item; None if its image cannot be read, which is said in the first epoch."""
+        r, rng = self.rows[i], generator(self.seed or 0, self.epoch, i)
+        try:
+            image = self.files.read(r)
+        except ValueError as problem:
+            if self.epoch == 0:
+                print(f"  left out: {problem}", flush=True)
+            return None
+        train = self.seed is not None
+        pixels = random_crop(image, self.size, rng, self.smallest) if train else resize(image, self.size)
+        beside = [column[r] for column in self.columns]
+        if self.noise is not None:
+            beside.append(rng.random(self.noise, np.float32) if train else np.zeros(self.noise, np.float32))
+        return pixels, *beside
 
-    def item(self, i):
-        return resize(read_image(self.where(i)), self.size), self.numbers[i] - 1
+    def collate(self, items):
+        """-> [images (B, size, size, 3) uint8, each column (B, ...), noise (B, ...)], of the readable ones; B
+        may be 0. Integers become int64."""
+        # As tensors, they cross to the training process in shared memory. As arrays they would go through a
+        # pipe, and a worker whose parent was killed would be stuck in it for ever.
+        readable = [item for item in items if item is not None]
+        if readable:
+            columns = [np.stack(column) for column in zip(*readable)]
+        else:
+            columns = [np.zeros((0, *self.size, 3), np.uint8), *(column[:0] for column in self.columns)]
+            columns += [] if self.noise is None else [np.zeros((0, *self.noise), np.float32)]
+        tensors = [torch.from_numpy(column) for column in columns]
+        return [x.long() if x.dtype in (torch.int8, torch.int32) else x for x in tensors]
+
+
+def every_kth(n: int, k: int):
+    """-> order(epoch) of n rows for `Images`: each k-th, from another offset in each epoch, because
+    neighbouring frames are all but equal. Rounded up, so that the last few have their turn."""
+    return lambda epoch: (np.arange(-(-n // k)) * k + epoch % k) % n
+
+
+def some_faces(frames, numbers, size: int) -> list[tuple[int, np.ndarray]]:
+    """(number, uint8 (size, size, 3)) of those of these frames that are there and readable. `frames`: the
+    VideoFrames, or their folder."""
+    frames, found = frames if isinstance(frames, VideoFrames) else VideoFrames(frames), []
+    for i in np.flatnonzero(np.isin(frames.numbers, numbers)):
+        try:
+            found.append((int(frames.numbers[i]), resize(frames.read(i), (size, size))))
+        except ValueError:
+            continue
+    return found
+
+
+# ---- Feature files
+
+def noface_path(path) -> Path:
+    """<video>.npy -> <video>.noface.npy: bool (frames,), True where there was no readable face image."""
+    return Path(path).with_suffix(".noface.npy")
+
+
+def open_features(path) -> np.ndarray:
+    """A feature file, memory-mapped: (frames, D), of which only what is used is read. Raises ValueError that
+    names it if it holds anything else."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:     # the header is Python source: a broken one raises more than ValueError
+        raise ValueError(f"{path}: not a plain feature array ({error}); {AGAIN}") from None
+    if array.dtype.kind != "f" or not array.dtype.isnative or array.ndim != 2:
+        raise ValueError(f"{path}: not a plain feature array ({array.dtype} {array.shape}), expected "
+                         f"(frames, D); {AGAIN}")
+    return array
+
+
+def read_features(path, start: int = 0, end: int | None = None) -> np.ndarray:
+    """Frames start to end of a feature file, float16 (T, D). Raises ValueError as `open_features`, and for
+    NaN or infinity."""
+    part = np.array(open_features(path)[start:end])
+    if not np.isfinite(part).all():
+        raise ValueError(f"{path}: NaN or infinity in frames {start + 1} to {start + len(part)}; {AGAIN}")
+    return part
+
+
+@dataclass
+class Video:
+    """One labelled video of one task, and the file that holds its features."""
+    name: str
+    features: Path
+    labels: np.ndarray                 # as `read_labels` gives them
+
+
+def extracted_videos(features) -> dict | None:
+    """videos.json of a folder of features: {video: what it was extracted from}; None if they were made
+    elsewhere. Raises ValueError if it is gone, or the extraction has not ended."""
+    path = Path(features) / "videos.json"
+    table = read_json(path)
+    if table is None and (path.parent / "made_of.json").exists():
+        raise ValueError(f"{path} is gone; put a copy back, or run extract_features.py for another "
+                         "--set run.name=...")
+    if table is not None and not all("faces" in row for row in table.values()):
+        raise ValueError(f"{path.parent}: the extraction has not ended; run extract_features.py to go on")
+    return table
+
+
+def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Video], dict[str, str], int]:
+    """One split's videos with labels and features. -> videos, {name: why it is left out}, D.
+
+    Raises ValueError if a feature array has another width than the first or fewer frames than its labels, if
+    one that was extracted is gone (videos.json tells), or if no video is left.
+    """
+    videos, left_out, dim, extracted = [], {}, None, extracted_videos(features)
+    for name, file in files.items():
+        labels, path = read_labels(file, task), Path(features) / f"{name}.npy"
+        if not len(labels):
+            left_out[name] = "no labels"
+        elif extracted is not None and name not in extracted:
+            left_out[name] = "no frames when features were extracted"
+        elif extracted is not None and not extracted[name]["faces"]:
+            left_out[name] = "no readable face"
+        elif extracted is None and not path.exists():
+            left_out[name] = "no features"
+        else:
+            if extracted is not None and not (path.exists() and noface_path(path).exists()):
+                raise ValueError(f"{path} or its .noface.npy was extracted and is gone; run "
+                                 "extract_features.py, which makes what is missing")
+            frames, width = open_features(path).shape
+            dim = dim or width
+            if width != dim or frames < len(labels):
+                raise ValueError(f"{path}: features are {frames} x {width}, expected at least {len(labels)} "
+                                 f"frames (as {file} has) x {dim}; "
+                                 "run extract_features.py, which extracts changed videos anew")
+            videos.append(Video(name, path, labels))
+    if not videos:
+        raise ValueError(f"none of {len(files)} labelled videos has features in {features}; "
+                         "run extract_features.py with the same data.frames")
+    return videos, left_out, dim
+
+
+def fingerprint(videos: list[Video]) -> str:
+    """Which videos with which labels and features, for the record.
+
+    Of features that are not from `extract_features.py` the first and the last frame tell. Those from there
+    are told by what they were extracted from: made again, they may differ in the last digit.
+    """
+    crc, table = 0, extracted_videos(videos[0].features.parent) or {}
+    for video in videos:
+        made_from = repr(table.get(video.name)).encode()
+        if video.name not in table:
+            array = open_features(video.features)
+            made_from = array[:1].tobytes() + array[-1:].tobytes()
+        crc = zlib.crc32(video.name.encode() + video.labels.tobytes() + made_from, crc)
+    frames = sum(len(video.labels) for video in videos)
+    return f"{len(videos)} videos, {frames:,} frames, checksum {crc:08x}"
+
+
+# ---- Segments
+
+def segments(n: int, window: int, stride: int) -> list[tuple[int, int]]:
+    """Cut n frames into half-open segments (start, end): starts 0, s, 2s, ..., the last one may be short.
+
+    The paper's segment i holds the frames (i-1)s + 1 to (i-1)s + w, for i = 1 to [n/s] + 1. Read literally,
+    that gives an empty one whenever s divides n, and others that only repeat covered frames. Ours stops at
+    the first segment that reaches the end, so every frame is covered and none of the segments is redundant.
+    The authors' code keeps full windows only: tails and short videos are lost, in validation too. Raises
+    ValueError unless n >= 1 and 1 <= s <= w (§3.3: s <= w, so that no frame is left out).
+    """
+    if n < 1 or not 1 <= stride <= window:
+        raise ValueError(f"segments(n={n}, window={window}, stride={stride}): "
+                         "expected n >= 1 and 1 <= stride <= window")
+    # The last start is the first from which the window reaches the end: n - w, or less than s behind it.
+    starts = range(0, max(n - window, 0) + stride, stride)
+    return [(start, min(start + window, n)) for start in starts]
+
+
+def pad(array: np.ndarray, window: int) -> np.ndarray:
+    """Zeros after the last frame. Shape: (t, ...) -> (window, ...)."""
+    return np.pad(array, [(0, window - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+
+class SegmentData(Dataset):
+    """All segments of the training videos (§3.2), padded to the window.
+
+    Item: features float16 (w, D), target (w, 2), (w,) or (w, 12), valid of the target's shape, frames (w,)
+    True where real.
+    """
+
+    def __init__(self, videos: list[Video], task: Task, window: int, stride: int):
+        self.task, self.window = task, window
+        self.index = [(video, start, end) for video in videos
+                      for start, end in segments(len(video.labels), window, stride)]
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        video, start, end = self.index[i]
+        features = read_features(video.features, start, end)                         # (t, D), t <= w
+        target, valid = targets(video.labels[start:end], self.task)
+        real = np.ones(end - start, bool)
+        return tuple(pad(array, self.window) for array in (features, target, valid, real))
+
+    def collate(self, items):
+        """A batch of items as tensors (B, w, ...); an empty share of a batch becomes tensors with B = 0."""
+        columns = zip(*(items or [self[0]]))
+        return [torch.from_numpy(np.stack(column))[:len(items)] for column in columns]
 
 
 # ---- What is there
 
-def describe_frames(frames) -> tuple[dict[str, np.ndarray], list[str]]:
-    """{video: numbers of its frames} of all videos that have some, and lines about what was found.
-
-    Raises ValueError if no folder holds a frame.
-    """
-    videos, lines = video_folders(frames)
-    numbers, beside, unread = {}, Counter(), []
-    for video, folder in videos.items():
-        found, _, others = list_frames(folder)
-        beside.update(others)
-        if len(found):
-            numbers[video] = found
-        elif others:
-            unread.append(f"{video} ({listed(others, 3)})")
-    if beside:
-        lines.append(f"  not read, as no frame (00001.jpg, ...): {listed(beside)}")
-    if unread:
-        more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
-        lines.append(f"  folders without a frame that are not empty: {', '.join(unread[:5])}{more}")
-    if not numbers:
-        raise ValueError("\n".join([f"data.frames: {len(videos)} folders, none of which holds a frame; "
-                                    "expected <video>/00001.jpg", *lines]))
-    count = sum(map(len, numbers.values()))
-    return numbers, [f"{len(numbers)} videos with frames, {count:,} face images", *lines]
-
-
 def describe(frames, labels):
     """Yield lines that tell what a copy of Aff-Wild2 holds, to compare with the counts in docs/data.md.
 
-    Raises ValueError, at its end, if no labelled frame has a face image.
+    Raises ValueError if no folder holds a frame, and at its end, if no labelled frame has a face image.
     """
-    numbers, lines = describe_frames(frames)
+    folders, lines = video_folders(frames)
+    found = {video: VideoFrames(folder) for video, folder in folders.items()}
+    numbers = {video: frames.numbers for video, frames in found.items() if len(frames)}
+    empty = [video for video in folders if video not in numbers]
+    beside = sum((frames.beside for frames in found.values()), Counter())
+    lines += [f"  not read, as no frame (00001.jpg, ...): {listed(beside)}"] if beside else []
+    lines += [f"  {len(empty)} folders without a frame: {', '.join(empty[:5])}"] if empty else []
+    if not numbers:
+        raise ValueError("\n".join([f"data.frames: {len(folders)} folders, none of which holds a frame; "
+                                    "expected <video>/00001.jpg", *lines]))
+    yield f"{len(numbers)} videos with frames, {sum(map(len, numbers.values())):,} face images"
     yield from lines
     tasks, usable = [task for task in TASKS.values() if has_labels(labels, task)] or list(TASKS.values()), 0
     for task in tasks:
         for name, files in label_files(labels, task).items():
-            rows, with_face = [], []
-            for video, file in files.items():
-                rows.append(read_labels(file, task))
-                with_face.append(np.isin(np.arange(1, len(rows[-1]) + 1), numbers.get(video, [])))
-            rows, with_face = np.concatenate(rows), np.concatenate(with_face)
-            valid = targets(rows, task)[1].reshape(-1, task.width).all(axis=1)     # (T, ...) -> (T,)
-            usable += (valid & with_face).sum()
+            rows = {video: read_labels(file, task) for video, file in files.items()}
+            face = [np.isin(np.arange(1, len(of) + 1), numbers.get(video, [])) for video, of in rows.items()]
             without_frames = sum(video not in numbers for video in files)
+            rows, face = np.concatenate(list(rows.values())), np.concatenate(face)
+            valid = targets(rows, task)[1].reshape(-1, task.width).all(axis=1)     # (T, ...) -> (T,)
+            usable += (valid & face).sum()
             yield (f"{task.name:5s}{name:15s}{len(files):4d} videos, {len(rows):9,d} frames, "
-                   f"{valid.sum():9,d} fully labelled, {(valid & with_face).sum():9,d} of them with a face; "
+                   f"{valid.sum():9,d} fully labelled, {(valid & face).sum():9,d} of them with a face; "
                    f"{without_frames} videos without frames")
             if task.whole_numbers:
                 counts = [(rows == k).sum() if task.one_class else (rows[:, k] == 1).sum()
@@ -161,4 +359,7 @@ def describe(frames, labels):
 
 if __name__ == "__main__":
     config = from_command_line(__doc__)[0]
+    for n in (73, 300, 301, 400, 1000):
+        cut = segments(n, window=300, stride=200)
+        print(f"{n:5d} frames: {len(cut)} segments, frames " + ", ".join(f"{a + 1}-{b}" for a, b in cut))
     print_all(describe(config.data.frames, config.data.labels))

@@ -1,122 +1,189 @@
-"""The score of a trained segment model on the validation videos, as a table (paper §4.2, Table 1).
+"""The score of a trained model on the validation videos, as a table (paper §4.2, Table 1).
 
 All labelled frames of all videos are pooled, each counted once, with any number of processes (`scoring.py`).
 The model and its segments are built with the settings that its checkpoint carries.
 
     python evaluate.py --task au                  # score runs/demo/task_au/best.pt on the validation videos
     python evaluate.py --task va --config my.yaml --checkpoint somewhere/best.pt
-    python evaluate.py --task au --set run.name=k3 --against demo       # the difference, with its interval
-    python evaluate.py --task expr --merge triangular                   # another mean where segments overlap
-    python evaluate.py --task au --set run.name=held --tune             # smoothing and thresholds
+    python evaluate.py --task au --set temporal.kernels=[3,3,3] --against      # beside the demo as it stands
+    python evaluate.py --task au --set task.held_out=0.15 --tune               # smoothing and thresholds
+    python evaluate.py --checkpoint runs/demo/emma/best.pt                     # EMMA, each frame by itself
 
---merge: frames that several segments cover get their mean, a mean that counts the middle of a segment more
-(triangular), or are covered once (none: the segments follow each other). --tune chooses smoothing and
-thresholds on the training videos that the run has held back (task.held_out; `tuning.py`). --against compares
-with the stored score of another run, on the same videos (`intervals.py`).
+--against compares with the stored score of another run folder on the same videos, with the interval of the
+difference (`metrics.py`); without a folder, with the configuration less its --set. --tune chooses smoothing
+and thresholds on the training videos that the run has held back (task.held_out). EMMA is scored on all tasks
+that it has learned, unless --task names one; videos whose scene it was trained on are left out, and named.
 
-Predictions made elsewhere are scored by `metrics.py`.
+Predictions made elsewhere are scored by `python -m tools.predictions`.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-from config import from_command_line
-from intervals import difference
-from labels import TASKS
-from made_of import finished, missing, there
-from postprocessing import Postprocessing
-from reports import report, to_score
-from scoring import (MERGING, check_features, check_scenes, count_as_authors, count_frames, find_features,
-                     load, read_sums, stage_of, sums_of)
-from score_table import confusion
-from segments import open_videos
-from splits import split
-from tuning import choose
+from data import Video, VideoFrames, open_videos
+from engine.checkpoints import read_checkpoint, read_json
+from engine.config import from_command_line
+from engine.distributed import launch
+from engine.training import Progress
+from images import find_videos, has_frames
+from labels import TASKS, has_labels, read_labels, scene, split
+from metrics import confusion, difference, score_table
+from pipeline import command, finished, folder, lines_of, make, missing, tuned_on
+from scoring import (HELD_OUT, changed_by, check_features, check_scenes, find_features, load, predict_videos,
+                     reasons, report, shared_out, sums_of, to_score, tuned)
+from second_paper import emma
 
 
-def main(config, team, task, checkpoint="", merge="mean", tune=False, against=""):
+def main(config, team, task, checkpoint="", tune=False, against=None):
     """Score `checkpoint`, or this configuration's best.pt, on the validation videos."""
-    # model
-    path = Path(checkpoint or config.folder(stage_of(config, task)) / "best.pt")
+    if not checkpoint and task is None:
+        raise ValueError("--task: expected va, expr or au; without it, an EMMA is scored: --checkpoint FILE")
+    path = Path(checkpoint or folder("task", config, task) / "best.pt")
     if not checkpoint:
+        make("task", config, team, task)
         if not finished(path.parent):
-            raise missing(path, f"train_task.py --task {task.name}", config)
-        there(path, config)
+            raise missing(path, f"train_task --task {task.name}", config)
+    if (read_checkpoint(path).get("made_of") or {}).get("stage") == "emma":
+        return evaluate_emma(path, config, team, task)
+
+    # model
     trained = load(path, config, task, team)
-    config = trained.config
-    if against:                                              # refused now rather than after the scoring
-        read_sums(Path(config.run.out) / against / stage_of(config, task))
-    for name, (_, was, now) in trained.changed.items():
-        team.say(f"  {name}={was} as in the checkpoint; the configuration has {now}")
+    task, config = trained.task, trained.config
+    team.say(f"settings as in the checkpoint:{lines_of(trained.changed)}" if trained.changed else str(path))
 
     # data
-    try:
-        features, origin = find_features(config, team)
-    except ValueError as refusal:
-        raise ValueError(f"{refusal}\n  or name the features that {path} was trained on: "
-                         "--set task.features=...") from None
+    features, origin = find_features(config, team)
     train_files, val_files = split(config.data.labels, task, config.task.fold)
     videos, left_out, dim = open_videos(val_files, features, task)
     try:
-        other_videos, _, _ = open_videos(train_files, features, task)
+        others, _, _ = open_videos(train_files, features, task)
     except ValueError:                                       # those of the validation are enough to score
-        other_videos = []
+        others = []
     check_features(path, trained.record, origin)
     check_scenes(path, trained.record, videos)
     if dim != trained.model.dim:
         raise ValueError(f"{path}: takes features of {trained.model.dim} numbers, those in {features} have "
                          f"{dim}; give those it was trained on, --set task.features=...")
-    scored = to_score(videos, left_out, other_videos, task, origin, config)
+    scored = to_score(videos, left_out, others, task, origin, config)
     if trained.record is None:
         scored = scored._replace(comparable=False)
         team.say(f"  warning: {path} does not tell what it was made of; "
                  "it may have been trained on these videos")
 
     # score
-    how = choose(trained, other_videos, origin, merge, path) if tune else Postprocessing()
+    def predicted(some):
+        return predict_videos(trained.model, shared_out(some, team), config.segments, config.task.batch, team)
 
-    def count(*video):
-        return np.stack([count_frames(*video, merge, how), count_as_authors(*video)])
-    both = sums_of(trained, videos, merge, count)                                  # (videos, 2, ...)
-    sums, authors = both[:, 0], both[:, 1]
+    k, thresholds = 0, ()
+    if tune:
+        names = (trained.record or {"data": {}})["data"].get(HELD_OUT, [])
+        held_out = [video for video in others if video.name in names]
+        if not names or len(held_out) < len(names):
+            raise ValueError(f"{path}: {len(names)} training videos were held back, of which {len(held_out)} "
+                             "have labels and features here; train one that holds some back: "
+                             + command(f"train_task --task {task.name}", config)
+                             + " --set task.held_out=0.15")
+        k, thresholds = tuned(task, predicted(held_out), held_out, team)
+        seen = {scene(name) for name in tuned_on(origin)} & {scene(video.name) for video in held_out}
+        team.say(f"chosen on {len(held_out)} held-out training videos: mean over {k} frames before and "
+                 f"after, thresholds {' '.join(f'{t:.2f}' for t in thresholds) or 'as they are'}"
+                 + (f"\n  the ViT was fine-tuned on {len(seen)} of their scenes, so they are easier than new "
+                    "videos" if seen else ""))
+    sums = sums_of(predicted(videos), videos, task, team, changed_by(task, k, thresholds))
     team.say(f"{report(task, sums, scored, path, config.task.fold)}\n\n{confusion(task, sums)}\n")
-    if merge != "mean" or tune:
-        team.say(f"merging: {merge}; post-processing: {how.text() or 'none'}")
-    if merge != "none":
-        team.say(f"authors' protocol: {task.metric.score(authors.sum(axis=0)).mean():.3f} (frames of "
-                 "overlapping segments count twice, tails and short videos are lost; no post-processing)")
-    if against:
-        team.say(compare(task, sums, videos, against, config))
+    if against is not None:
+        config.changed = {}                                  # the folder of the configuration as it stands
+        team.say(compare(task, sums, videos, Path(against or folder("task", config, task))))
 
 
-def compare(task, sums, videos, run_name: str, config) -> str:
-    """Our score less that of another run on the same videos, in words."""
-    folder = Path(config.run.out) / run_name / stage_of(config, task)
-    names, theirs = read_sums(folder)
-    mine = [video.name for video in videos]
-    if sorted(mine) != sorted(names):
-        other = sorted(set(mine) ^ set(names))
-        raise ValueError(f"{folder} was scored on other videos, such as {', '.join(other[:5])}; two systems "
-                         "are compared on the same ones")
-    theirs = theirs[[names.index(name) for name in mine]]
-    if not np.array_equal(task.metric.labelled(sums.sum(axis=0)), task.metric.labelled(theirs.sum(axis=0))):
-        raise ValueError(f"{folder} was scored with other labels; train it again with these")
-    found = difference(sums, theirs, task.metric)
+def compare(task, sums, videos, other: Path) -> str:
+    """Our score less that of another run folder on the same videos, in words."""
+    metrics = read_json(other / "metrics.json") or {}
+    if "video_sums" not in metrics or metrics["metric"] != task.metric.name:
+        raise ValueError(f"{other}: no finished task with the sums of its videos; expected a folder like "
+                         f"runs/demo/task_{task.name}")
+    ours = {video.name: of_video for video, of_video in zip(videos, sums)}
+    theirs = {name: np.array(of_video) for name, of_video in zip(metrics["videos"], metrics["video_sums"])}
+    differ = sorted(ours.keys() ^ theirs.keys()) or [
+        name for name in ours
+        if not np.array_equal(task.metric.labelled(ours[name]), task.metric.labelled(theirs[name]))]
+    if differ:
+        raise ValueError(f"{other} was scored on other videos, or with other labels, such as "
+                         f"{', '.join(differ[:5])}; two systems are compared on the same ones")
+    other_sums = np.stack([theirs[name] for name in ours])                     # in the order of our videos
+    found = difference(sums, other_sums, task.metric)
     verdict = "ours is better" if found.low > 0 else "ours is worse" if found.high < 0 else (
         "the interval holds 0: these videos do not tell which is better")
-    return (f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}] against {run_name} "
-            f"({task.metric.score(theirs.sum(axis=0)).mean():.3f}, as its training ended), 95 % interval "
-            f"over {len(mine)} videos; {verdict}")
+    return (f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}] against {other} "
+            f"({task.metric.score(other_sums.sum(axis=0)).mean():.3f}, as its training ended), 95 % interval "
+            f"over {len(videos)} videos; {verdict}")
+
+
+# ---- EMMA
+
+def evaluate_emma(path, config, team, task=None):
+    """Print the score of each task that EMMA was trained on, or of one. Each video is read once for all."""
+    trained = emma.load(path, config, team)
+    tasks = [known for known in trained.tasks
+             if task in (None, known) and has_labels(trained.config.data.labels, known)]
+    if not tasks:
+        raise ValueError(f"{path}: trained on {', '.join(known.name for known in trained.tasks)}; of none of "
+                         f"these{f', or not of --task {task.name},' if task else ''} there are labels")
+    team.say(f"{path}, each frame by itself{lines_of(trained.changed)}")
+    for name, (videos, sums, left_out) in emma_sums(trained, tasks).items():
+        without = f"\nleft out: {reasons(left_out)}" if left_out else ""
+        team.say(f"\n{len(videos)} validation videos\n"
+                 f"{score_table(TASKS[name], sums, comparable=False)}{without}")
+
+
+def emma_sums(trained, tasks) -> dict[str, tuple[list[Video], np.ndarray, dict[str, str]]]:
+    """{task name: its validation videos, their sums (videos, ...) over all processes, {video: why it is left
+    out}}. A labelled frame without a face counts, with the outputs of the frame before it, as it does for a
+    segment model. Raises ValueError if a task has no video left."""
+    config, team, folders = trained.config, trained.team, find_videos(trained.config.data.frames)
+    seen = {scene(name) for name in tuned_on(trained.record) + trained.record["data"]["training videos"]}
+    once, found = {}, {}                             # {video: one task's record of it}, {task: what to score}
+    for task in tasks:
+        found[task.name] = videos, left_out = {}, {}
+        for name, file in split(config.data.labels, task, 0)[1].items():
+            labels = read_labels(file, task)
+            if scene(name) in seen:
+                left_out[name] = "EMMA was trained on its scene"
+            elif not len(labels):
+                left_out[name] = "no labels"
+            elif name not in folders or not has_frames(folders[name]):
+                left_out[name] = "no frames"
+            else:
+                videos[name] = Video(name, folders[name], labels)
+        once |= videos
+
+    frames = {video.name: VideoFrames(video.features) for video in shared_out(list(once.values()), team)}
+    progress = Progress(sum(int(files.numbers[-1]) for files in frames.values()), "frames", team)
+    outputs = {}
+    for name, files in frames.items():
+        of_video, noface = trained.predict(files, int(files.numbers[-1]), progress)
+        if not noface.all():
+            outputs[name] = of_video
+    readable = {name for names in team.gather(list(outputs)) for name in names}
+    for task in tasks:
+        videos, left_out = found[task.name]
+        left_out |= {name: "no readable face" for name in videos if name not in readable}
+        videos = [video for name, video in videos.items() if name in readable]
+        if not videos:
+            raise ValueError(f"no validation video of {task.name} can be scored: {reasons(left_out)}; check "
+                             "data.frames")
+        # mode="clip": labels after the last image count, with its outputs.
+        of_task = {video.name: np.take(emma.outputs_of(task, outputs[video.name]), range(len(video.labels)),
+                                       axis=0, mode="clip") for video in videos if video.name in outputs}
+        found[task.name] = videos, sums_of(of_task, videos, task, team), left_out
+    return found
 
 
 if __name__ == "__main__":
-    import pipeline
     config, options = from_command_line(
-        __doc__, task={"choices": list(TASKS), "required": True, "help": "which labels"},
+        __doc__, task={"choices": list(TASKS), "help": "which labels"},
         checkpoint={"default": "", "metavar": "FILE", "help": "default: this configuration's best.pt"},
-        merge={"choices": list(MERGING), "default": "mean", "help": "frames that several segments cover"},
         tune={"action": "store_true", "help": "smoothing and thresholds, chosen on held-out training videos"},
-        against={"default": "", "metavar": "RUN", "help": "another run's name: the difference to it"})
-    pipeline.run("evaluate", config, TASKS[options.task], options.checkpoint, options.merge, options.tune,
-                 options.against)
+        against={"nargs": "?", "const": "", "metavar": "FOLDER", "help": "the difference to another result"})
+    launch(main, config, TASKS.get(options.task), options.checkpoint, options.tune, options.against)

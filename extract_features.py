@@ -21,21 +21,61 @@ import zlib
 
 import numpy as np
 
-from checkpoints import load_vit, read_json, write_array, write_text
-from config import from_command_line
-from data import VideoFrames
-from features import feature_settings, video_features
-from frames import list_frames, video_folders
-from images import sizes
+from data import VideoFrames, noface_path
+from engine.checkpoints import load_vit, read_json, write_array, write_text
+from engine.config import from_command_line
+from engine.run import OTHER_RUN
+from engine.training import Progress
+from images import list_frames, sizes, video_folders
 from labels import TASKS, has_labels, label_files, read_labels
-from made_of import begun, find_input, other_run
-from run import Progress
-from run_folder import RunFolder
-from segments import noface_path
+from pipeline import begun, find_input, open_run, start
+from scoring import video_features
 from vit import VisionTransformer
 
 
-def count_frames(labels, videos) -> dict[str, dict]:
+def main(config, team):
+    """Extract the features of all videos, or of those that are left, new or changed."""
+    run = open_run("features", config, team)
+
+    # data: what is there now, and what was when this began
+    videos, lines = video_folders(config.data.frames)
+    table = to_extract(config.data.labels, videos)
+    run.same_on_all_machines(table)
+    known = team.agree(begun(run.folder) and read_json(run.folder / "videos.json") or {})
+    gone = sorted(video for video in known.keys() - table.keys() if "faces" not in known[video])
+    if gone:                                        # not yet extracted, or not known to be
+        raise ValueError(f"{run.folder}: {len(gone)} videos were there when this began and are gone: "
+                         f"{', '.join(gone[:5])}; bring them back, or begin {OTHER_RUN}")
+    order = sorted(table, key=lambda video: (-table[video]["frames"], video))      # longest first
+    left = team.agree([video for video in order if not is_extracted(run.folder, video, table[video], known)])
+    if run.finished and not left:
+        return team.say(f"{run.folder} is finished; nothing to do")
+
+    # model
+    checkpoint, origin = find_input(config, team, "features.checkpoint")
+    vit = VisionTransformer(**dataclasses.asdict(config.vit))
+    keys = load_vit(vit, checkpoint)
+    vit = vit.to(team.device).eval()
+    known |= {video: table[video] for video in left}
+    take_away(run, known, left, origin)
+
+    # loop: what is left is shared anew, longest first, so that no process waits long for another's last video
+    mine = left[team.rank::team.world]
+    team.say("\n".join([*lines, f"extracting {config.vit.dim} numbers per frame from {len(left)} of "
+                        f"{len(table)} videos, {sum(table[video]['frames'] for video in left):,} frames, on "
+                        f"{team.device}", f"  ViT from {checkpoint}; {keys}"]))
+    progress = Progress(sum(table[video]["frames"] for video in mine), "frames", team)
+    for video in mine:
+        frames, path = VideoFrames(videos[video]), run.folder / f"{video}.npy"
+        features, noface = video_features(vit, frames, table[video]["frames"], config, team, progress)
+        if not noface.all():                        # nothing is written for a video without any face
+            write_array(noface_path(path), noface)
+            write_array(path, features)
+    team.wait()
+    finish(run, known)
+
+
+def to_extract(labels, videos) -> dict[str, dict]:
     """What there is to extract: {video: {"frames", "images", "names", "sizes"}}, less videos without a frame.
 
     `frames`: its longest label file or its last image, whichever is later. `images`: how many there are.
@@ -48,9 +88,7 @@ def count_frames(labels, videos) -> dict[str, dict]:
         table[video] = {"frames": int(numbers.max(initial=0)), "images": len(numbers),
                         "names": zlib.crc32(numbers.tobytes()), "sizes": sizes(ends)}
     for task in TASKS.values():
-        if not has_labels(labels, task):
-            continue
-        for files in label_files(labels, task).values():
+        for files in label_files(labels, task).values() if has_labels(labels, task) else ():
             for video, file in files.items():
                 if video in table:
                     table[video]["frames"] = max(table[video]["frames"], len(read_labels(file, task)))
@@ -59,74 +97,12 @@ def count_frames(labels, videos) -> dict[str, dict]:
 
 def is_extracted(folder, video: str, row: dict, known: dict) -> bool:
     """Has `video` been extracted as it is now (`row`), so that both of its files are there, or no face?"""
-    before = known.get(video, {})
-    if any(before.get(name) != row[name] for name in row):
-        return False
-    path = folder / f"{video}.npy"
-    return before.get("faces") == 0 or path.exists() and noface_path(path).exists()
+    before, path = known.get(video, {}), folder / f"{video}.npy"
+    return (all(before.get(name) == row[name] for name in row)
+            and (before.get("faces") == 0 or path.exists() and noface_path(path).exists()))
 
 
-def extract(vit, frames: VideoFrames, length: int, path, config, team, progress):
-    """Write a video's features to `path`, and beside it the mask (T,) of frames without a face.
-
-    Nothing is written for a video in which no frame has a readable face.
-    """
-    features, noface = video_features(vit, frames, length, config, team, progress)
-    if not noface.all():
-        write_array(noface_path(path), noface)
-        write_array(path, features)
-
-
-def main(config, team):
-    """Extract the features of all videos, or of those that are left, new or changed."""
-    # configuration
-    source = "features.checkpoint", "finetune"
-    settings = feature_settings(config)
-    run = RunFolder("features", config, team, settings, source)
-
-    # data: what is there now, and what was when this began
-    videos, merged = video_folders(config.data.frames)
-    for line in merged:
-        team.say(line)
-    table = count_frames(config.data.labels, videos)
-    run.same_on_all_machines(table)
-    known = team.agree(begun(run.folder) and read_json(run.folder / "videos.json") or {})
-    gone = sorted(video for video in known.keys() - table.keys() if "faces" not in known[video])
-    if gone:                                        # not yet extracted, or not known to be
-        raise ValueError(f"{run.folder}: {len(gone)} videos were there when this began and are gone: "
-                         f"{', '.join(gone[:5])}; bring them back, or begin {other_run(config)}")
-    order = sorted(table, key=lambda video: (-table[video]["frames"], video))      # longest first
-    left = team.agree([video for video in order if not is_extracted(run.folder, video, table[video], known)])
-    if run.finished and not left:
-        return team.say(f"{run.folder} is finished; nothing to do")
-
-    # model
-    checkpoint, origin = find_input(config, team, *source, "best.pt", "train_finetune.py")
-    vit = VisionTransformer(**dataclasses.asdict(config.vit))
-    keys = load_vit(vit, checkpoint)
-    vit = vit.to(team.device).eval()
-    known |= {video: table[video] for video in left}
-    start(run, known, left, origin)
-
-    # loop: what is left is shared anew, longest first, so that no process waits long for another's last video
-    mine = left[team.rank::team.world]
-    size = config.vit.image_size
-    ahead = 2 * max(config.run.workers, 1) * config.features.batch * size * size * 3 / 1e6
-    team.say(f"extracting {config.vit.dim} numbers per frame from {len(left)} of {len(table)} videos, "
-             f"{sum(table[video]['frames'] for video in left):,} frames, on {team.device}; "
-             f"at most {ahead:,.0f} MB of images wait in each process")
-    team.say(f"  ViT from {checkpoint}; {keys}")
-    progress = Progress(sum(table[video]["frames"] for video in mine), "frames", team)
-    for video in mine:
-        length, path = table[video]["frames"], run.folder / f"{video}.npy"
-        extract(vit, VideoFrames(videos[video], size), length, path, config, team, progress)
-    team.wait()
-
-    # finish
-    finish(run, known)
-
-
-def start(run, table: dict, left: list[str], origin: dict):
+def take_away(run, table: dict, left: list[str], origin: dict):
     """Take away what is out of date, and write down what is to be made. Rank 0 only."""
     run.remember({}, origin)
     if run.team.rank == 0:
@@ -157,5 +133,4 @@ def finish(run, table: dict):
 
 
 if __name__ == "__main__":
-    import pipeline
-    pipeline.run("extract_features", from_command_line(__doc__)[0])
+    start("features", main, from_command_line(__doc__)[0])

@@ -1,23 +1,22 @@
-"""Face images: decoded safely, cropped, put into batches, and turned into the numbers the ViT takes.
+"""Face images: decoded safely, cropped, normalised for the ViT; image files in folders; the frames of videos.
 
-Every stage reads pixels through this file, so that pre-training, fine-tuning and feature extraction see
-the same colours (RGB), the same resize filter (bicubic) and the same normalisation (ImageNet's mean and
-deviation, as in MAE). Images stay uint8 until they are on the device: a batch crosses to the GPU at a
-quarter of the size of float32. Reading order: one image, a batch of them, normalising, which
-files may be read.
+Every stage reads pixels through this file: the same colours (RGB), the same resize filter (bicubic), the same
+normalisation (ImageNet's mean and deviation, as in MAE). Images stay uint8 until they are on the device: a
+batch crosses to the GPU at a quarter of the size of float32. `data.Images` makes the batches.
 
-    python images.py               # the numbers that black and white become
-    python images.py FILE ...      # size and mean colour of each file, or why it is refused
+A video is a folder of frames, image files named by their number, counted from 1: 00001.jpg in Aff-Wild2, but
+other copies have other extensions and another number of zeros.
 """
 
 import errno
 import functools
-import io
 import os
-import sys
+import re
 import zlib
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,65 +25,49 @@ from PIL import Image, ImageOps
 MEAN = (0.485, 0.456, 0.406)   # ImageNet, RGB, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 64_000_000        # 8,000 x 8,000: above it a file is a mistake or a decompression bomb
-# By content, whatever the name says; Pillow knows 40 more.
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")   # by content, whatever the name says
 # The error numbers of Pillow's own complaints, and of the system's when there is no such file.
 NO_IMAGE = (None, errno.EINVAL, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
-
 # Of the files that a search for images finds, in capitals or not.
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-
+FRAME = re.compile(r"0*([0-9]{1,7})(%s)" % "|".join(map(re.escape, EXTENSIONS)), re.IGNORECASE)
+DEEPEST = 3                    # levels of folders between a root and its videos, at most
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked here, with a message that names the file
 
 
-def turn_upright(image: Image.Image) -> None:
-    """Turn a photograph as its EXIF orientation says: a phone stores it as its sensor lay. In place."""
-    image.load()
-    if any(key in image.info for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")):
-        try:
-            ImageOps.exif_transpose(image, in_place=True)
-        except Exception:        # a broken EXIF block can raise anything, and the picture itself is whole
-            pass
+def read_image(path) -> Image.Image:
+    """Decode one image as RGB, turned upright as its EXIF orientation says.
 
-
-def read_image(source) -> Image.Image:
-    """Decode one image as RGB, upright.
-
-    `source` is a path, or the bytes of a file. The size is read from the header and checked before any pixel
-    is decoded. Raises ValueError naming the file if it is missing, empty, truncated, no image, or larger than
-    MAX_PIXELS; OSError if the disk fails or is gone: a run that left such images out would train on what
-    happens to be reachable.
+    The size is read from the header and checked before any pixel is decoded. Raises ValueError naming the
+    file if it is missing, empty, truncated, no image, or larger than MAX_PIXELS; OSError if the disk fails or
+    is gone: a run that left such images out would train on what happens to be reachable.
     """
-    in_memory = isinstance(source, bytes)
-    name = "image in memory" if in_memory else os.fsdecode(source)
+    name = os.fsdecode(path)
     try:
-        with Image.open(io.BytesIO(source) if in_memory else source, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height <= MAX_PIXELS:
-                turn_upright(image)
-                if image.mode.startswith("I;16"):       # 16-bit grey: Pillow would clip it at 255
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                return image.convert("RGB")
+        # Not by its path: Pillow 13 would map a TIFF that lies on its side to memory with swapped sides.
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,}; "
+                                 "shrink it first")
+            image.load()
+            with suppress(Exception):           # a broken EXIF block can raise anything; the pixels are whole
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I;16"):   # 16-bit grey: Pillow would clip it at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
     except (OSError, SyntaxError, EOFError, ValueError, TypeError) as error:   # Pillow's, for no image
-        folder = os.path.dirname(name) or "."
-        folder_gone = isinstance(error, FileNotFoundError) and not os.path.isdir(folder)
+        folder_gone = isinstance(error, FileNotFoundError) and not os.path.isdir(os.path.dirname(name) or ".")
         if folder_gone or getattr(error, "errno", None) not in NO_IMAGE:
             raise OSError(error.errno, error.strerror, name) from None
         raise ValueError(f"{name}: not a readable image ({error})") from None
-    raise ValueError(f"{name}: {width} x {height} pixels, at most {MAX_PIXELS:,} are read; "
-                     "shrink the image first")
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """The whole image at `size` = (height, width), as uint8 (height, width, 3)."""
-    height, width = size
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.BICUBIC)
-    return np.asarray(image)
+    return np.asarray(image.resize((size[1], size[0]), Image.BICUBIC))
 
 
-def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Generator,
-                smallest: float) -> np.ndarray:
+def random_crop(image, size: tuple[int, int], rng: np.random.Generator, smallest: float) -> np.ndarray:
     """Random resized crop and horizontal flip (§3.1; MAE's augmentation), as uint8 (height, width, 3).
 
     The crop covers a share of the image's area drawn from [smallest, 1], at an aspect ratio drawn from
@@ -102,47 +85,6 @@ def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Genera
     box = (left, top, left + w, top + h)
     pixels = np.asarray(image.resize((size[1], size[0]), Image.BICUBIC, box=box))
     return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels
-
-
-class FaceImages(torch.utils.data.Dataset):
-    """Face images, each with one or more arrays beside it (MAE noise, a label, a row).
-
-    One rule for what cannot be read: it is left out of its batch and named. A subclass gives `__len__`,
-    `where`, `item`, and `beside`: for each array an empty tensor of the shape and type of what stands beside
-    B = 0 images, like torch.zeros(0, 196) or torch.zeros(0, dtype=torch.long).
-    """
-
-    def __init__(self, size: int, *beside: torch.Tensor):
-        self.size, self.beside = (size, size), beside
-
-    def where(self, i) -> str:
-        """The file of sample i, and its place in it, for messages."""
-        raise NotImplementedError
-
-    def item(self, i):
-        """uint8 image (size, size, 3), and the arrays or numbers beside it. ValueError if it cannot be
-        read."""
-        raise NotImplementedError
-
-    def __getitem__(self, i):
-        """The item, or, where it cannot be read, the message that says so."""
-        try:
-            return self.item(i)
-        except ValueError as problem:
-            return str(problem)
-
-    def collate(self, items):
-        """-> images (B, size, size, 3) uint8, each array beside them (B, ...), problems: list[str]. B may
-        be 0."""
-        problems = [item for item in items if isinstance(item, str)]
-        readable = [item for item in items if not isinstance(item, str)]
-        if not readable:
-            return torch.zeros((0, *self.size, 3), dtype=torch.uint8), *self.beside, problems
-        # As tensors, they cross to the training process in shared memory. As arrays they would go through a
-        # pipe, and a worker whose parent was killed would be stuck in it for ever.
-        images, *columns = [torch.from_numpy(np.stack(column)) for column in zip(*readable, strict=True)]
-        beside = [column.to(empty.dtype) for column, empty in zip(columns, self.beside, strict=True)]
-        return images, *beside, problems                                # (B, size, size, 3), (B, ...), ...
 
 
 @functools.cache
@@ -165,16 +107,11 @@ def unnormalise(images: torch.Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).byte().cpu().numpy()           # (B, 3, H, W) -> (B, H, W, 3)
 
 
-def inside(root, name: str) -> Path:
-    """`root/name`, refused if it is absolute, climbs out with `..`, or is a link that leads out of the root.
+# ---- Image files in folders
 
-    For every file name that comes from a CSV or a list. Raises ValueError naming the entry.
-    """
-    path = Path(root) / name
-    climbs = os.path.isabs(name) or ".." in Path(name).parts or "\0" in name
-    if climbs or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
-        raise ValueError(f"{name!r} leaves its data root {root}; entries must lie inside it")
-    return path
+def leads_out(path, real_root: str) -> bool:
+    """Does this path, its links followed, end outside of the root?"""
+    return not Path(os.path.realpath(path)).is_relative_to(real_root)
 
 
 def find_images(root: Path, skipped: Counter, below: str = "") -> list[bytes]:
@@ -189,7 +126,7 @@ def find_images(root: Path, skipped: Counter, below: str = "") -> list[bytes]:
             path = os.path.join(folder, entry.name)
             if entry.name.startswith("."):                           # ._face.jpg, .ipynb_checkpoints
                 skipped["hidden"] += 1
-            elif entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(real_root):
+            elif entry.is_symlink() and leads_out(entry.path, real_root):
                 skipped["link out of the folder"] += 1
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(path)
@@ -203,33 +140,113 @@ def find_images(root: Path, skipped: Counter, below: str = "") -> list[bytes]:
 
 
 def sizes(paths) -> str:
-    """A checksum of the sizes of some files, for made_of.py: other images of the same names have others."""
-    crc = 0
-    for path in paths:
-        size = os.stat(path).st_size if os.path.exists(path) else "gone"
-        crc = zlib.crc32(f"{size} ".encode(), crc)
-    return f"{crc:08x}"
+    """A checksum of the sizes of some files: other images of the same names have another."""
+    found = [os.stat(path).st_size if os.path.exists(path) else "gone" for path in paths]
+    return f"{zlib.crc32(''.join(f'{size} ' for size in found).encode()):08x}"
 
 
 def listed(counts: Counter, most: int = 12) -> str:
     """What was counted, in one line, the most frequent first: "3 hidden, 1 link to no file"."""
-    parts = [f"{count:,} {what}" for what, count in counts.most_common(most)]
-    more = [f"{len(counts) - most} more"] if len(counts) > most else []
-    return ", ".join(parts + more) or "nothing"
+    text = ", ".join(f"{count:,} {what}" for what, count in counts.most_common(most))
+    return text + f", {len(counts) - most} more" * (len(counts) > most) or "nothing"
 
 
-if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        for name, level in (("black", 0), ("white", 255)):
-            pixel = torch.full((1, 1, 1, 3), level, dtype=torch.uint8)
-            print(f"{name} becomes", normalise(pixel).flatten().numpy().round(3), "(red, green, blue)")
-    refused = False
-    for file in sys.argv[1:]:
-        try:
-            image = read_image(file)
-            colour = np.asarray(image).mean((0, 1)).round(1)            # (H, W, 3) -> (3,)
-            print(f"{file}: {image.size[0]} x {image.size[1]}, mean colour {colour}")
-        except (ValueError, OSError) as refusal:
-            print(f"refused: {refusal}", file=sys.stderr)
-            refused = True
-    sys.exit(2 if refused else 0)
+# ---- The frames of a video
+
+class FrameFiles(NamedTuple):
+    """How the files of a video's frames are called. Nearly always all alike, so that the names of millions of
+    frames take no memory."""
+    folder: str
+    width: int                     # digits, filled up with zeros: 5 in 00001.jpg
+    extension: str                 # .jpg
+    others: dict[int, str]         # number -> name, where it is called otherwise
+
+    def path(self, number: int) -> str:
+        name = self.others.get(int(number)) or f"{number:0{self.width}d}{self.extension}"
+        return os.path.join(self.folder, name)
+
+
+def frame_number(name: str) -> int:
+    """00001.jpg is 1. 0: this is not the name of a frame."""
+    match = FRAME.fullmatch(name)
+    return int(match[1]) if match else 0
+
+
+def list_frames(folder) -> tuple[np.ndarray, FrameFiles, Counter]:
+    """The numbers of the frames in a folder, sorted; how their files are called; what else lies there, as
+    {kind: how many}. Lists the folder once and opens no image.
+
+    Raises ValueError if two files are the same frame, as 00001.jpg and 1.png.
+    """
+    names, beside = {}, Counter()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            number = frame_number(entry.name)
+            if number == 0:
+                beside["hidden" if entry.name.startswith(".") else "folders" if entry.is_dir()
+                       else "with number 0" if FRAME.fullmatch(entry.name)
+                       else os.path.splitext(entry.name)[1].lower() or "without extension"] += 1
+            elif number in names:
+                first, second = sorted((names[number], entry.name))
+                raise ValueError(f"{folder}: {first} and {second} are both frame {number}; remove one")
+            else:
+                names[number] = entry.name
+    numbers = np.array(sorted(names), dtype=np.int64)
+    stem, extension = os.path.splitext(names[numbers[0]]) if names else ("00001", ".jpg")
+    width = len(stem)
+    others = {number: name for number, name in names.items() if name != f"{number:0{width}d}{extension}"}
+    return numbers, FrameFiles(str(folder), width, extension, others), beside
+
+
+def has_frames(folder) -> bool:
+    """Is there a frame? Looks no further than the first, where `list_frames` reads all names."""
+    with os.scandir(folder) as entries:
+        return any(frame_number(entry.name) for entry in entries)
+
+
+def below(root: Path, depth: int = 0):
+    """Yield the folder of each video below the root. A folder that holds folders but no frames is entered."""
+    with os.scandir(root) as entries:
+        folders = sorted(root / entry.name for entry in entries
+                         if not entry.name.startswith(".") and entry.is_dir())
+    for folder in folders:
+        inner = [] if depth == DEEPEST or has_frames(folder) else list(below(folder, depth + 1))
+        yield from inner or [folder]
+
+
+def video_folders(roots) -> tuple[dict[str, Path], list[str]]:
+    """{video: folder of its frames}, sorted, over several roots, and lines about what was passed over.
+    Folders of folders are entered, such as a nested cropped_aligned, so a root may be the folder above two.
+
+    A video that is in two roots is taken from the first that has frames of it. Raises ValueError for a root
+    that is missing, for a video that is twice below one root, and when no video is found.
+    """
+    videos, lines = {}, []
+    for root in map(Path, roots):
+        if not root.is_dir():
+            raise ValueError(f"data.frames: {root} is no folder; "
+                             "expected one that holds a folder of face crops per video")
+        found: dict[str, Path] = {}
+        for folder in below(root):
+            known = found.setdefault(folder.name, folder)
+            if known != folder and has_frames(folder):
+                if has_frames(known):
+                    raise ValueError(f"data.frames: {known} and {folder} are frames of one video; remove "
+                                     "one, or give the folders above them as two roots, the better one first")
+                found[folder.name] = folder
+        if has_frames(root):
+            lines.append(f"  frames that lie in {root} itself, not in a folder of their video, are not read")
+        twice = {video for video in found if video in videos and has_frames(videos[video])}
+        videos.update((video, folder) for video, folder in found.items() if video not in twice)
+        if twice:
+            lines.append(f"  {len(twice)} videos of {root} are in an earlier folder of data.frames too, "
+                         "and taken from there")
+    if not videos:
+        raise ValueError(f"data.frames: no video folders in {list(map(str, roots)) or 'an empty list'}; "
+                         "expected <video>/00001.jpg below it")
+    return dict(sorted(videos.items())), lines
+
+
+def find_videos(roots) -> dict[str, Path]:
+    """`video_folders` without its lines."""
+    return video_folders(roots)[0]

@@ -1,263 +1,279 @@
-"""The challenge's metrics from counts that add up: CCC and F1, of any number of classes (paper eq. 1, §4.2).
-
-A metric is a function of sums over frames. The sums of batches, videos and processes are added, and only
-then is the score taken. So every labelled frame counts once. NumPy only: this file scores any predictions.
+"""The challenge's metrics, how sure a score is, and its table (paper eq. 1, §4.2, Table 1). NumPy only.
 
     metrics.ccc(pred, target)                  two sequences (T,) -> one number
     metrics.class_f1(pred, target, classes=8)  class indices (T,) -> F1 of each class, the score is their mean
     metrics.binary_f1(pred, target)            0/1 arrays (T, K) -> F1 of each column, the score is their mean
 
-    python metrics.py      # what constants and noisy copies of random labels score
-    python metrics.py --task expr --predictions FILE --labels FOLDER      # scores a file (docs/scores.md)
+After them come the same metrics from sums, the interval of a score, and the printed tables (docs/scores.md).
 """
 
-import argparse
-import sys
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+ROUNDS = 2000              # sets of videos that are drawn for an interval
 
-class Metric(NamedTuple):
-    """How a task is scored: `score(the sum of all count(...))`, one number per output."""
-    name: str
-    count: Callable            # outputs (T, K), target, valid -> sums, float64
-    score: Callable            # sums -> scores (K,); the challenge takes their mean
-    chance: Callable           # sums -> scores (K,) of the best constant prediction
-    labelled: Callable         # sums -> (K, 2): labelled frames of this output, of how many labelled frames
-    details: Callable          # sums -> columns, each (K,); counts are whole numbers
-    titles: tuple              # of these columns; () = they are predictions of output 0, 1, ...
+
+def check(pred, target, dimensions: int, known: bool, expected: str):
+    """Raises ValueError unless both have one shape, with so many dimensions, and their values are known."""
+    if pred.ndim != dimensions or pred.shape != target.shape or not known:
+        raise ValueError(f"expected two {expected}; got {pred.shape} and {target.shape}")
+
+
+def ratio(top, bottom):
+    """top / bottom, and 0 where a constant makes the bottom 0, up to rounding."""
+    return top / np.where(bottom > 1e-12, bottom, np.inf)
+
+
+def ccc(pred, target) -> float:
+    """CCC(x, y) = 2 cov(x, y) / (σ_x² + σ_y² + (μ_x - μ_y)²) of two sequences (T,), eq. 1; population
+    statistics. Two equal constants score 0. Raises ValueError for other shapes, NaN, infinity, and -5."""
+    x, y = np.asarray(pred, dtype=np.float64), np.asarray(target, dtype=np.float64)
+    known = np.isfinite(x).all() and np.isfinite(y).all() and not (y == -5).any()
+    check(x, y, 1, known, "sequences of one length, without NaN, infinity, and frames labelled -5")
+    mu_x, mu_y = x.mean(), y.mean()
+    cov, var_x, var_y = ((x - mu_x) * (y - mu_y)).mean(), ((x - mu_x) ** 2).mean(), ((y - mu_y) ** 2).mean()
+    return float(ratio(2 * cov, var_x + var_y + (mu_x - mu_y) ** 2))
+
+
+def f1(tables) -> np.ndarray:
+    """F1 = 2 P R / (P + R), precision P = TP / (TP + FP), recall R = TP / (TP + FN), of frames counted as
+    [[TN, FP], [FN, TP]]: (..., 2, 2) -> (...). What never occurs and is never predicted scores 0."""
+    FP, FN, TP = tables[..., 0, 1], tables[..., 1, 0], tables[..., 1, 1]
+    return 2 * TP / np.maximum(2 * TP + FP + FN, 1)            # the same, without a division by P + R
+
+
+def count_tables(said, there, valid) -> np.ndarray:
+    """Frames [[TN, FP], [FN, TP]] of each column. Three bool (T, K) -> (K, 2, 2)"""
+    cells = [~there & ~said, ~there & said, there & ~said, there & said]       # four of (T, K)
+    return np.stack([(cell & valid).sum(axis=0) for cell in cells], axis=1).reshape(-1, 2, 2).astype(float)
+
+
+def binary_f1(pred, target) -> np.ndarray:
+    """F1 of each column of 0/1 arrays (T, K) -> (K,). Entries whose target is -1 are left out. Raises
+    ValueError for other shapes and values."""
+    pred, target = np.asarray(pred), np.asarray(target)
+    known = np.isin(pred, (0, 1)).all() and np.isin(target, (-1, 0, 1)).all()
+    check(pred, target, 2, known, "arrays (T, K) of 0 and 1, the threshold applied")
+    return f1(count_tables(pred == 1, target == 1, target >= 0))
+
+
+def class_f1(pred, target, classes: int = 8) -> np.ndarray:
+    """F1 of each class from class indices (T,) -> (classes,). Raises ValueError for other shapes and for
+    anything but the classes 0 to `classes` - 1."""
+    pred, target = np.asarray(pred), np.asarray(target)
+    known = np.isin(pred, range(classes)).all() and np.isin(target, range(classes)).all()
+    check(pred, target, 1, known, f"sequences of classes 0 to {classes - 1}, without frames labelled -1")
+    each = np.arange(classes)
+    return binary_f1(pred[:, None] == each, target[:, None] == each)           # (T,) -> (T, classes)
+
+
+# ---- The same from sums. Those of batches, videos and processes are added, and only then is the score taken
+
+class Metric:
+    """How a task is scored: `score(the sum of all count(...))`, one number for each of K outputs.
+
+    count(outputs (T, K), target, valid) -> sums, float64; ValueError if an output is NaN or infinite
+    score(sums)     (..., as counted) -> (..., K); the challenge takes their mean
+    chance(sums)    -> (K,), the scores of the best constant prediction
+    labelled(sums)  -> (K, 2), the labelled frames of each output, of how many labelled frames
+    details(sums)   -> columns, each (K,), counts as whole numbers; `titles` names them, () by the outputs
+    """
 
 
 def finite(outputs) -> np.ndarray:
-    """outputs as float64. Raises ValueError for NaN or infinity, which would count as some class."""
+    """As float64. Raises ValueError if one is NaN, which would count as some class, or infinite."""
     outputs = np.asarray(outputs, dtype=np.float64)
     if not np.isfinite(outputs).all():
         raise ValueError("the model's outputs are not finite and cannot be scored")
     return outputs
 
 
-# ---- CCC, for valence and arousal
+class Concordance(Metric):
+    """Sums (D, 6) over each dimension's valid frames: n, Σx, Σy, Σx², Σy², Σxy, where x is predicted."""
+    name, titles = "CCC", ("label mean", "deviation", "prediction mean", "deviation", "Pearson's r")
 
-def ccc_count(outputs, target, valid) -> np.ndarray:
-    """n, Σx, Σy, Σx², Σy², Σxy of each dimension over its valid frames. Shape: three (T, D) -> (D, 6)."""
-    outputs = finite(outputs)
-    sums = np.zeros((outputs.shape[1], 6))
-    for d in range(len(sums)):
-        x = outputs[valid[:, d], d]
-        y = np.asarray(target)[valid[:, d], d].astype(np.float64)
-        sums[d] = len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()
-    return sums
+    def count(self, outputs, target, valid):
+        outputs, target, sums = finite(outputs), np.asarray(target, np.float64), []
+        for d in range(outputs.shape[1]):
+            x, y = outputs[valid[:, d], d], target[valid[:, d], d]
+            sums.append([len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
+        return np.array(sums)
 
+    def moments(self, sums):
+        """μ_x, μ_y, σ_x², σ_y², cov(x, y): (..., D, 6) -> five (..., D)."""
+        _, mu_x, mu_y, xx, yy, xy = np.moveaxis(sums, -1, 0) / np.maximum(sums[..., 0], 1)       # Σ / n
+        return mu_x, mu_y, xx - mu_x ** 2, yy - mu_y ** 2, xy - mu_x * mu_y
 
-def ccc_score(sums) -> np.ndarray:
-    """CCC(x, y) = 2 cov(x, y) / (σ_x² + σ_y² + (μ_x - μ_y)²) of each dimension (eq. 1): (D, 6) -> (D,).
+    def score(self, sums):
+        mu_x, mu_y, var_x, var_y, cov = self.moments(sums)
+        return ratio(2 * cov, var_x + var_y + (mu_x - mu_y) ** 2)              # eq. 1, as in `ccc`
 
-    Population statistics (divided by N), as in the loss. Two equal constants, and no valid frame at all,
-    score 0.
-    """
-    n, x, y, xx, yy, xy = sums.T                   # each (D,)
-    n = np.maximum(n, 1)
-    mu_x, mu_y = x / n, y / n
-    var_x, var_y = xx / n - mu_x ** 2, yy / n - mu_y ** 2
-    cov = xy / n - mu_x * mu_y
-    bottom = var_x + var_y + (mu_x - mu_y) ** 2
-    return 2 * cov / np.where(bottom > 1e-12, bottom, np.inf)
+    def chance(self, sums):
+        return np.zeros(len(sums))                             # a constant has no covariance with anything
 
+    def labelled(self, sums):
+        return sums[:, [0, 0]].astype(int)                     # each labelled frame has a value
 
-def ccc_chance(sums) -> np.ndarray:
-    """A constant has no covariance with anything."""
-    return np.zeros(len(sums))
-
-
-def ccc_labelled(sums) -> np.ndarray:
-    """Each labelled frame has a value of the dimension. Shape: (D, 6) -> (D, 2)."""
-    return np.stack([sums[:, 0], sums[:, 0]], axis=1).astype(int)
+    def details(self, sums):
+        mu_x, mu_y, var_x, var_y, cov = self.moments(sums)     # these five numbers tell why a CCC is low
+        sd_x, sd_y = np.sqrt(np.maximum(var_x, 0)), np.sqrt(np.maximum(var_y, 0))
+        return [mu_y, sd_y, mu_x, sd_x, ratio(cov, sd_x * sd_y)]
 
 
-def ccc_details(sums) -> list[np.ndarray]:
-    """Mean and deviation of the labels, of the predictions, and Pearson's correlation. Five of (D,).
+class BinaryF1(Metric):
+    """Sums (K, 2, 2), a confusion matrix [[TN, FP], [FN, TP]] per column, yes where the logit is above 0."""
+    name, titles = "mean F1", ("TN", "FP", "FN", "TP", "precision", "recall")
 
-    CCC is the correlation times a factor, at most 1, that is lower the more mean and deviation differ. So
-    these numbers tell why a CCC is low.
-    """
-    n, x, y, xx, yy, xy = sums.T                   # each (D,); x are the predictions, y the labels
-    n = np.maximum(n, 1)
-    mu_x, mu_y = x / n, y / n
-    sd_x = np.sqrt(np.maximum(xx / n - mu_x ** 2, 0))
-    sd_y = np.sqrt(np.maximum(yy / n - mu_y ** 2, 0))
-    bottom = sd_x * sd_y
-    return [mu_y, sd_y, mu_x, sd_x, (xy / n - mu_x * mu_y) / np.where(bottom > 1e-12, bottom, np.inf)]
+    def count(self, outputs, target, valid):
+        return count_tables(finite(outputs) > 0, np.asarray(target) > 0.5, valid)
 
+    def tables(self, sums):
+        """[[TN, FP], [FN, TP]] of each output: (..., K, 2, 2)."""
+        return sums
 
-# ---- F1 of classes, for expressions
+    def score(self, sums):
+        return f1(self.tables(sums))
 
-def class_count(outputs, target, valid) -> np.ndarray:
-    """Frames by (labelled class, predicted class). Logits (T, K), classes (T,), mask (T,) -> (K, K)."""
-    predicted = finite(outputs).argmax(axis=1)
-    classes = outputs.shape[1]
-    sums = np.zeros((classes, classes))
-    np.add.at(sums, (np.asarray(target)[valid].astype(int), predicted[valid]), 1)
-    return sums
+    def chance(self, sums):
+        labelled = sums.sum(axis=-1, keepdims=True)
+        return max([self.score(labelled * k) for k in np.eye(sums.shape[-1])], key=np.mean)      # k: always k
 
+    def labelled(self, sums):
+        tables = self.tables(sums)
+        return np.stack([tables[:, 1].sum(axis=1), tables.sum(axis=(1, 2))], axis=1).astype(int)
 
-def f1(hit, labelled, predicted) -> np.ndarray:
-    """F1 = 2 P R / (P + R), precision P = TP / (TP + FP), recall R = TP / (TP + FN).
-
-    That is 2 TP / (2 TP + FP + FN), which needs no division by P + R.
-
-    hit = TP, labelled = TP + FN, predicted = TP + FP. A class that neither occurs nor is predicted scores 0.
-    """
-    return 2 * hit / np.maximum(labelled + predicted, 1)
+    def details(self, sums):
+        TN, FP, FN, TP = sums.reshape(-1, 4).T.astype(int)
+        return [TN, FP, FN, TP, TP / np.maximum(TP + FP, 1), TP / np.maximum(TP + FN, 1)]
 
 
-def class_score(sums) -> np.ndarray:
-    """F1 of each class. Shape: (K, K) -> (K,)."""
-    return f1(np.diag(sums), sums.sum(axis=1), sums.sum(axis=0))
+class ClassF1(BinaryF1):
+    """Sums (K, K), one confusion matrix: frames by (labelled, predicted) class. Target, valid are (T,)."""
+    name, titles = "macro F1", ()
+
+    def count(self, outputs, target, valid):
+        predicted, sums = finite(outputs).argmax(axis=1), np.zeros((outputs.shape[1],) * 2)
+        np.add.at(sums, (np.asarray(target)[valid].astype(int), predicted[valid]), 1)
+        return sums
+
+    def tables(self, sums):
+        TP = np.diagonal(sums, axis1=-2, axis2=-1)             # (..., K), each class against all others
+        FN, FP = sums.sum(axis=-1) - TP, sums.sum(axis=-2) - TP
+        TN = sums.sum(axis=(-2, -1))[..., None] - TP - FN - FP
+        return np.stack([TN, FP, FN, TP], axis=-1).reshape(*TP.shape, 2, 2)
+
+    def details(self, sums):
+        return list(sums.T.astype(int))
 
 
-def class_chance(sums) -> np.ndarray:
-    """Always the most frequent class. Shape: (K, K) -> (K,)."""
-    labelled = sums.sum(axis=1)
-    constant = np.zeros_like(sums)
-    constant[:, labelled.argmax()] = labelled
-    return class_score(constant)
+CCC, CLASS_F1, BINARY_F1 = Concordance(), ClassF1(), BinaryF1()
 
 
-def class_labelled(sums) -> np.ndarray:
-    """Frames labelled as the class, and as any. Shape: (K, K) -> (K, 2)."""
-    return np.stack([sums.sum(axis=1), np.full(len(sums), sums.sum())], axis=1).astype(int)
+# ---- How sure a score is: a bootstrap over videos, because the frames of a video resemble each other
+
+class Interval(NamedTuple):
+    """A value, and the ends of its 95 % interval."""
+    value: float
+    low: float
+    high: float
 
 
-def class_details(sums) -> list[np.ndarray]:
-    """The confusion matrix: a column per predicted class, in it the frames of each labelled class."""
-    return list(sums.T.astype(int))
+def drawn_scores(sums: np.ndarray, metric: Metric) -> np.ndarray:
+    """The scores of all videos, then of ROUNDS sets of as many, drawn with replacement: (videos, ...) ->
+    (1 + ROUNDS, K). Each call draws the same sets. So two systems are compared on the same videos, and the
+    interval of their difference is narrower than those of the two scores: both find the same videos hard."""
+    videos = len(sums)
+    times = np.random.default_rng(0).multinomial(videos, np.full(videos, 1 / videos), size=ROUNDS)
+    drawn = np.tensordot(times, sums, axes=1)                  # (ROUNDS, videos) · (videos, ...)
+    return np.concatenate([metric.score(sums.sum(axis=0))[None], metric.score(drawn)])
 
 
-# ---- F1 of yes or no, for action units
-
-def binary_count(outputs, target, valid) -> np.ndarray:
-    """True and false negatives and positives TN, FP, FN, TP of each column. Shape: three (T, K) -> (K, 4).
-
-    Present is where sigmoid(logit) > 0.5, that is, where the logit is above 0.
-    """
-    said = finite(outputs) > 0
-    labelled = np.asarray(target) > 0.5
-    pairs = [~labelled & ~said, ~labelled & said, labelled & ~said, labelled & said]      # four of (T, K)
-    return np.stack([(pair & valid).sum(axis=0) for pair in pairs], axis=1).astype(np.float64)
+def around(scores: np.ndarray) -> Interval:
+    """The first score, and the ends of the middle 95 % of the others (Efron's percentile interval)."""
+    return Interval(float(scores[0]), *np.quantile(scores[1:], (0.025, 0.975)).tolist())
 
 
-def binary_score(sums) -> np.ndarray:
-    """F1 of each column. Shape: (K, 4) -> (K,)."""
-    _, false_positive, false_negative, hit = sums.T
-    return f1(hit, hit + false_negative, hit + false_positive)
+def interval(sums: np.ndarray, metric: Metric) -> list[Interval]:
+    """The score of each output, and last their mean, with intervals. Shape: sums (videos, ...)."""
+    scores = drawn_scores(sums, metric)
+    return [around(column) for column in [*scores.T, scores.mean(axis=1)]]
 
 
-def binary_chance(sums) -> np.ndarray:
-    """Every column always present. Shape: (K, 4) -> (K,)."""
-    labelled = sums[:, 2] + sums[:, 3]
-    return f1(labelled, labelled, sums.sum(axis=1))
+def difference(ours: np.ndarray, theirs: np.ndarray, metric: Metric) -> Interval:
+    """Our mean score less theirs, on the same videos in the same order. Shape: both (videos, ...)."""
+    return difference_over_seeds(ours[None], theirs[None], metric)
 
 
-def binary_labelled(sums) -> np.ndarray:
-    """Frames in which the column is labelled 1, and labelled at all. Shape: (K, 4) -> (K, 2)."""
-    return np.stack([sums[:, 2] + sums[:, 3], sums.sum(axis=1)], axis=1).astype(int)
+def difference_over_seeds(ours: np.ndarray, theirs: np.ndarray, metric: Metric) -> Interval:
+    """The same, of scores averaged over seeds: both (seeds, videos, ...). The interval tells how sure the
+    difference is for other videos, not for other seeds. Raises ValueError for other shapes."""
+    if ours.shape[1:] != theirs.shape[1:]:
+        raise ValueError(f"two systems are compared on the same videos; got sums of {ours.shape[1:]} and of "
+                         f"{theirs.shape[1:]}")
+    means = [np.mean([drawn_scores(sums, metric).mean(axis=1) for sums in system], axis=0)
+             for system in (ours, theirs)]                     # two of (1 + ROUNDS,)
+    return around(means[0] - means[1])
 
 
-def binary_details(sums) -> list[np.ndarray]:
-    """TN, FP, FN, TP, precision TP / (TP + FP) and recall TP / (TP + FN); 0 / 0 is 0. Six of (K,)."""
-    _, false_positive, false_negative, hit = sums.T
-    precision = hit / np.maximum(hit + false_positive, 1)
-    recall = hit / np.maximum(hit + false_negative, 1)
-    return [*sums.T.astype(int), precision, recall]
+# ---- Tables. `task` is a record of labels.py, sums are (videos, ...)
+
+def in_lines(head: str, names, columns: list[list[str]]) -> str:
+    """A table as text: a line of titles, then a line per name. `columns`: title and cells of each."""
+    lines = [f"{name:10s}" for name in [head, *names]]
+    for column in columns:
+        width = max(map(len, column)) + 2
+        lines = [line + f"{cell:>{width}s}" for line, cell in zip(lines, column)]
+    return "\n".join(line.rstrip() for line in lines)
 
 
-CCC = Metric("CCC", ccc_count, ccc_score, ccc_chance, ccc_labelled, ccc_details,
-             ("label mean", "deviation", "prediction mean", "deviation", "Pearson's r"))
-CLASS_F1 = Metric("macro F1", class_count, class_score, class_chance, class_labelled, class_details, ())
-BINARY_F1 = Metric("mean F1", binary_count, binary_score, binary_chance, binary_labelled, binary_details,
-                   ("TN", "FP", "FN", "TP", "precision", "recall"))
+def with_mean(title: str, scores: np.ndarray) -> list[str]:
+    """A column of scores, (K,), and their mean."""
+    return [title, *[f"{score:.3f}" for score in [*scores, scores.mean()]]]
 
 
-# ---- To be called alone
-
-def ccc(pred, target) -> float:
-    """Concordance correlation coefficient (eq. 1) of two sequences (T,). Leave out frames labelled -5.
-
-    Raises ValueError for other shapes, NaN, infinity, and the code -5.
-    """
-    pred, target = np.asarray(pred, dtype=np.float64), np.asarray(target, dtype=np.float64)
-    if pred.ndim != 1 or pred.shape != target.shape:
-        raise ValueError(f"expected two sequences of one length, got {pred.shape} and {target.shape}")
-    if not np.isfinite(pred).all() or not np.isfinite(target).all() or (target == -5).any():
-        raise ValueError("expected finite values, got NaN or infinity, or frames labelled -5 "
-                         "(not annotated), which must be left out")
-    x, y = pred - pred.mean(), target - target.mean()
-    bottom = (x * x).mean() + (y * y).mean() + (pred.mean() - target.mean()) ** 2
-    return float(2 * (x * y).mean() / bottom) if bottom > 1e-12 else 0.0
-
-
-def class_f1(pred, target, classes: int = 8) -> np.ndarray:
-    """F1 of each class from class indices (T,) -> (classes,). The score is their mean.
-
-    Raises ValueError for other shapes and for anything but the classes 0 to `classes` - 1.
-    """
-    pred, target = np.asarray(pred), np.asarray(target)
-    known = np.isin(pred, range(classes)).all() and np.isin(target, range(classes)).all()
-    if pred.ndim != 1 or pred.shape != target.shape or not known:
-        raise ValueError(f"expected two sequences of classes 0 to {classes - 1} of one length, "
-                         f"got {pred.shape} and {target.shape}; leave out frames labelled -1")
-    outputs = np.eye(classes)[pred.astype(int)]                                      # (T, classes), one-hot
-    return class_score(class_count(outputs, target, np.ones(len(target), bool)))
+def score_table(task, sums: np.ndarray, unseen=None, fold: int = 0, comparable: bool = True) -> str:
+    """A line per output and one of their mean, at most 110 characters wide. unseen: mask (videos,), then the
+    score of these videos alone stands beside. comparable: with the paper's numbers of this fold (Table 1)
+    and, for fold 0, the challenge's baseline."""
+    metric, total, names = task.metric, sums.sum(axis=0), [*task.outputs, "mean"]
+    ends = [f"[{low:.3f}, {high:.3f}]" if len(sums) > 1 else "-" for _, low, high in interval(sums, metric)]
+    columns = [with_mean("ours", metric.score(total)), ["95 %", *ends]]
+    if unseen is not None:
+        columns.append(with_mean("unseen", metric.score(sums[unseen].sum(axis=0))))
+    columns.append(with_mean("chance", metric.chance(total)))
+    if comparable:
+        paper = {name: folds[fold] for name, folds in task.paper.items()}
+        for title, known in (("paper", paper), ("baseline", task.baseline if fold == 0 else {})):
+            columns.append([title, *[f"{known[name]:.3f}" if name in known else "-" for name in names]])
+    columns.append(["frames", *[f"{part:,}" if part == whole else f"{part:,} of {whole:,}"
+                                for part, whole in metric.labelled(total)], ""])
+    return in_lines(metric.name, names, columns)
 
 
-def binary_f1(pred, target) -> np.ndarray:
-    """F1 of each column of 0/1 arrays (T, K). Entries whose target is -1 are left out.
-
-    The score is their mean. Raises ValueError for other shapes and values: apply the threshold first.
-    """
-    pred, target = np.asarray(pred), np.asarray(target)
-    known = np.isin(pred, (0, 1)).all() and np.isin(target, (-1, 0, 1)).all()
-    if pred.ndim != 2 or pred.shape != target.shape or not known:
-        raise ValueError(f"expected two arrays (T, K) of 0 and 1, got {pred.shape} and {target.shape}; "
-                         "apply the threshold first")
-    return binary_score(binary_count(pred.astype(np.float64) - 0.5, target, target >= 0))
+def class_table(names, sums: np.ndarray) -> str:
+    """F1 of classes beside chance, where images belong to no videos. Shape: sums (K, K)"""
+    columns = [with_mean("ours", CLASS_F1.score(sums)), with_mean("chance", CLASS_F1.chance(sums))]
+    return in_lines(CLASS_F1.name, [*names, "mean"], columns)
 
 
-def demonstration():
-    """What constants and noisy copies of random labels score."""
-    rng = np.random.default_rng(0)
-    path, noise = np.sin(np.arange(1000) / 50), rng.normal(0, 0.3, 1000)
-    classes, units = rng.choice(8, 1000, p=[.3, .05, .05, .05, .2, .1, .05, .2]), rng.random((1000, 12)) < 0.2
-    wrong = rng.random(1000) < 0.3
-    noisy_classes = np.where(wrong, (classes + 1) % 8, classes)
-    print(f"CCC       of a constant {ccc(np.zeros(1000), path):.3f}, "
-          f"of the path with noise {ccc(path + noise, path):.3f}")
-    print(f"macro F1  of the most frequent class {class_f1(np.zeros(1000, int), classes).mean():.3f}, "
-          f"with 30 % of the frames wrong {class_f1(noisy_classes, classes).mean():.3f}")
-    print(f"mean F1   of every action unit always on {binary_f1(np.ones_like(units), units).mean():.3f}, "
-          f"with 30 % of the frames wrong {binary_f1(units ^ wrong[:, None], units).mean():.3f}")
+def confusion(task, sums: np.ndarray) -> str:
+    """What is taken for what: `details`. Of classes: frames by labelled (line) and predicted (column) one."""
+    titles, details = task.metric.titles or task.outputs, task.metric.details(sums.sum(axis=0))
+    columns = [[title, *[f"{cell:,}" if column.dtype.kind == "i" else f"{cell:.3f}" for cell in column]]
+               for title, column in zip(titles, details)]
+    return in_lines("" if task.metric.titles else "label", task.outputs, columns)
 
 
-if __name__ == "__main__":
-    from labels import TASKS                               # which imports this file
-    from prediction_files import score_file
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=list(TASKS), help="which labels")
-    parser.add_argument("--predictions", metavar="FILE", help="predict.py's CSV or .jsonl, or a submission")
-    parser.add_argument("--labels", metavar="FOLDER",
-                        help="Aff-Wild2's annotations (then its validation set), or label files <video>.txt")
-    options = parser.parse_args()
-    given = [options.task, options.predictions, options.labels]
-    if not any(given):
-        demonstration()
-    elif not all(given):
-        parser.error("a file is scored with --task, --predictions and --labels; give all three, or none")
-    else:
-        try:
-            print(score_file(options.predictions, options.labels, TASKS[options.task]))
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+def numbers(task, sums: np.ndarray) -> dict:
+    """The same for metrics.json. An interval is [low, high], or None if there is one video only; "frames" is
+    what `labelled` gives; "confusion" has a list per output."""
+    metric, total = task.metric, sums.sum(axis=0)
+    scores, chance, frames = metric.score(total), metric.chance(total), metric.labelled(total)
+    ends = [[low, high] if len(sums) > 1 else None for _, low, high in interval(sums, metric)]
+    outputs = {name: {"interval": ends[k], "chance": float(chance[k]), "frames": frames[k].tolist()}
+               for k, name in enumerate(task.outputs)}
+    return {"metric": metric.name, "score": float(scores.mean()), "score_interval": ends[-1],
+            **dict(zip(task.outputs, scores.tolist())), "chance": float(chance.mean()), "outputs": outputs,
+            "confusion_columns": list(metric.titles or task.outputs),
+            "confusion": [list(row) for row in zip(*[column.tolist() for column in metric.details(total)])]}

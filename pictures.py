@@ -1,35 +1,72 @@
-"""The pictures of a training, its reconstructions and its curves, and what all pictures share: colours,
-font, a plot with axes. Drawn with Pillow, nothing else. `timeline.py` goes on with videos.
+"""All pictures: reconstructions, the curves of a training, one video. Drawn with Pillow, nothing else.
 
-    python pictures.py RUN_FOLDER      # draws the run's log.csv as RUN_FOLDER/curves.png
+    python pictures.py RUN_FOLDER      # draws the run's log.csv again, as RUN_FOLDER/curves.png
 """
 
-import argparse
 import csv
+import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoints import write_file
+from engine.checkpoints import write_file
+from engine.config import print_all
 from images import unnormalise
+from labels import TASKS, VA
 
 INK, DARK, GREY = (40, 40, 40), (120, 120, 120), (205, 205, 205)
-LABEL, PREDICTION = (200, 60, 50), (40, 100, 180)      # red and blue, in every picture
-UNKNOWN = (222, 222, 222)                              # frames that nobody annotated
-CLASS_COLOURS = ((160, 195, 255), (165, 35, 0), (5, 165, 100), (235, 75, 175),       # a colour-blind reader
-                 (255, 205, 45), (5, 65, 190), (200, 125, 5), (35, 40, 60))          # can tell them apart
+LABEL, PREDICTION, UNKNOWN = (200, 60, 50), (40, 100, 180), (222, 222, 222)    # apart for the colour-blind
+WIDTH, LEFT, RIGHT = 1160, 110, 1110         # of a video's picture: its frames lie from LEFT to RIGHT
+FACE, PLOT, STRIP = 80, 100, 12              # heights of what stands in its rows
+font = ImageFont.load_default                # Pillow's own, at a size in pixels; it has ASCII only
 
 
 def save(picture: Image.Image, path):
-    """As PNG, whole or not at all."""
+    """As PNG, whole or not at all. -> path"""
     write_file(path, lambda file: picture.save(file, "PNG"))
+    return path
 
 
-def font(size: int):
-    """Pillow's own font at a size in pixels."""
-    return ImageFont.load_default(size)
+def write(sheet, x, y, words: str, size: int = 13, colour=INK, anchor: str = "la") -> float:
+    """Words, of letters that the font lacks their codes; cut if they are too long. -> x of their end"""
+    words = words.encode("unicode_escape").decode()
+    while font(size).getlength(words) > sheet.width - 20:
+        words = f"{words[:9 * len(words) // 10]}..."
+    ImageDraw.Draw(sheet).text((x, y), words, colour, font(size), anchor)
+    return x + font(size).getlength(words)
+
+
+def plot(sheet, box, low: float, high: float, xs, lines, title: str = "", chance: float = np.nan):
+    """Lines in a box (left, top, right, bottom) whose y axis runs from low to high, a dashed one at `chance`.
+
+    lines: (values (3, n) at xs (n,), colour): a curve of the middle row in a pale band between the others.
+    NaN leaves a gap, a value with no neighbour is a dot, values beyond the axis run along its edge.
+    """
+    left, top, right, bottom = box
+    pen, zoom, scale = ImageDraw.Draw(sheet), 4, (bottom - top) / (high - low)
+    pen.rectangle(box, outline=GREY)
+    write(sheet, left, top - 4, title, anchor="ld")
+    for value in (low, (low + high) / 2, high):
+        y = bottom - (value - low) * scale
+        pen.line((left, y, right, y), GREY)
+        write(sheet, left - 6, y, f"{value:.3g}", 11, anchor="rm")
+    if np.isfinite(chance):
+        y = bottom - (chance - low) * scale
+        for x in range(left, right, 8):
+            pen.line((x, y, x + 4, y), DARK, 2)
+        write(sheet, right - 4, y - 4, "chance", 11, DARK, "rd")
+    for values, colour in lines:                                           # drawn large, for smooth edges
+        large = Image.new("L", (zoom * sheet.width, zoom * (bottom - top + 8)))
+        pen = ImageDraw.Draw(large)
+        ys = zoom * (bottom - (np.clip(values, low, high) - low) * scale - top + 4)            # (3, n)
+        for part in np.ma.clump_unmasked(np.ma.masked_invalid(values[1])):                     # between gaps
+            least, points, largest = (list(zip(zoom * xs[part], y[part])) for y in ys)
+            pen.polygon([*least, *largest[::-1]], 90)
+            pen.line(points, 255, 2 * zoom, joint="curve")
+            if len(points) == 1:
+                pen.circle(points[0], 3 * zoom, fill=255)
+        sheet.paste(colour, (0, top - 4), mask=large.reduce(zoom))
 
 
 def reconstruction(images, model, pred, mask, path, side: int = 112):
@@ -45,121 +82,134 @@ def reconstruction(images, model, pred, mask, path, side: int = 112):
         deviation = (original.var(-1, keepdim=True) + 1e-6).sqrt()
         pred = pred * deviation + original.mean(-1, keepdim=True)
     hidden = mask[..., None].bool()                          # (B, N) -> (B, N, 1)
-    rows = {"original": original,
-            "masked": original.masked_fill(hidden, 0.0),
-            "reconstruction": torch.where(hidden, pred, original)}
+    rows = {"original": original, "masked": original.masked_fill(hidden, 0.0),
+            "reconstruction": pred.where(hidden, original)}
     left, step = 110, side + 4
     sheet = Image.new("RGB", (left + len(images) * step, len(rows) * step), "white")
-    pen = ImageDraw.Draw(sheet)
     for r, (title, patches) in enumerate(rows.items()):
-        pen.text((6, r * step + side // 2), title, INK, font(14), anchor="lm")
-        pictures = unnormalise(model.unpatchify(patches))    # (B, N, P·P·3) -> (B, H, W, 3)
-        for c, pixels in enumerate(pictures):
+        write(sheet, 6, r * step + side // 2, title, 14, anchor="lm")
+        for c, pixels in enumerate(unnormalise(model.unpatchify(patches))):    # (B, N, P·P·3) -> (B, H, W, 3)
             tile = Image.fromarray(pixels).resize((side, side), Image.NEAREST)
             sheet.paste(tile, (left + c * step, r * step))
     save(sheet, path)
 
 
-def y_of(value, box, low: float, high: float):
-    """The y of a value in a box (left, top, right, bottom) whose y axis runs from low to high."""
-    _, top, _, bottom = box
-    return bottom - (np.clip(value, low, high) - low) / (high - low) * (bottom - top)
-
-
-def axes(sheet, box, low: float, high: float, title: str = ""):
-    """An empty plot in a box (left, top, right, bottom): title above, three numbers on the y axis."""
-    left, top, right, _ = box
-    pen = ImageDraw.Draw(sheet)
-    pen.rectangle(box, outline=GREY)
-    pen.text((left, top - 4), title, INK, font(13), anchor="ld")
-    for value in (low, (low + high) / 2, high):
-        y = y_of(value, box, low, high)
-        pen.line((left, y, right, y), GREY)
-        pen.text((left - 6, y), f"{value:.3g}", INK, font(11), anchor="rm")
-
-
-def curve(sheet, box, xs, values, low: float, high: float, colour):
-    """values (n,) at xs (n,) in a box. NaN leaves a gap; a value with no neighbour is drawn as a dot."""
-    zoom, margin = 4, 4                                                    # drawn large, for smooth edges
-    left, top, right, bottom = box[0] - margin, box[1] - margin, box[2] + margin, box[3] + margin
-    large = Image.new("L", (zoom * (right - left), zoom * (bottom - top)))
-    pen = ImageDraw.Draw(large)
-    xs, ys = xs - left, y_of(values, box, low, high) - top
-    known = np.isfinite(values)
-    breaks = np.flatnonzero(known[1:] != known[:-1]) + 1                   # where a gap begins or ends
-    for run in np.split(np.arange(len(values)), breaks):
-        points = list(zip(zoom * xs[run], zoom * ys[run]))
-        if known[run[0]] and len(run) > 1:
-            pen.line(points, 255, 2 * zoom, joint="curve")
-        elif known[run[0]]:
-            pen.circle(points[0], 3 * zoom, fill=255)
-    sheet.paste(colour, (left, top), mask=large.reduce(zoom))
-
-
 def read_log(path) -> dict[str, np.ndarray]:
-    """A log.csv as {column: values (epochs,)}. Raises ValueError if it is missing, empty or damaged."""
+    """A log.csv as {column: values (epochs,)}. Raises ValueError if it is damaged, OSError if missing."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             names, *rows = csv.reader(file)
-        values = np.array(rows, float).reshape(len(rows), len(names))      # text -> (epochs, columns)
-        columns = dict(zip(names, values.T))
-        if not rows or len(columns) < 2 or not np.isfinite(columns["epoch"]).all():
+        columns = dict(zip(names, np.array(rows, float).T, strict=True))   # text (epochs, columns)
+        if len(columns) < 2 or not np.isfinite(columns["epoch"]).all():
             raise ValueError
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, csv.Error):
         raise ValueError(f"{path}: not the log of a run; expected a line with the names of columns, epoch "
                          "among them, and a line of numbers for each epoch") from None
     return columns
 
 
-def curves(log, path, chance: dict[str, float] | None = None):
-    """log.csv as small plots over the epochs, one for each column; chance {column: value} is a dashed line.
+def curves(folder, chance={}) -> Path:
+    """folder/log.csv as folder/curves.png, a small plot over the epochs of each column. -> its path
+    chance: {column: its dashed line}. A y axis holds 0, all values and chance. Raises as `read_log`."""
+    logged = read_log(Path(folder) / "log.csv")
+    epochs = logged.pop("epoch")
+    share = (epochs - epochs.min()) / np.ptp(epochs) if np.ptp(epochs) else np.full(len(epochs), 0.5)
+    across, width, height = min(3, len(logged)), 340, 212                  # plots in a row; size of each
+    sheet = Image.new("RGB", (width * across + 10, height * -(-len(logged) // across)), "white")
+    for i, (column, values) in enumerate(logged.items()):
+        left, top = i % across * width + 62, i // across * height + 28
+        right, bottom, level = left + 264, top + 136, chance.get(column, np.nan)
+        shown, xs = np.ma.masked_invalid([0, level, *values]), left + share * (right - left)
+        plot(sheet, (left, top, right, bottom), shown.min(), shown.max() + (not shown.any()), xs,
+             [(np.stack([values] * 3), PREDICTION)], column, level)
+        for k in sorted({0, len(epochs) // 2, len(epochs) - 1}):
+            ImageDraw.Draw(sheet).line((xs[k], bottom, xs[k], bottom + 4), DARK)
+            write(sheet, xs[k], bottom + 6, f"{epochs[k]:.0f}", 11, anchor="ma")
+        write(sheet, (left + right) / 2, bottom + 20, "epoch", 12, anchor="ma")
+    return save(sheet, Path(folder) / "curves.png")
 
-    Raises ValueError if the log is missing, empty or damaged.
+
+def columns(values, T: int, K: int) -> np.ndarray:
+    """Least, mean and largest value of each column of pixels; one of a long video holds several frames. NaN
+    is left out. values: (t, K), or classes (t,), which are 1 for their own output, else 0. -> (3, n, K)"""
+    values, n = np.asarray(values, float), min(T, RIGHT - LEFT)
+    if values.ndim == 1:
+        values = np.where(np.isnan(values)[:, None], np.nan, values[:, None] == np.arange(K))  # -> (t, K)
+    values = np.pad(values, ((0, T - len(values)), (0, 0)), constant_values=np.nan)            # (T, K)
+    first = -(-np.arange(n) * T // n)                                      # frame i T / n, rounded up
+    count = np.add.reduceat(np.isfinite(values).astype(float), first)
+    mean = np.add.reduceat(np.nan_to_num(values), first) / np.where(count, count, np.nan)
+    return np.stack([np.fmin.reduceat(values, first), mean, np.fmax.reduceat(values, first)])
+
+
+def strip(sheet, y: int, height: int, shares, colour):
+    """A row, white where a share is 0, in full colour where it is 1, grey where it is NaN. shares: (n,)"""
+    mixed = 255 + shares[:, None] * (np.array(colour) - 255)               # (n,) -> (n, 3)
+    mixed = np.where(np.isnan(mixed), UNKNOWN, mixed).round().astype(np.uint8)
+    sheet.paste(Image.fromarray(mixed[None]).resize((RIGHT - LEFT, height), Image.NEAREST), (LEFT, y))
+    ImageDraw.Draw(sheet).rectangle((LEFT - 1, y - 1, RIGHT, y + height), outline=GREY)
+
+
+def axis(sheet, y: int, title: str, T: int, first: int, rate: float) -> int:
+    """Round numbers below T frames: `first` below the first one, 1 more every `rate` frames. -> y below it"""
+    steps = [digit * 10.0 ** n for n in range(0 if first else -3, 9) for digit in (1, 2, 5)]
+    step = next(step for step in steps if T / rate <= 12 * step)
+    write(sheet, 6, y + 12, title, anchor="lm")
+    ImageDraw.Draw(sheet).line((LEFT, y, RIGHT, y), DARK)
+    for number in sorted({first, *(step * np.arange(1, 1 + int((first + (T - 1) / rate) / step + 1e-6)))}):
+        x = LEFT + ((number - first) * rate + 0.5) / T * (RIGHT - LEFT)
+        ImageDraw.Draw(sheet).line((x, y, x, y + 5), DARK)
+        write(sheet, x, y + 8, f"{number:.10g}", 11, anchor="ma")
+    return y + 30
+
+
+def draw_video(name: str, predictions: dict, labels={}, faces=(), noface=None, fps=None, note: str = ""):
+    """A video from top to bottom: name, faces, frames without one, labels and predictions, axes. -> Image
+
+    predictions, labels: {name of a task: values}; predictions are in units, (T, K), labels (T, K), or (T,)
+    where a label is one class; NaN = none. What is shorter than the longest ends earlier. noface: bool (T,).
+    faces: (frame from 1, uint8 (h, w, 3)) in order; one that would cover the last is left out.
+    Raises ValueError if there is no frame.
     """
-    columns = read_log(log)
-    epochs = columns.pop("epoch")
-    across, width, height = 3, 340, 212                                    # plots in a row; size of each
-    down = -(-len(columns) // across)                                      # rounded up
-    sheet = Image.new("RGB", (width * min(across, len(columns)) + 10, height * down), "white")
-    for i, (column, values) in enumerate(columns.items()):
-        x, y = i % across * width, i // across * height
-        box = (x + 62, y + 28, x + width - 14, y + 164)
-        curve_plot(sheet, box, column, epochs, values, (chance or {}).get(column, np.nan))
-    save(sheet, path)
-
-
-def curve_plot(sheet, box, title: str, epochs, values, chance: float):
-    """One column of a log. Its y axis holds 0, the values, and the chance level if that is not NaN."""
-    left, _, right, bottom = box
-    shown = np.array([0, chance, *values])
-    shown = shown[np.isfinite(shown)]
-    low, high = shown.min(), shown.max()
-    high = high if high > low else low + 1
-    axes(sheet, box, low, high, title)
-    pen = ImageDraw.Draw(sheet)
-    span = np.ptp(epochs)                                                  # last - first
-    share = (epochs - epochs.min()) / span if span else np.full(len(epochs), 0.5)
-    xs = left + share * (right - left)
-    for i in sorted({0, len(epochs) // 2, len(epochs) - 1}):
-        pen.line((xs[i], bottom, xs[i], bottom + 4), DARK)
-        pen.text((xs[i], bottom + 6), f"{epochs[i]:.0f}", INK, font(11), anchor="ma")
-    pen.text(((left + right) / 2, bottom + 20), "epoch", INK, font(12), anchor="ma")
-    if np.isfinite(chance):
-        y = y_of(chance, box, low, high)
-        for x in range(left, right, 8):
-            pen.line((x, y, x + 4, y), DARK, 2)
-        pen.text((right - 4, y - 4), "chance", DARK, font(11), anchor="rd")
-    curve(sheet, box, xs, values, low, high, PREDICTION)
+    T = max(map(len, [*predictions.values(), *labels.values(), () if noface is None else noface]))
+    if not T:
+        raise ValueError(f"{name}: no frame to draw; expected predictions, labels or noface of some frames")
+    n, sheet = min(T, RIGHT - LEFT), Image.new("RGB", (WIDTH, 1400), "white")       # n: columns of pixels
+    xs = LEFT + (np.arange(n) + 0.5) / n * (RIGHT - LEFT)
+    many = f", {T / n:.3g} to a column of pixels: their mean, and pale from the least to the largest"
+    write(sheet, 6, 8, name, 17)
+    write(sheet, 6, 32, f"frames: {T:,}{many if T > n else ''}{'; ' if note else ''}{note}")
+    y, free = 58, 0                                                        # where the next face may begin
+    for number, face in faces:
+        x = round(LEFT + (number - 0.5) / T * (RIGHT - LEFT))
+        if x - FACE // 2 >= free:
+            sheet.paste(Image.fromarray(face).resize((FACE, FACE)), (x - FACE // 2, y))
+            write(sheet, x, y + FACE + 4, f"{number}", 11, anchor="ma")
+            free = x + FACE // 2 + 4
+    y += FACE + 26 if free else 0
+    noface = {} if noface is None else {"": np.asarray(noface)[:, None]}
+    for key, outputs in {"": ("no face",), **{task.name: task.outputs for task in TASKS.values()}}.items():
+        series = [(columns(values[key], T, len(outputs)), colour) for values, colour in        # top to bottom
+                  ((noface, DARK), (labels, LABEL), (predictions, PREDICTION)) if key in values]
+        height = PLOT + 14 if key == "va" else STRIP * len(series)
+        for k, output in enumerate(outputs if series else ()):
+            write(sheet, 6, y + height / 2, output, anchor="lm")
+            if key == "va":
+                strip(sheet, y, PLOT, 0 * series[0][0][1, :, k], INK)      # grey where it is NaN
+                plot(sheet, (LEFT - 1, y - 1, RIGHT, y + PLOT), VA.lowest, VA.highest, xs,
+                     [(values[:, :, k], colour) for values, colour in series])
+            for i, (values, colour) in enumerate(series if key != "va" else ()):
+                strip(sheet, y + i * STRIP, STRIP, values[1, :, k], colour)
+            y += height + (4 if k + 1 < len(outputs) else 14)
+    y = axis(sheet, y, "frame", T, 1, 1)
+    y = axis(sheet, y, "seconds", T, 0, fps) if fps else y
+    x, meaning = LEFT, [("label", LABEL), ("prediction (a strip: the darker, the more probable)", PREDICTION),
+                        ("not annotated, or not predicted", UNKNOWN)]
+    for words, colour in meaning if labels else meaning[1:]:
+        ImageDraw.Draw(sheet).rectangle((x, y, x + 13, y + 13), colour)
+        x = write(sheet, x + 19, y + 7, words, 12, anchor="lm") + 18
+    return sheet.crop((0, 0, WIDTH, y + 20))                               # it was higher than needed
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The curves of runs.")
-    parser.add_argument("folder", nargs="+", type=Path, metavar="RUN_FOLDER")
-    for folder in parser.parse_args().folder:
-        try:
-            curves(folder / "log.csv", folder / "curves.png")
-        except (ValueError, OSError) as error:
-            parser.exit(2, f"error: {error}\n")
-        print(folder / "curves.png")
+    print_all(curves(folder) for folder in sys.argv[1:])

@@ -1,152 +1,381 @@
-"""The order of the stages: what each one reads, which stage makes that, and how long it takes in the demo.
+"""Which stage needs what, and what a result was made of, so that nothing stale is used without a word.
 
-    synthetic -> train_pretrain -> train_finetune -> extract_features -> train_task -> evaluate
+    drawn data -> train_pretrain -> train_finetune -> extract_features -> train_task -> evaluate
+                  train_pretrain, second_paper.train_cnn -> second_paper.train_emma
+                  train_pretrain -> second_paper.train_cotex
 
-The second paper's systems branch off; the main line neither needs nor runs what is theirs:
+No other file knows this order, and no stage imports another: this file knows them by their names. With
+`data.synthetic`, a script makes what is missing first; with real data, a stage whose input is missing refuses
+and names the command that makes it.
 
-    synthetic -> train_stills, and train_pretrain, synthetic_abaw4 -> train_emma
-                 train_pretrain, synthetic_abaw4 -> train_cotex
+A result lies in runs/<config>/<stage>. Settings that --set has changed, and that count for the stage or for
+anything before it, are part of the folder's name: runs/demo/task_au+temporal.kernels=3-3-3. So an experiment
+shares the stages that stay the same. Beside the result lies its record (made_of.json, and in checkpoints):
 
-No other file knows this order, and no stage imports another. With `data.synthetic`, a script makes what is
-missing first; with real data, a stage whose input is missing refuses and names the command that makes it.
+    stage      "finetune"
+    settings   {"vit.dim": 768, "finetune.lr": 1e-4, ...}: those that the result depends on
+    data       what it has read, in names, numbers and checksums
+    from       the record of its input; so a record holds the whole chain, down to the data
+    checkpoint, checksum   of the weights that later stages read, since it is finished
 
-    python pipeline.py --config my.yaml      # which stages are finished
+A result is used if its record agrees with today's settings and with its input's record of today; otherwise
+it is refused, and what differs is named. Paths are not compared, only what they lead to.
+
+    python pipeline.py --config my.yaml      # every result of a configuration: finished or not, its score
+    python pipeline.py --record FOLDER       # what a result, or a checkpoint, was made of
 """
 
+import copy
+import importlib
+import json
+import re
 import time
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
-import evaluate
-import extract_features
-import made_of
-import synthetic
-import synthetic_abaw4
-import train_cotex
-import train_emma
-import train_finetune
-import train_pretrain
-import train_stills
-import train_task
-from config import from_command_line
-from distributed import launch
-from labels import TASKS
-from made_of import place
-from scoring import stage_of
+from engine.checkpoints import checksum, read_checkpoint, read_json
+from engine.config import from_command_line, print_all, value_of
+from engine.distributed import launch
+from engine.run import OTHER_RUN, Run
+from engine.settings import SETTINGS, Config
 
-MAIN = {"synthetic": synthetic.make,
-        "train_pretrain": train_pretrain.main,
-        "train_finetune": train_finetune.main,
-        "extract_features": extract_features.main,
-        "train_task": train_task.main,
-        "evaluate": evaluate.main,
-        "synthetic_abaw4": synthetic_abaw4.make,
-        "train_stills": train_stills.main,
-        "train_emma": train_emma.main,
-        "train_cotex": train_cotex.main}
-DEMO_SECONDS = {"synthetic": 13, "train_pretrain": 139, "train_finetune": 66, "extract_features": 6,
-                "train_task": 21,                                   # measured by benchmark.py on two cores
-                "synthetic_abaw4": 4, "train_stills": 65, "train_emma": 77, "train_cotex": 50}
-
-DRAWN = ("synthetic", "synthetic_abaw4")
-LENT = ("train_pretrain", "train_finetune", "extract_features", "train_stills")     # run.base lends these
-FOLDERS = {"train_pretrain": ("pretrain", "last.pt"), "train_finetune": ("finetune", "best.pt"),
-           "extract_features": ("features", "metrics.json"), "train_stills": ("stills", "best.pt"),
-           "train_emma": ("emma", "best.pt"), "train_cotex": ("cotex", "best.pt")}
+LONGEST_NAME = 100                # letters of a folder's name; beyond it the settings are hashed
+RANDOM = {"file": "random weights", "checksum": 0}           # what finetune.start=none begins with
 
 
-def needs(stage: str, config, checkpoint: str = "") -> list[str]:
-    """The stages whose results `stage` reads, in order. A path in the settings takes the place of a stage."""
-    features = [] if config.task.features else ["extract_features"]
-    cnn = [] if config.emma.cnn else ["train_stills"]
-    abaw4 = ["synthetic", "synthetic_abaw4"]
-    return {"synthetic": [],
-            "synthetic_abaw4": ["synthetic"],
-            "train_stills": ["synthetic"],
-            "train_emma": abaw4 + ([] if config.emma.start else ["train_pretrain"]) + cnn,
-            "train_cotex": abaw4 + ([] if config.cotex.start else ["train_pretrain"]),
-            "train_pretrain": ["synthetic"],
-            "train_finetune": ["synthetic"] + ([] if config.finetune.start else ["train_pretrain"]),
-            "extract_features": ["synthetic"] + ([] if config.features.checkpoint else ["train_finetune"]),
-            "train_task": ["synthetic"] + features,
-            "evaluate": ["synthetic"] + features + ([] if checkpoint else ["train_task"])}[stage]
+class Stage(NamedTuple):
+    """A stage: what runs it, where its input comes from, what its result depends on, what it leaves."""
+    script: str                    # the module, whose main(config, team) makes the result
+    inputs: dict[str, str]         # {a setting that may name the input: the stage that makes it otherwise}
+    settings: tuple                # sections and single settings
+    file: str = "best.pt"          # what the next stage reads
+    second: bool = False           # it needs the second paper's data
 
 
-def result(stage: str, config, task=None) -> Path:
-    """The file that the next stage reads."""
-    if stage == "synthetic":
-        return Path(config.synthetic.root) / "complete.json"
-    if stage == "synthetic_abaw4":
-        return Path(config.synthetic.root) / "ABAW4/complete.json"
-    if stage == "train_task":
-        return config.folder(stage_of(config, task) if task else "task") / "best.pt"
-    folder, file = FOLDERS[stage]
-    return (place(config, folder) if stage in LENT else config.folder(folder)) / file
+STAGES = {
+    "pretrain": Stage("train_pretrain", {}, ("vit", "pretrain", "run.seed", "data.affectnet_crop"),
+                      "last.pt"),
+    "finetune": Stage("train_finetune", {"finetune.start": "pretrain"}, ("vit", "finetune", "run.seed")),
+    "features": Stage("extract_features", {"features.checkpoint": "finetune"}, ("vit", "finetune.token"),
+                      "videos.json"),
+    "task": Stage("train_task", {"task.features": "features"}, ("segments", "temporal", "task", "run.seed")),
+    "stills": Stage("second_paper.train_cnn", {"stills.start": ""},
+                    ("stills", "run.seed", "vit.image_size", "data.affectnet_crop")),
+    "emma": Stage("second_paper.train_emma", {"emma.start": "pretrain", "emma.cnn": "stills"},
+                  ("vit", "emma", "run.seed"), second=True),
+    "cotex": Stage("second_paper.train_cotex", {"cotex.start": "pretrain"}, ("vit", "cotex", "run.seed"),
+                   second=True),
+}
+INPUTS = {setting for stage in STAGES.values() for setting in stage.inputs}
 
 
-def finished(stage: str, config, task=None) -> bool:
-    """Has the stage ended? A training's weights are there before its end, so metrics.json tells."""
-    if stage == "evaluate":
-        return False
-    if stage == "synthetic":
-        return synthetic.is_complete(config.synthetic.root, config.synthetic)
-    if stage == "synthetic_abaw4":
-        return synthetic_abaw4.is_complete(config.synthetic.root, config.synthetic)
-    return made_of.finished(result(stage, config, task).parent)
+# ---- Settings and folders
+
+def settings_of(stage: str, config: Config) -> dict:
+    """The settings that the result of a stage depends on, as JSON gives them back, less the paths of its
+    inputs. With drawn data, also how much of it there is."""
+    names = (*STAGES[stage].settings, "data.synthetic", *["synthetic"] * config.data.synthetic)
+    return {name: json.loads(json.dumps(value_of(config, name))) for name in SETTINGS
+            if (name in names or name.split(".")[0] in names) and name not in INPUTS
+            and name != "synthetic.root"}
 
 
-def state(stage: str, config, task=None) -> str:
-    """ "finished", "to be made", or "stale": finished, but with other settings or from another input."""
-    if not finished(stage, config, task):
-        return "to be made"
-    folder = result(stage, config, task).parent
-    return "stale" if stage not in DRAWN and made_of.stale(folder, config) else "finished"
+def changed(stage: str, config: Config) -> dict:
+    """The settings that --set has changed and that count for a stage, or for one before it."""
+    found = {name: value for name, value in config.changed.items()
+             if name in settings_of(stage, config) or name in STAGES[stage].inputs}
+    found = {name: value for name, value in found.items() if not name.startswith("data.")}
+    for setting, before in STAGES[stage].inputs.items():
+        if before and not value_of(config, setting):
+            found |= changed(before, config)
+    return {name: found[name] for name in SETTINGS if name in found}
 
 
-def unfinished(stage: str, config) -> list[str]:
-    """The stages that have to run before `stage`, in order. The data of real faces is nobody's to make."""
-    found = []
-    for need in needs(stage, config):
-        if not finished(need, config) and (need not in DRAWN or config.data.synthetic):
-            found += [*unfinished(need, config), need]
-    return list(dict.fromkeys(found))
+def spelled(name: str, value) -> str:
+    """ "+temporal.kernels=3-3-3": a changed setting, as a shell takes it without quotes."""
+    text = "/".join(Path(value).parts[-2:]) if name in INPUTS else re.sub(r"\.0\b", "", str(value).lower())
+    return f"+{name}=" + re.sub(r"[^\w.]+", "-", text).strip("-")
 
 
-def make_inputs(stage: str, config, team, task=None, checkpoint: str = ""):
-    """Run the stages whose results `stage` needs and that are not finished, the earliest first."""
-    for need in needs(stage, config, checkpoint):
-        if team.agree(finished(need, config, task)):
-            continue
-        make_inputs(need, config, team, task)
-        arguments = [task] if need == "train_task" else []
-        script = f"{need}.py" + (f" --task {task.name}" if arguments else "")
-        path = result(need, config, task)
-        why = made_of.not_taken(config, path.parent.name) if need in LENT else ""
-        team.say(f"\n{path} is missing, so it is made first. The demo takes about {DEMO_SECONDS[need]} s "
-                 f"for that on two cores. Only this step: {made_of.command(script, config)}{why}")
-        began = time.time()
-        MAIN[need](config, team, *arguments)
-        team.say(f"made in {time.time() - began:.0f} s\n")
+def folder(stage: str, config: Config, task=None) -> Path:
+    """runs/<config>/<stage>, of a labels.Task runs/<config>/task_<task>, and what --set has changed."""
+    run = Path(config.run.out) / config.run.name
+    name = f"{stage}_{task.name}" if task else stage
+    differs = "".join(spelled(*item) for item in changed(stage, config).items())
+    if len(name + differs) > LONGEST_NAME:
+        differs = f"+{zlib.crc32(differs.encode()):08x}"
+    return run / f"{name}{differs}"
 
 
-def run(stage: str, config, *arguments):
-    """What a script does: join the processes, make missing inputs (synthetic data only), run the stage."""
-    launch(_run, config, stage, *arguments)
+# ---- Records
+
+def finished(folder) -> bool:
+    """A stage writes metrics.json last."""
+    return (Path(folder) / "metrics.json").exists()
 
 
-def _run(config, team, stage, *arguments):
-    if config.data.synthetic:
-        synthetic.check_paths(config)
-        if not team.agree(finished(stage, config, *arguments[:1])):
-            make_inputs(stage, config, team, *arguments[:2])             # the task, and a checkpoint
-    MAIN[stage](config, team, *arguments)
+def begun(folder) -> bool:
+    """Has the stage made anything here? A first attempt that failed earlier than that does not count."""
+    made = ("last.pt", "previous.pt", "best.pt", "metrics.json", "*.npy")
+    return any(True for name in made for _ in Path(folder).glob(name))
+
+
+def read_record(folder) -> dict | None:
+    """The record in a run folder; None if there is none. Raises ValueError if it is damaged."""
+    path = Path(folder) / "made_of.json"
+    record = read_json(path)
+    if record is not None and not (isinstance(record, dict) and "settings" in record):
+        raise ValueError(f"{path}: not the record that a stage has written; put a copy back")
+    return record
+
+
+def given_record(path) -> dict:
+    """The record of a checkpoint, or of a folder of features, that a setting names."""
+    if path == "none":
+        return RANDOM
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such checkpoint or folder")
+    if Path(path).is_dir():
+        return {**(read_record(path) or {}), "file": str(path)}
+    return {**read_checkpoint(path).get("made_of", {}), "file": str(path), "checksum": checksum(path)}
+
+
+def chain(record: dict | None) -> list[dict]:
+    """A record, that of its input, and so on to the first stage."""
+    return [record, *chain(record.get("from"))] if record else []
+
+
+def tuned_on(record: dict | None) -> list[str]:
+    """The videos on which the ViT behind a result was fine-tuned; none for an MAE's or a foreign ViT."""
+    return [video for link in chain(record) if link.get("stage") == "finetune"
+            for video in link["data"]["training videos"]]
+
+
+def identity(record: dict | None):
+    """What tells two results apart: the checksum of the weights. Features have none; they are told by their
+    settings and by the weights that they come from."""
+    if record and "checksum" not in record:
+        return record.get("settings"), identity(record.get("from"))
+    return record and record["checksum"]
+
+
+def named(record: dict) -> str:
+    """A record in a few words: "finetune (checksum 123)", "features from finetune (checksum 123)"."""
+    what = record.get("file") or record.get("stage") or "something without made_of.json"
+    if "checksum" in record:
+        return f"{what} (checksum {record['checksum']})"
+    return what + (f" from {named(record['from'])}" if record.get("from") else "")
+
+
+def stage_of(record: dict) -> str:
+    """ "task_au" -> "task": the key of STAGES; a setting unknown there is nobody's."""
+    return record.get("stage", "").split("_")[0]
+
+
+def other_settings(record: dict, config: Config) -> dict[str, tuple]:
+    """{setting: (stage, was, now)} of a record and of all that it was made from, the earliest stage first.
+
+    What lies before a path that a setting names is that path's affair.
+    """
+    stage, found = STAGES.get(stage_of(record)), {}
+    setting = next(iter(stage.inputs), "") if stage else ""
+    before = record.get("from")
+    if before and "file" not in before and setting and not value_of(config, setting):
+        found = other_settings(before, config)
+    for name, was in record.get("settings", {}).items():
+        now = json.loads(json.dumps(value_of(config, name))) if name in SETTINGS else was
+        if now != was and not (name.startswith("data.") and type(was) is not bool):      # of older versions
+            found.setdefault(name, (record["stage"], was, now))
+    return found
+
+
+def lines_of(settings: dict) -> str:
+    """{setting: (stage, was, now)} as lines for a message."""
+    return "".join(f"\n  {name}: was {was!r}, now {now!r} (of stage {stage})"
+                   for name, (stage, was, now) in settings.items())
+
+
+def differs(made: Path, record: dict, config: Config) -> str:
+    """What in a record is not what `config` leads to now, down the chain, in words; "" if all is.
+
+    Other settings, or another input than the settings lead to now. An earlier stage that is gone is no longer
+    needed; then its record, which is kept here, tells.
+    """
+    settings = other_settings(record, config)
+    if settings:
+        return f"{made} was made with other settings:{lines_of(settings)}"
+    setting, stage = next(iter(STAGES[stage_of(record)].inputs.items()), ("", ""))
+    before, given = record.get("from"), setting and value_of(config, setting)
+    if before is None:
+        return ""
+    where = Path(given) if given else folder(stage, config) if stage else Path("none")
+    now = before                                             # if there is nothing to compare it with
+    if str(where) == "none" or given and where.exists():
+        now = given_record(str(where))
+    elif not given and finished(where):
+        now = read_record(where) or {}
+    elif not given and "file" in before:
+        return f"{made} was made from {named(before)}, but {setting} is now not given"
+    if identity(before) != identity(now):
+        return f"{made} was made from {named(before)}, but {where} is now {named(now)}"
+    return "" if given or not stage else differs(where, now, config)
+
+
+def stale(folder: Path, config: Config) -> str:
+    """Why what lies in a run folder is not what `config` would make, with the ways on; "" if it is."""
+    record = read_record(folder)
+    if record is None:
+        found = f"{folder}: made_of.json is missing, so nobody knows what this was made of"
+    else:
+        found = differs(folder, record, config)
+    return found and f"{found}\ntwo ways on: what it was made with, put back, or {OTHER_RUN}"
+
+
+# ---- For the stages
+
+def command(script: str, config: Config) -> str:
+    """What to type to run another script ("train_task --task au") as this one."""
+    module, _, options = script.partition(" ")
+    words = f"python -m {module}" if "." in module else f"python {module}.py"
+    return " ".join(filter(None, [words, options, "--config", config.words]))
+
+
+def open_run(stage: str, config: Config, team, task=None) -> Run:
+    """The run folder of a stage, locked. Raises ValueError if what lies there was made otherwise, or is in
+    use."""
+    place, record = folder(stage, config, task), {"stage": f"{stage}_{task.name}" if task else stage,
+                                                  "settings": settings_of(stage, config)}
+    run = Run(place, record, config, team, lambda: stale(place, config) if begun(place) else "")
+    new = changed(stage, config)
+    if new and not team.agree(begun(place)):
+        team.say(f"{place}: new, differs from the configuration in {', '.join(new)}")
+    return run
+
+
+def find_input(config: Config, team, setting: str) -> tuple[Path, dict]:
+    """An input of a stage, and its record: the path that `setting` gives, or the file of the stage before.
+
+    Raises ValueError if it is missing (with the command that makes it), gone, stale, or not the file that its
+    stage has written.
+    """
+    given = value_of(config, setting)
+    stage = next(stage.inputs[setting] for stage in STAGES.values() if setting in stage.inputs)
+    if given or not stage:
+        return Path(given or "none"), given_record(given or "none")
+    place = folder(stage, config)
+    path = place / STAGES[stage].file
+    if not finished(place):
+        raise missing(path, STAGES[stage].script, config)
+    problem = stale(place, config)
+    if problem:
+        raise ValueError(problem)
+    there(path)
+    record = read_record(place)
+    now = team.agree(checksum(path) if team.rank == 0 and "checksum" in record else None)
+    if now != record.get("checksum"):
+        raise ValueError(f"{path}: not the file that the stage has written; put that back, or name this one "
+                         f"with --set {setting}={path}")
+    return path, record
+
+
+def missing(path, script: str, config: Config) -> ValueError:
+    """The refusal of a stage whose input is not there: names it, and the command that makes it."""
+    return ValueError(f"{path} not found; make it with: {command(script, config)}")
+
+
+def there(path: Path):
+    """Raises ValueError if `path`, which a finished stage has written, is gone."""
+    if not path.exists():
+        raise ValueError(f"{path} is gone, though its stage is finished; put a copy back, or begin "
+                         f"{OTHER_RUN}")
+
+
+def like(record: dict | None, config: Config, source) -> tuple[Config, dict]:
+    """`config` with the settings that a checkpoint was made with, its features' and its ViT's too, and
+    {setting: (stage, was, now)} of those that differed. A checkpoint without a record changes nothing.
+
+    Raises ValueError if one of them was given with --set: it contradicts the checkpoint `source`.
+    """
+    if record is None:
+        return config, {}
+    found = other_settings(record, config)
+    contradicting = {name: row for name, row in found.items() if name in config.changed}
+    if contradicting:
+        raise ValueError(f"{source} was made with other settings:{lines_of(contradicting)}\n"
+                         "leave them out, and the checkpoint's own are used")
+    found.pop("data.synthetic", None)                        # says what lies here now, not what was there
+    config = copy.deepcopy(config)
+    for name, (_, was, _) in found.items():
+        section, key = name.split(".")
+        setattr(getattr(config, section), key, was)
+    return config, found
+
+
+# ---- Making what is missing
+
+def make(stage: str, config: Config, team, task=None):
+    """With drawn data: make the result of a stage, and what it needs, unless it is finished."""
+    place = folder(stage, config, task)
+    if config.data.synthetic and not team.agree(finished(place)):
+        make_inputs(stage, config, team)
+        script, arguments = STAGES[stage].script, [task] if task else []
+        run_first(f"{place} is missing", script + (f" --task {task.name}" if task else ""), config, team,
+                  importlib.import_module(script).main, *arguments)
+
+
+def make_inputs(stage: str, config: Config, team):
+    """Draw the data, and make the results that a stage reads."""
+    drawn = importlib.import_module("datasets.synthetic")
+    drawn.check_paths(config)
+    for second in (False, True)[:1 + STAGES[stage].second]:
+        if not team.agree(drawn.is_complete(config, second)):
+            run_first(f"{config.synthetic.root} lacks drawn data", "datasets.synthetic", config, team,
+                      drawn.make_second if second else drawn.make)
+    for setting, before in STAGES[stage].inputs.items():
+        if before and not value_of(config, setting):
+            make(before, config, team)
+
+
+def run_first(why: str, script: str, config: Config, team, main, *arguments):
+    """Run what comes before, and say so."""
+    team.say(f"\n{why}, so it is made first. Only this step: {command(script, config)}")
+    began = time.time()
+    main(config, team, *arguments)
+    team.say(f"made in {time.time() - began:.0f} s\n")
+
+
+def start(stage: str, main, config: Config, task=None):
+    """What the script of a stage does: join the processes, make missing inputs (drawn data only), run it."""
+    launch(_start, config, stage, main, task)
+
+
+def _start(config, team, stage, main, task):
+    if config.data.synthetic and not team.agree(finished(folder(stage, config, task))):
+        make_inputs(stage, config, team)
+    main(config, team, *[task] if task else [])
+
+
+# ---- What there is
+
+def results(config: Config):
+    """Yield a line for every result of a configuration, with or without --set: its score or state, the
+    folder, what differs from the configuration; and the commands for what is not made yet."""
+    run = Path(config.run.out) / config.run.name
+    for place in sorted(path.parent for path in run.glob("*/made_of.json")):
+        metrics = read_json(place / "metrics.json")
+        scores = [metrics[key] for key in ("score", "val_macro_f1", "loss") if key in (metrics or {})]
+        state = f"{scores[0]:.3f}" if scores else "begun" if metrics is None else "finished"
+        other = "" if "+" in place.name else lines_of(other_settings(read_record(place), config))
+        yield f"{state:10s}{place}{other}"
+    for stage in STAGES:
+        place = folder(stage, config)
+        if stage != "task" and not begun(place):
+            yield f"{'to make':10s}{place}: {command(STAGES[stage].script, config)}"
 
 
 if __name__ == "__main__":
-    config = from_command_line(__doc__)[0]
-    rows = [(stage, None) for stage in ("synthetic", "train_pretrain", "train_finetune", "extract_features")]
-    rows += [("train_task", task) for task in TASKS.values()]
-    rows += [("train_stills", None), ("train_emma", None)] if config.data.s_aff_wild2 else []
-    rows += [("train_cotex", None)] if config.data.drawn_faces else []
-    for stage, task in rows:
-        title = stage + (f" {task.name}" if task else "")
-        print(f"{title:18s}{state(stage, config, task):12s}{result(stage, config, task)}")
+    config, options = from_command_line(__doc__, record={"default": "", "metavar": "FOLDER",
+                                                         "help": "a run folder or a checkpoint"})
+    record = (json.dumps(given_record(path), indent=1) for path in [options.record])
+    print_all(record if options.record else results(config))

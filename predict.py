@@ -7,253 +7,307 @@
 
 FOLDER holds the face crops of one video (00001.jpg, ...; numbers may be missing), or a folder of them per
 video. Labels are not needed, only the run's fine-tuned ViT and its trained tasks; a task that is missing has
-no columns. A row per frame, as CSV, or as JSON lines where the output's name ends in .jsonl:
-
-    video               the folder's path below FOLDER; FOLDER's own name if the frames lie in it
-    frame               from 1 to the last number, also where the image is missing
-    time                seconds since frame 1; empty without --fps
-    face                1, or 0 where there is no readable image: then the face before it counts (at the
-                        start: the one after it); if the video has none at all, what follows is empty
-    valence, arousal    unpleasant to pleasant, calm to excited: about -1 to 1, not clipped
-    expression          the most probable of the eight that follow
-    Neutral, ... Other  probabilities of the eight expressions: 0 to 1, their sum is 1
-    AU1, ... AU26       probability that the action unit is active: 0 to 1, for each by itself
+no columns. A row per frame, as CSV, or as JSON lines where the output's name ends in .jsonl: video, frame,
+time, face (0 where there is no readable image), valence, arousal, expression and its eight probabilities,
+the probability of each action unit. docs/predict.md explains the columns.
 
 --smooth k takes the mean over k frames before and after each one. --picture draws a picture of each video,
-predictions.csv.pictures/<video>.png, once the table is finished, so also of one that was made without.
---still takes each image below FOLDER for itself, whatever its name, and lets the fine-tuned ViT tell its
-expression. Then `file`, the path below FOLDER, stands in place of video, frame and time. Valence, arousal
-and action units, which need a video, are left out. Of an image that cannot be read, all but file and face is
-empty.
+predictions.csv.pictures/<video>.png; for a finished table, it predicts again what lacks one. --still takes
+each image below FOLDER for itself, whatever its name, and lets the fine-tuned ViT tell its expression: the
+columns are file, face and the expressions. --emma takes an EMMA of second_paper/train_emma.py, which sees
+every frame by itself: with --still, too, it has all tasks.
 
---emma takes an EMMA of train_emma.py instead of the run's models. It sees every frame by itself, so with
---still valence, arousal and action units are there, too. A task that it was not trained on has no columns.
-
-predictions.csv.json tells what the table was made of. The same command goes on with a killed run. In memory
-are the features of one video, as in extract_features.py.
+predictions.csv.json tells what the table was made of. The same command goes on with a killed run: the rows of
+a video lie in predictions.csv.parts, whole or not there, until all are made.
 """
 
+import codecs
+import csv
+import dataclasses
+import json
 import math
 import os
+import re
+import shutil
 import zlib
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler
 
-from config import from_command_line
-from data import VideoFrames
-from distributed import all_sum, launch
-from frames import below, has_frames, list_frames
-from images import FaceImages, find_images, listed, normalise, read_image, resize, sizes
-from postprocessing import in_units, smoothed
-from predict_models import Classifier, Emma, SegmentModels
-from run import Progress
-from table import Table, beside_a_table
-from table_pictures import draw_missing
-from training import loader
+import pictures
+from data import Frames, VideoFrames, some_faces
+from engine.checkpoints import (checksum, load_vit, load_weights, read_checkpoint, read_json, write_file,
+                                write_text)
+from engine.config import from_command_line
+from engine.distributed import all_sum, launch
+from engine.run import changes
+from engine.settings import Config
+from engine.training import Progress
+from images import FrameFiles, below, find_images, has_frames, listed, sizes
+from labels import EXPR, TASKS, in_units, smoothed
+from pipeline import command, find_input, finished, folder, like, lines_of, missing, settings_of
+from scoring import check_features, each_frame, expr_classifier, load, video_features
+from second_paper import emma
+from vit import VisionTransformer
 
 TOGETHER = 1000            # with --still, images that are written together
 
 
-# ---- Values
+# ---- The models
 
-def columns(tasks) -> list[str]:
-    """The names of these tasks' columns, in order."""
-    return [name for task in tasks for name in (["expression"] if task.one_class else []) + [*task.outputs]]
-
-
-def cells(tasks, values: list) -> list:
-    """What stands in `columns` for one frame. values: for each task (K,)."""
-    row = []
-    for task, of_task in zip(tasks, values):
-        row += [task.outputs[of_task.argmax()]] if task.one_class else []
-        row += of_task.tolist()
-    return row
+class Models(NamedTuple):
+    """What looks at the frames, and what tells each task from that."""
+    look: Callable                  # files of T frames, T, progress -> what it saw (T, D), noface (T,)
+    heads: dict[str, Callable]      # {a task's name: (T, D) -> its outputs (T, K)}
+    config: Config                  # with the settings that they were trained with
+    record: dict                    # which they are
 
 
-# ---- Videos
-
-class Videos:
-    """The videos of a folder, each a part of the table: `sizes` are their frames. Raises ValueError if there
-    is no frame."""
-    unit = "frames"
-
-    def __init__(self, folder: Path, options):
-        self.options, self.names, self.folders, self.sizes, self.numbers = options, [], [], [], []
-        empty, beside, ends = [], Counter(), []
-        itself = has_frames(folder)
-        for path in [folder] if itself else below(folder):
-            if beside_a_table(path):                         # --out may lie in the folder of the videos
-                continue
-            name = folder.resolve().name if itself else str(path.relative_to(folder))
-            numbers, files, others = list_frames(path)
-            beside.update(others)
-            if not len(numbers):
-                empty.append(name)
-                continue
-            self.names.append(name)
-            self.folders.append(path)
-            self.sizes.append(int(numbers[-1]))
-            self.numbers.append((len(numbers), zlib.crc32(numbers.tobytes())))
-            ends += [files.path(numbers[0]), files.path(numbers[-1])]
-        lines = [f"  not read, as no frame (00001.jpg, ...): {listed(beside)}"] if beside else []
-        if empty:
-            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-            lines.append(f"  left out, no frames: {', '.join(empty[:5])}{more}")
-        if not self.names:
-            lines.insert(0, f"--frames: no frame in {folder}; expected 00001.jpg, ... in it or in a folder "
-                            "per video; images with other names need --still")
-            raise ValueError("\n".join(lines))
-        images, crc = sum(count for count, _ in self.numbers), zlib.crc32(repr(self.numbers).encode())
-        self.found = {"videos": self.names, "images": f"{images:,}, checksum of their numbers {crc:08x}, "
-                                                      f"sizes {sizes(ends)}"}
-        self.text = "\n".join([f"{folder}: {len(self.names)} videos, {images:,} images", *lines])
-
-    def fill_by(self, models, team):
-        """Take the models that fill the table."""
-        self.models, self.team = models, team
-        self.header = ["video", "frame", "time", "face", *columns(models.tasks)]
-
-    def rows(self, number: int, progress):
-        """One video. -> its rows, one after the other, and noface (T,)"""
-        length, o, tasks = self.sizes[number], self.options, self.models.tasks
-        frames = VideoFrames(self.folders[number], self.models.config.vit.image_size)
-        if self.numbers[number] != (len(frames), zlib.crc32(frames.numbers.tobytes())):
-            raise ValueError(f"{self.folders[number]}: other frames than at the start; wait until all are "
-                             "there, and give another --out")
-        outputs, noface = self.models.video(frames, length, progress)                  # of a task (T, K)
-        values = [smoothed(in_units(x, task), o.smooth) for task, x in zip(tasks, outputs)]
-        nothing = [None] * (len(self.header) - 4)
-        return ([self.names[number], t + 1, t / o.fps if o.fps else None, int(not noface[t]),
-                 *(cells(tasks, [v[t] for v in values]) or nothing)] for t in range(length)), noface
+def segment_models(config, team) -> Models:
+    """Videos: the run's ViT and its trained tasks. Raises ValueError if no task is trained."""
+    path, origin = find_input(config, team, "features.checkpoint")
+    vit = VisionTransformer(**dataclasses.asdict(config.vit))
+    team.say(f"  ViT from {path}; {load_vit(vit, path)}")
+    vit = vit.to(team.device).eval()
+    heads, record = {}, {"vit": {"checksum": origin["checksum"], "token": config.finetune.token}}
+    features = {"stage": "features", "settings": settings_of("features", config), "from": origin}
+    for task in TASKS.values():
+        path = folder("task", config, task) / "best.pt"
+        if not finished(path.parent):
+            team.say(f"  no columns of {task.name}, which is not trained; to train it: "
+                     + command(f"train_task --task {task.name}", config))
+            continue
+        trained = load(path, config, task, team)
+        check_features(path, trained.record, features)
+        if trained.changed:
+            team.say(f"  settings as in {path}:{lines_of(trained.changed)}")
+        heads[task.name] = trained.predict
+        record[task.name] = {"checksum": checksum(path), **vars(trained.config.segments)}
+    if not heads:
+        raise missing(path, f"train_task --task {task.name}", config)
+    return Models(lambda files, T, progress: video_features(vit, files, T, config, team, progress), heads,
+                  config, record)
 
 
-# ---- Single images
+def emma_model(path, config, team) -> Models:
+    """Each frame or image by itself: the EMMA of a checkpoint."""
+    trained = emma.load(path, config, team)
+    heads = {task.name: partial(emma.outputs_of, task) for task in trained.tasks}
+    team.say(f"  {path}, each frame by itself; columns of {', '.join(heads)}")
+    return Models(trained.predict, heads, trained.config, {"emma": {"checksum": checksum(path)}})
 
-class Stills(FaceImages):
-    """All images below a folder, each for itself; a part of the table are TOGETHER of them. Item: uint8 image
-    (size, size, 3), its number. Raises ValueError if there is no image."""
-    unit = "images"
 
-    def __init__(self, folder: Path, options):
-        skipped = Counter()
-        self.folder, self.files = folder, find_images(folder, skipped)
-        if not self.files:
-            raise ValueError(f"--frames: no image below {folder}, only {listed(skipped)}")
-        firsts = range(0, len(self.files), TOGETHER)
-        self.sizes = [min(TOGETHER, len(self.files) - first) for first in firsts]
-        crc = zlib.crc32(b"\n".join(self.files))
-        some = sizes(self.where(i) for i in range(0, len(self.files), 1 + len(self.files) // 100))
-        self.found = {"images": f"{len(self.files):,}, checksum of their names {crc:08x}, sizes {some}"}
-        lines = [f"  not read: {listed(skipped)}"] if skipped else []
-        self.text = "\n".join([f"{folder}: {len(self.files):,} images", *lines])
+def expression_model(config, team) -> Models:
+    """Each image by itself: the ViT with the expression head of its fine-tuning."""
+    path, origin = find_input(config, team, "features.checkpoint")
+    saved = read_checkpoint(path)
+    config, _ = like(saved.get("made_of"), config, path)
+    model = expr_classifier(config)
+    load_weights(model, saved.get("model", saved), path)
+    model, width = model.to(team.device).eval(), len(EXPR.outputs)
+    team.say(f"  {path}, each frame by itself; columns of {EXPR.name}")
+    return Models(lambda files, T, progress: each_frame(model, files, T, width, torch.float32, config, team,
+                                                        progress), {EXPR.name: lambda outputs: outputs},
+                  config, {"vit": {"checksum": origin["checksum"], "token": config.finetune.token}})
 
-    def fill_by(self, models, team):
-        """Take the models that fill the table."""
-        super().__init__(models.config.vit.image_size, torch.zeros(0, dtype=torch.long))
-        self.models, self.team = models, team
-        self.header = ["file", "face", *columns(models.tasks)]
 
-    def __len__(self):
-        return len(self.files)
+# ---- What is predicted, in parts: a video, or TOGETHER single images. `parts`: {name: its files}
 
-    def where(self, i) -> str:
-        return os.path.join(self.folder, os.fsdecode(self.files[i]))
+def videos_in(root: Path) -> tuple[dict[str, VideoFrames], list[str]]:
+    """The videos of a folder, and lines about what was found. Raises ValueError if there is no frame."""
+    if has_frames(root):
+        folders = {root.resolve().name: root}
+    else:
+        folders = {str(path.relative_to(root)): path for path in below(root)}
+    ours = re.compile(r"\.(parts|pictures)(/|$)")                     # --out may lie among the videos
+    found = {name: VideoFrames(path) for name, path in folders.items() if not ours.search(name)}
+    parts = {name: files for name, files in found.items() if len(files)}
+    beside = sum((files.beside for files in found.values()), Counter())
+    empty = [name for name in found if name not in parts]
+    lines = [f"{root}: {len(parts)} videos, {sum(map(len, parts.values())):,} images"]
+    lines += [f"  not read, as no frame (00001.jpg, ...): {listed(beside)}"] if beside else []
+    lines += [f"  left out, no frames: {len(empty)} folders, such as {', '.join(empty[:5])}"] if empty else []
+    if not parts:
+        raise ValueError("\n".join(["--frames: no frame found; expected 00001.jpg, ... in the folder or in a "
+                                    "folder per video; images with other names need --still", *lines]))
+    return parts, lines
 
-    def item(self, i):
-        return resize(read_image(self.where(i)), self.size), i
 
-    @torch.no_grad()
-    def rows(self, number: int, progress):
-        """One part. -> its rows, one after the other, and noface (T,)"""
-        first = number * TOGETHER
-        taken = range(first, first + self.sizes[number])
-        config, tasks, noface = self.models.config, self.models.tasks, np.ones(len(taken), bool)
-        values = [np.zeros((len(taken), len(task.outputs)), np.float32) for task in tasks]
-        batches = BatchSampler(taken, config.features.batch, drop_last=False)
-        for images, numbers, unreadable in loader(self, batches, config.run.workers, self.team):
-            for problem in unreadable:
-                print(f"  left out: {problem}", flush=True)
-            if len(numbers):
-                with self.team.autocast():
-                    outputs = self.models.images(normalise(images.to(self.team.device)))  # of a task (B, K)
-                for of_task, task, x in zip(values, tasks, outputs):
-                    of_task[numbers - first] = in_units(x.float().cpu().numpy(), task)
-                noface[numbers - first] = False
-            progress.add(len(numbers) + len(unreadable))
-        nothing = [None] * len(columns(tasks))
-        return ([os.fsdecode(self.files[i]), int(not noface[i - first]),
-                 *(nothing if noface[i - first] else cells(tasks, [v[i - first] for v in values]))]
-                for i in taken), noface
+class Stills(Frames):
+    """Images of any names, relative to `root`, as the frames 1, 2, ... of a video."""
+
+    def __init__(self, root: Path, names: list[str]):
+        self.names, self.numbers = names, np.arange(1, len(names) + 1)
+        files = FrameFiles(str(root), 0, "", dict(enumerate(names, 1)))
+        super().__init__([""], [files], np.stack([np.zeros_like(self.numbers), self.numbers], axis=1))
+
+
+def stills_in(root: Path) -> tuple[dict[str, Stills], list[str]]:
+    """All images below a folder, TOGETHER in a part. Raises ValueError if there is none."""
+    skipped = Counter()
+    names = [os.fsdecode(name) for name in find_images(root, skipped)]
+    if not names:
+        raise ValueError(f"--frames: no image below {root}, only {listed(skipped)}")
+    parts = {str(first): Stills(root, names[first:first + TOGETHER])
+             for first in range(0, len(names), TOGETHER)}
+    return parts, [f"{root}: {len(names):,} images"] + ([f"  not read: {listed(skipped)}"] if skipped else [])
+
+
+def fingerprint(parts: dict) -> dict:
+    """What there is to predict, for the record."""
+    crc, some = 0, []
+    for files in parts.values():
+        crc = zlib.crc32(files.numbers.tobytes() + os.fsencode("|".join(getattr(files, "names", []))), crc)
+        some += [files.where(i) for i in range(0, len(files), 1 + len(files) // 10)]
+    return {"parts": list(parts), "images": f"{sum(map(len, parts.values())):,}, checksum {crc:08x}, sizes "
+                                            f"{sizes(some)}"}
+
+
+# ---- The table
+
+def rows_of(name: str, files, values: dict, noface, options):
+    """Yield the rows of a part, of values {task: (T, K)}: text, whole numbers, floats and None. They are
+    short where nothing is known: at an image that cannot be read, in a video without any face."""
+    known = ~noface if options.still else np.full(len(noface), not noface.all())
+    for t in range(len(noface)):
+        time = t / options.fps if options.fps else None
+        row = [files.names[t]] if options.still else [name, t + 1, time]
+        row.append(int(not noface[t]))
+        for task, v in values.items() if known[t] else ():
+            if TASKS[task].one_class:
+                row.append(TASKS[task].outputs[v[t].argmax()])
+            row += v[t].tolist()
+        yield row
+
+
+class Table:
+    """CSV, or JSON lines where `path` ends in .jsonl, written part by part. `record`: what it is made of.
+    Raises ValueError if there is a table, or the beginning of one, that is made of something else, or that
+    nothing tells about. `finished`: there is nothing left to write."""
+
+    def __init__(self, path, header: list[str], record: dict, team):
+        self.path, self.header, self.json = Path(path), header, str(path).endswith(".jsonl")
+        self.folder, told = Path(f"{path}.parts"), Path(f"{path}.json")
+        before, now = read_json(told), json.loads(json.dumps(record))
+        if before is None and (self.path.exists() or self.folder.exists()):
+            raise ValueError(f"{path} exists, or was begun, and no {told} tells what it was made of; delete "
+                             f"it and {self.folder}, or give another --out")
+        if before not in (None, now):
+            raise ValueError(f"{path} was made, or begun, with something else:"
+                             f"{changes(before, now, 'was', 'now')}\n"
+                             f"give another --out, or delete {told}, {self.folder} and {path}")
+        self.finished = team.agree(self.path.exists())
+        if team.rank == 0 and not self.finished:
+            write_text(told, json.dumps(now, indent=1))
+
+    def write(self, file, rows):
+        """Rows of text, whole numbers, floats and None; a short one is filled up with None."""
+        text = codecs.getwriter("utf-8")(file, "surrogateescape")   # names may hold bytes of no encoding
+        table = csv.writer(text, lineterminator="\n")
+        for row in rows:
+            row = row + [None] * (len(self.header) - len(row))
+            if self.json:
+                row = [round(value, 6) if isinstance(value, float) else value for value in row]
+                text.write(json.dumps(dict(zip(self.header, row))) + "\n")
+            else:
+                table.writerow([f"{value:.6f}" if isinstance(value, float) else value for value in row])
+
+    def join(self, parts):
+        """The finished table, from the files of its parts."""
+        def write(file):
+            self.write(file, [] if self.json else [self.header])
+            for path in parts:
+                with open(path, "rb") as part:
+                    shutil.copyfileobj(part, file)
+        write_file(self.path, write)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def draw(path: Path, name: str, files, values: dict, noface, options):
+    """The picture of a video, with values {task: (T, K)}."""
+    shown = np.linspace(1, len(noface), min(60, len(noface))).astype(int)
+    note = f"mean over {options.smooth} frames before and after each one" if options.smooth else ""
+    pictures.save(pictures.draw_video(name, {} if noface.all() else values, {}, some_faces(files, shown, 80),
+                                      noface, options.fps, note), path)
 
 
 # ---- The script
 
 def check_options(options):
     """Raises ValueError for options that make no sense, alone or together."""
-    if not Path(options.frames).is_dir():
-        raise ValueError(f"--frames: {options.frames} is no folder; expected one that holds the face crops "
-                         "of a video, 00001.jpg, ..., or a folder of them per video")
-    if not options.out or options.out.endswith("/") or Path(options.out).is_dir():
-        raise ValueError(f"--out: got {options.out!r}, expected the name of a file, like predictions.csv")
-    if options.smooth < 0:
-        raise ValueError(f"--smooth: got {options.smooth}, expected 0 frames or more")
-    if options.fps is not None and not 0 < options.fps < math.inf:
-        raise ValueError(f"--fps: got {options.fps}, expected frames per second, more than 0")
-    if options.still and (options.smooth or options.fps or options.picture):
-        raise ValueError("--still takes each image for itself; leave out --smooth, --fps and --picture, "
-                         "which need a video")
+    out, smooth, fps = options.out, options.smooth, options.fps
+    for wrong, message in [
+            (not Path(options.frames).is_dir(),
+             f"--frames: {options.frames} is no folder; expected one that holds the face crops of a video, "
+             "00001.jpg, ..., or a folder of them per video"),
+            (out.endswith("/") or Path(out).is_dir(),
+             f"--out: got {out!r}, expected the name of a file, like predictions.csv"),
+            (smooth < 0, f"--smooth: got {smooth}, expected 0 frames or more"),
+            (fps is not None and not 0 < fps < math.inf,
+             f"--fps: got {fps}, expected frames per second, more than 0"),
+            (options.still and (smooth or fps or options.picture),
+             "--still takes each image for itself; leave out --smooth, --fps and --picture, which need a "
+             "video")]:
+        if wrong:
+            raise ValueError(message)
 
 
 def main(config, team, options):
-    """Write the table, or go on with it, until it is finished; then the pictures."""
+    """Write the table, or go on with it, until it is finished and the pictures are drawn."""
     check_options(options)
-    source = (Stills if options.still else Videos)(Path(options.frames), options)
-    if team.agree(source.found) != source.found:
+    parts, lines = (stills_in if options.still else videos_in)(Path(options.frames))
+    found = fingerprint(parts)
+    if team.agree(found) != found:
         raise ValueError(f"{options.frames}: this process sees other images than the first one")
-    team.say(source.text)
+    team.say("\n".join(lines))
     if options.emma:
-        models = Emma(options.emma, config, team)
-    elif options.still:
-        models = Classifier(config, team)
+        models = emma_model(options.emma, config, team)
     else:
-        models = SegmentModels(config, team)
-    if models.synthetic:
+        models = (expression_model if options.still else segment_models)(config, team)
+    if models.config.data.synthetic:
         team.say("  warning: these models learned from synthetic faces; they say little about real ones")
-    source.fill_by(models, team)
-    record = {**models.record, "still": options.still, "smooth": options.smooth, "fps": options.fps,
-              **source.found}
-    table = Table(options.out, source.header, record, team)
-    if not table.finished:
-        make(table, source, team)
-    else:
-        team.say(f"{options.out} is finished" + ("" if options.picture else "; nothing to do"))
-    if options.picture:
-        draw_missing(table, source, options, team)
+    header = ["file", "face"] if options.still else ["video", "frame", "time", "face"]
+    for task in map(TASKS.get, models.heads):
+        header += ["expression"] * task.one_class + [*task.outputs]
+    record = {**models.record, "still": options.still, "smooth": options.smooth, "fps": options.fps, **found}
+    fill(Table(options.out, header, record, team), parts, models, options, team)
 
 
-def make(table: Table, source, team):
-    """Predict what the table lacks. What is left is shared out, longest first, so that no process waits long
-    for another's last video."""
-    sizes, unit = source.sizes, source.unit
-    order = sorted(range(len(sizes)), key=lambda number: (-sizes[number], number))
-    left = team.agree([number for number in order if not table.part(number).exists()])
-    mine = left[team.rank::team.world]
-    team.say(f"predicting {sum(sizes[number] for number in left):,} of {sum(sizes):,} {unit}, "
+def fill(table: Table, parts: dict, models: Models, options, team):
+    """Predict the parts whose rows or whose pictures are not there yet. They are shared out, longest first,
+    so that no process waits long for another's last video."""
+    frames = {name: int(files.numbers[-1]) for name, files in parts.items()}
+    rows = {name: table.folder / f"{number:06d}" for number, name in enumerate(parts)}
+    images = {name: Path(f"{table.path}.pictures") / f"{name}.png" for name in parts}
+    lacking = [name for name in parts if not (table.finished or rows[name].exists())
+               or options.picture and not images[name].exists()]
+    left = team.agree(sorted(lacking, key=lambda name: -frames[name]))
+    if table.finished and not left:
+        return team.say(f"{table.path} is finished; nothing to do")
+    team.say(f"predicting {sum(map(frames.get, left)):,} of {sum(frames.values()):,} frames, "
              f"on {team.device}")
-    progress, without = Progress(sum(sizes[number] for number in mine), unit, team), 0
-    for number in mine:
-        rows, noface = source.rows(number, progress)
-        table.write(number, rows)
+    mine, without = left[team.rank::team.world], 0
+    progress = Progress(sum(map(frames.get, mine)), "frames", team)
+    for name in mine:
+        seen, noface = models.look(parts[name], frames[name], progress)
+        values = {task: smoothed(in_units(head(seen), TASKS[task]), options.smooth)
+                  for task, head in models.heads.items()}                                    # (T, K) each
+        of_part = name, parts[name], values, noface, options
+        if options.picture:
+            draw(images[name], *of_part)
+        if not table.finished:                       # after its picture: a part that is there needs nothing
+            write_file(rows[name], lambda file: table.write(file, rows_of(*of_part)))
         without += int(noface.sum())
     without = int(all_sum(torch.tensor(without)))                  # when it is known, all parts are written
-    table.join(len(sizes))
-    team.wait()
-    team.say(f"{table.path} is finished: {sum(sizes):,} rows; {without:,} of those made now are of {unit} "
-             "without a readable face image")
+    if team.rank == 0 and not table.finished:
+        table.join(rows.values())
+    team.say(f"{table.path} is finished: {sum(frames.values()):,} rows; {without:,} of those predicted now "
+             "are of frames without a readable face image")
 
 
 if __name__ == "__main__":

@@ -1,66 +1,135 @@
-"""Whole videos: predicted by segments, scored with each labelled frame once (paper §4.2, Table 1).
+"""Whole videos: predicted by segments, scored with each labelled frame once (paper §4.2, Table 1). And what
+is scored on single images.
 
 A frame that several segments cover gets the mean of their outputs; the authors' published numbers count it
-several times. Unless evaluate.py is asked for more, the task's outputs are scored as they are: without the
-clipping and the mode filter of the authors' code.
+several times. The outputs are scored as they are, unless evaluate.py is asked to tune: without the clipping
+and the mode filter of the authors' code.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils.data import BatchSampler
 
-from checkpoints import check_names, load_weights, read_checkpoint, read_json, write_text
-from distributed import Team, all_sum, choose_device
-from labels import TASKS, Task, targets
-from made_of import find_input, finished, like, named, same, tuned_on, unlike
-from postprocessing import Postprocessing, apply
-from segments import Video, pad, read_features, segments
-from settings import Config
-from splits import scene
+from data import Images, Video, noface_path, pad, read_features, segments
+from engine.checkpoints import check_names, load_weights, read_checkpoint, write_file
+from engine.config import Config
+from engine.distributed import Team, all_sum
+from engine.training import loader
+from images import normalise
+from labels import EXPR, TASKS, Task, for_metric, in_units, scene, smoothed, targets
+from metrics import CLASS_F1, score_table
+from pipeline import find_input, identity, like, named, tuned_on
 from temporal import SegmentModel
+from vit import VisionTransformer
 
-FEATURES = "task.features", "features"       # where a task's input is looked for: a setting, a stage
 HELD_OUT = "held-out videos"                 # where a record names the videos of task.held_out
 # The first layer of a segment model: of the TCN; without one, of the Transformer; without both, of the head.
 FIRST_WEIGHTS = ("tcn.levels.0.conv1.conv.parametrizations.weight.original1", "transformer.project.weight",
                  "head.0.weight")
+SMOOTH = (0, 1, 2, 5, 10, 20, 50)            # frames before and after, tried by `tuned`
+THRESHOLDS = sorted((round(0.05 * i, 2) for i in range(1, 20)), key=lambda threshold: abs(threshold - 0.5))
 
 
-def stage_of(config, task: Task) -> str:
-    """The name of a task's run folder: task_au, or task_au_fold1."""
-    return f"task_{task.name}" + (f"_fold{config.task.fold}" if config.task.fold else "")
+# ---- Single images
+
+class ExprClassifier(nn.Module):
+    """ViT -> one feature per face -> fully connected layers -> 8 logits: (B, 3, H, W) -> (B, 8)."""
+
+    def __init__(self, vit: VisionTransformer, token: str, hidden: int, dropout: float):
+        super().__init__()
+        self.vit, self.token = vit, token
+        dim, classes = vit.norm.normalized_shape[0], len(EXPR.outputs)
+        self.head = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout),
+                                  nn.Linear(hidden, classes))
+
+    def forward(self, images):
+        return self.head(self.vit.features(images, self.token))        # (B, 3, H, W) -> (B, D) -> (B, 8)
 
 
-def find_features(config, team: Team) -> tuple[Path, dict]:
-    """The folder of features that a task is trained and scored on, and its record (made_of.py).
-
-    Raises ValueError if it is not made, or does not fit the settings.
-    """
-    path, record = find_input(config, team, *FEATURES, "metrics.json", "extract_features.py")
-    return (path if config.task.features else path.parent), record
+def expr_classifier(config: Config) -> ExprClassifier:
+    """The classifier of a configuration, with random weights: what is fine-tuned (§3.1)."""
+    f = config.finetune
+    vit = VisionTransformer(**dataclasses.asdict(config.vit), drop_path=f.drop_path)
+    return ExprClassifier(vit, f.token, f.hidden, f.dropout)
 
 
-# ---- Prediction
-
-def triangle(frames: int) -> np.ndarray:
-    """1, 2, ..., 2, 1: a frame in the middle of a segment counts most, for it sees most around it."""
-    return np.minimum(np.arange(1, frames + 1), np.arange(frames, 0, -1)).astype(np.float32)
-
-
-# How segments that cover the same frame are merged: the weight of each frame of a segment. With "none"
-# segments do not overlap.
-MERGING = {"mean": lambda frames: np.ones(frames, np.float32), "triangular": triangle,
-           "none": lambda frames: np.ones(frames, np.float32)}
+def batches_of(images: Images, rows, config: Config, team: Team):
+    """Batches of these rows of a dataset, to go over without training."""
+    batches = BatchSampler(rows, config.features.batch, drop_last=False)
+    return loader(images, batches, config.run.workers, team)
 
 
 @torch.no_grad()
-def segment_outputs(model, features: np.ndarray, window: int, stride: int, batch: int, team: Team):
-    """The model's outputs for each segment of one whole video, for itself. Shape: features (T, D)
-    -> [(start, end), ...] of S segments, float32 (S, w, K), of which the padded frames mean nothing.
+def count_images(network, images: Images, sums, add, config: Config, team: Team, run=None):
+    """`sums` over all images and processes, NumPy (...), and how many images could not be read.
+
+    `network`, in evaluation mode: normalised images (B, 3, height, width) -> outputs (B, K). `add(sums,
+    outputs, *columns)` adds those of a batch and of the columns of `images`, all NumPy. Each image is read by
+    one process. `run`: a training, which may be asked to stop.
+    """
+    mine = range(team.rank, len(images), team.world)
+    readable, batches = 0, batches_of(images, mine, config, team)
+    for x, *columns in run.unless_stopped(batches) if run else batches:
+        with team.autocast():
+            outputs = network(normalise(x.to(team.device, non_blocking=True)))
+        add(sums, outputs.float().cpu().numpy(), *[column.numpy() for column in columns])
+        readable += len(x)
+    if run:
+        run.obey_signals()
+    return all_sum(torch.from_numpy(sums)).numpy(), int(all_sum(torch.tensor(len(mine) - readable)))
+
+
+def count_classes(network, images: Images, classes: int, config: Config, team: Team, run=None):
+    """As `count_images`: the images by (label, predicted class), (classes, classes). The column of `images`
+    is the class."""
+    def add(sums, scores, labels):
+        sums += CLASS_F1.count(scores, labels, labels >= 0)
+    return count_images(network, images, np.zeros((classes, classes)), add, config, team, run)
+
+
+@torch.no_grad()
+def each_frame(network, frames, length: int, width: int, dtype, config: Config, team: Team, progress):
+    """What a network gives for each frame of one video of `length` frames, every frame by itself.
+    -> outputs of `dtype` (PyTorch's) as NumPy (T, width), noface bool (T,): True where there was no readable
+    face image. Row i belongs to frame i + 1.
+
+    network: images (B, 3, height, width) -> (B, width). frames: data.VideoFrames. A frame without a face has
+    the outputs of the frame before it; at the start, of the first that has one. Without any face, all outputs
+    are 0. `progress` (training.Progress) counts the frames.
+    """
+    noface, outputs = np.ones(length, bool), torch.zeros(length, width, dtype=dtype).numpy()
+    images = Images(frames, config.vit.image_size, [frames.numbers - 1])
+    for x, rows in batches_of(images, range(len(frames)), config, team):
+        if len(rows):
+            with team.autocast():
+                of_batch = network(normalise(x.to(team.device, non_blocking=True)))         # (B, width)
+            outputs[rows] = of_batch.to(dtype).cpu().numpy()
+            noface[rows] = False
+        progress.add(len(rows))
+    progress.add(length - int((~noface).sum()))                      # the frames without a readable image
+    if not noface.all():
+        # The last frame with a face up to each frame; before the first one, the first one.
+        last = np.maximum.accumulate(np.where(noface, -1, np.arange(length)))
+        outputs = outputs[np.where(last < 0, np.argmin(noface), last)]
+    return outputs, noface
+
+
+def video_features(vit, frames, length: int, config: Config, team: Team, progress):
+    """The features of one video of `length` frames, by `each_frame`. -> float16 (T, D), noface bool (T,)"""
+    return each_frame(lambda images: vit.features(images, config.finetune.token), frames, length,
+                      config.vit.dim, torch.float16, config, team, progress)
+
+
+# ---- Whole videos
+
+@torch.no_grad()
+def predict(model, features: np.ndarray, window: int, stride: int, batch: int, team: Team) -> np.ndarray:
+    """The model's outputs for one whole video, the mean where segments overlap: (T, D) -> float32 (T, K).
 
     The segments of a video are its batches, whatever the number of processes, so the result does not depend
     on it.
@@ -68,129 +137,56 @@ def segment_outputs(model, features: np.ndarray, window: int, stride: int, batch
     cut, outputs = segments(len(features), window, stride), []
     for first in range(0, len(cut), batch):
         part = cut[first:first + batch]
-        x = np.stack([pad(features[start:end], window) for start, end in part])          # (B, w, D)
+        x = np.stack([pad(features[start:end], window) for start, end in part])             # (B, w, D)
         real = np.stack([pad(np.ones(end - start, bool), window) for start, end in part])   # (B, w)
         x, real = torch.from_numpy(x).to(team.device).float(), torch.from_numpy(real).to(team.device)
         with team.autocast():
-            outputs.append(model(x, real).float().cpu().numpy())                         # (B, w, K)
-    return cut, np.concatenate(outputs)
-
-
-def merged(cut, outputs: np.ndarray, frames: int, merge: str = "mean") -> np.ndarray:
-    """One output per frame from those of the segments: (S, w, K) -> float32 (T, K)."""
-    total = np.zeros((frames, outputs.shape[-1]), np.float32)
-    weight = np.zeros((frames, 1), np.float32)
+            outputs.extend(model(x, real).float().cpu().numpy())                             # B times (w, K)
+    total = np.zeros((len(features), outputs[0].shape[-1]), np.float32)
+    count = np.zeros((len(features), 1), np.float32)
     for (start, end), y in zip(cut, outputs):
-        w = MERGING[merge](end - start)[:, None]                                         # (t, 1)
-        total[start:end] += w * y[:end - start]
-        weight[start:end] += w
-    return total / weight
+        total[start:end] += y[:end - start]
+        count[start:end] += 1
+    return total / count
 
 
-def predict(model, features: np.ndarray, window: int, stride: int, batch: int, team: Team,
-            merge: str = "mean") -> np.ndarray:
-    """The model's outputs for one whole video, overlapping segments merged: (T, D) -> float32 (T, K)."""
-    stride = window if merge == "none" else stride
-    cut, outputs = segment_outputs(model, features, window, stride, batch, team)
-    return merged(cut, outputs, len(features), merge)
-
-
-def shared_out(videos: list, team: Team, length=lambda video: len(video.labels)) -> list:
+def shared_out(videos: list[Video], team: Team) -> list[Video]:
     """This process's videos: longest first, so that no process waits long for another's last one."""
-    return sorted(videos, key=lambda video: (-length(video), video.name))[team.rank::team.world]
+    return sorted(videos, key=lambda video: (-len(video.labels), video.name))[team.rank::team.world]
 
 
-def count_frames(task: Task, cut, outputs, target, valid, merge: str = "mean",
-                 how: Postprocessing = Postprocessing()) -> np.ndarray:
-    """The sums of a video's metric, each frame once. Shape: outputs (S, w, K), target and valid (T, ...)"""
-    return task.metric.count(apply(merged(cut, outputs, len(target), merge), task, how), target, valid)
-
-
-def count_as_authors(task: Task, cut, outputs, target, valid) -> np.ndarray:
-    """The sums of a video's metric as the authors' published numbers count: full segments only, so that tails
-    and short videos are lost, and a frame counts once for each segment that covers it. Arguments as above."""
-    window = outputs.shape[1]
-    full = [i for i, (start, end) in enumerate(cut) if end - start == window]
-    frames = [t for i in full for t in range(*cut[i])]             # of all full segments, one after the other
-    return task.metric.count(outputs[full].reshape(-1, outputs.shape[2]), target[frames], valid[frames])
-
-
-def score(model, mine, videos: list[Video], task: Task, window: int, stride: int, batch: int, team: Team,
-          count=count_frames) -> np.ndarray:
-    """The sums of the task's metric for each of `videos`, over all processes: (videos, ...). `mine` are those
-    that this process predicts (`shared_out`); `count` makes the sums of one."""
-    nothing = np.zeros((0, window, len(task.outputs)), np.float32)
-    no_label = nothing[:, 0, 0] if task.one_class else nothing[:, 0]
-    empty = count(task, [], nothing, no_label, no_label.astype(bool))
-    sums = np.zeros((len(videos), *empty.shape))
-    place = {video.name: i for i, video in enumerate(videos)}
+def predict_videos(model, videos, s, batch: int, team: Team) -> dict[str, np.ndarray]:
+    """{video: outputs (T, K)} of some labelled videos. `s`: the section `segments`."""
     model.eval()
-    for video in mine:
-        features = read_features(video.features, 0, len(video.labels))
-        cut, outputs = segment_outputs(model, features, window, stride, batch, team)
-        sums[place[video.name]] = count(task, cut, outputs, *targets(video.labels, task))
-    model.train()
-    return all_sum(torch.from_numpy(sums)).numpy()
+    return {video.name: predict(model, read_features(video.features, 0, len(video.labels)), s.window,
+                                s.stride, batch, team) for video in videos}
 
 
-# ---- The sums of a finished task, to compare with
+def sums_of(outputs: dict[str, np.ndarray], videos: list[Video], task: Task, team: Team,
+            change=lambda outputs: outputs) -> np.ndarray:
+    """The sums of the task's metric for each of `videos`: (videos, ...). `outputs`: of those that this
+    process has predicted; `change` makes of a video's what is scored."""
+    mine = {video.name: task.metric.count(change(outputs[video.name]), *targets(video.labels, task))
+            for video in videos if video.name in outputs}
+    sums = {name: of_video for part in team.gather(mine) for name, of_video in part.items()}
+    return np.stack([sums[video.name] for video in videos])
 
-def write_sums(folder: Path, videos: list[Video], sums: np.ndarray, team: Team):
-    """video_sums.json: the sums of the metric of each validation video, from which any score follows. Rank 0
-    only."""
-    if team.rank:
-        return
-    names = [video.name for video in videos]
-    write_text(folder / "video_sums.json", json.dumps({"videos": names, "sums": sums.tolist()}))
+
+def write_predictions(path, outputs: dict[str, np.ndarray]):
+    """predictions.npz: {video: outputs (T, K)}, as the model gives them."""
+    write_file(path, lambda file: np.savez(file, **outputs))
 
 
-def read_sums(folder: Path) -> tuple[list[str], np.ndarray]:
-    """The names of the validation videos of a finished task, and their sums (videos, ...). Raises ValueError
-    if they are not there."""
-    path = Path(folder) / "video_sums.json"
-    stored = read_json(path) if finished(folder) else None
-    if stored is None:
-        raise ValueError(f"{path} not found; train_task.py writes it at the end of a training. If {folder} "
-                         "is finished, an earlier version has made it: move it away and train again")
-    return stored["videos"], np.array(stored["sums"])
+def read_predictions(path) -> dict[str, np.ndarray]:
+    """{video: outputs (T, K)} of predictions.npz. Raises ValueError naming the file if it is none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:                         # a damaged archive can raise anything
+        raise ValueError(f"{path}: not the predictions that a training has written ({error})") from None
 
 
 # ---- Checkpoints
-
-def unseen(names, record: dict | None) -> np.ndarray:
-    """Mask (names,): the videos on whose scenes the ViT was not fine-tuned, by the record of its features or
-    of what was made from them."""
-    tuned = {scene(name) for name in tuned_on(record)}
-    return np.array([scene(name) not in tuned for name in names], bool)
-
-
-def check_features(path, record: dict | None, features_record: dict):
-    """Raises ValueError if a checkpoint was trained on features of another ViT than these. One without a
-    record cannot be checked."""
-    if record is not None and not same(record["from"], features_record):
-        raise ValueError(f"{path}: trained on features of another ViT, {named(record['from'])}, not "
-                         f"{named(features_record)}, which mean something else; give those it was trained "
-                         "on, --set task.features=..., or their ViT, --set features.checkpoint=..."
-                         f"{unlike(record['from'], features_record)}")
-
-
-def check_scenes(path, record: dict | None, videos: list[Video]):
-    """Raises ValueError if a checkpoint was trained on scenes that would be scored."""
-    if record is None:
-        return
-    trained = {scene(name) for name in record["data"]["training videos"] + record["data"].get(HELD_OUT, [])}
-    known = [video.name for video in videos if scene(video.name) in trained]
-    if known:
-        raise ValueError(f"{path}: trained on {len(known)} of the {len(videos)} videos that would be scored "
-                         f"({', '.join(known[:5])}); give the labels that it was trained with")
-
-
-def check_task(path, record: dict | None, task: Task):
-    """Raises ValueError if a checkpoint is of another task."""
-    stage = record["stage"] if record else f"task_{task.name}"
-    if stage.split("_")[1:2] != [task.name]:
-        raise ValueError(f"{path}: trained for {stage}, not for --task {task.name}")
-
 
 class Trained(NamedTuple):
     """A segment model with what its checkpoint carries: enough to predict, without the run that made it."""
@@ -198,13 +194,13 @@ class Trained(NamedTuple):
     model: SegmentModel
     config: Config            # with the settings that the model was trained with
     team: Team
-    record: dict | None       # what it was made of (made_of.py); None if the checkpoint does not tell
+    record: dict | None       # what it was made of (pipeline.py); None if the checkpoint does not tell
     changed: dict             # {setting: (stage, was, now)} of those that differ from the given configuration
 
-    def predict(self, features: np.ndarray, merge: str = "mean") -> np.ndarray:
+    def predict(self, features: np.ndarray) -> np.ndarray:
         """The outputs for one whole video, as its features lie on disk: float16 (T, D) -> float32 (T, K).
 
-        VA: valence and arousal. Expr, AU: logits; `postprocessing.in_units` makes them probabilities. Raises
+        VA: valence and arousal. Expr, AU: logits; `labels.in_units` makes them probabilities. Raises
         ValueError for features of another shape or width, and for NaN and infinity.
         """
         dim = self.model.dim
@@ -213,7 +209,7 @@ class Trained(NamedTuple):
         if not np.isfinite(features).all():
             raise ValueError("the features hold NaN or infinity; extract them again")
         s = self.config.segments
-        return predict(self.model, features, s.window, s.stride, self.config.task.batch, self.team, merge)
+        return predict(self.model, features, s.window, s.stride, self.config.task.batch, self.team)
 
 
 def load(path, config: Config | None = None, task: Task | None = None, team: Team | None = None) -> Trained:
@@ -227,32 +223,132 @@ def load(path, config: Config | None = None, task: Task | None = None, team: Tea
     record = saved.get("made_of")
     if record is None and (config is None or task is None):
         raise ValueError(f"{path}: does not tell what it was made of; give its configuration and its task")
-    if task is None:
-        stage, _, rest = record["stage"].partition("_")                  # task_au_fold1
-        task = TASKS.get(rest.partition("_")[0])
-        if stage != "task" or task is None:
-            raise ValueError(f"{path}: of stage {record['stage']}, not of a task: no segment model")
-    check_task(path, record, task)
+    if record is not None:
+        stage = record["stage"].partition("_fold")[0]                   # in older ones: task_au_fold1
+        fitting = [each for each in TASKS.values() if stage == f"task_{each.name}" and task in (None, each)]
+        if not fitting:
+            raise ValueError(f"{path}: of stage {record['stage']}, not a segment model"
+                             + (f" for --task {task.name}" if task else ""))
+        task = fitting[0]
     config, changed = like(record, config or Config(), path)
-    team = team or Team(0, 1, choose_device("cpu"))
+    team = team or Team(0, 1, torch.device("cpu"))
     weights = saved.get("model", saved)
     check_names(weights, path)
-    model = SegmentModel(width_of(weights), len(task.outputs), **dataclasses.asdict(config.temporal))
+    width = next((weights[name].shape[1] for name in FIRST_WEIGHTS if name in weights), 1)
+    model = SegmentModel(width, len(task.outputs), **dataclasses.asdict(config.temporal))
     load_weights(model, weights, path)
     return Trained(task, model.to(team.device).eval(), config, team, record, changed)
 
 
-def width_of(weights: dict) -> int:
-    """D of the features that a segment model takes: its first layer's weights tell."""
-    for name in FIRST_WEIGHTS:
-        if name in weights:
-            return weights[name].shape[1]
-    return 1                                                 # no segment model, which `load_weights` will say
+def find_features(config: Config, team: Team) -> tuple[Path, dict]:
+    """The folder of features that a task is trained and scored on, and its record.
+
+    Raises ValueError if it is not made, or does not fit the settings.
+    """
+    path, record = find_input(config, team, "task.features")
+    return (path if config.task.features else path.parent), record
 
 
-def sums_of(trained: Trained, videos: list[Video], merge: str = "mean", count=count_frames) -> np.ndarray:
-    """What `count` makes of each video, over all processes: (videos, ...)."""
-    s, team = trained.config.segments, trained.team
-    stride = s.window if merge == "none" else s.stride
-    return score(trained.model, shared_out(videos, team), videos, trained.task, s.window, stride,
-                 trained.config.task.batch, team, count)
+def check_features(path, record: dict | None, features_record: dict):
+    """Raises ValueError if a checkpoint was trained on features of another ViT than these. One without a
+    record cannot be checked."""
+    if record is not None and identity(record["from"]) != identity(features_record):
+        raise ValueError(f"{path}: trained on features of another ViT, {named(record['from'])}, not "
+                         f"{named(features_record)}, which mean something else; give those it was trained "
+                         "on, --set task.features=..., or their ViT, --set features.checkpoint=...")
+
+
+def check_scenes(path, record: dict | None, videos):
+    """Raises ValueError if a checkpoint was trained on scenes that would be scored."""
+    data = record["data"] if record else {}
+    trained = {scene(name) for name in data.get("training videos", []) + data.get(HELD_OUT, [])}
+    known = [video.name for video in videos if scene(video.name) in trained]
+    if known:
+        raise ValueError(f"{path}: trained on {len(known)} of the {len(videos)} videos that would be scored "
+                         f"({', '.join(known[:5])}); give the labels that it was trained with")
+
+
+# ---- What is said of a score
+
+class Scored(NamedTuple):
+    """The videos that are scored, and what their score can be compared with."""
+    videos: list[Video]
+    left_out: dict[str, str]     # {video: why it is not scored}
+    unseen: np.ndarray           # (videos,) bool: the ViT was not fine-tuned on this video's scene
+    data: str                    # what the report calls the data
+    comparable: bool             # with the paper's and the baseline's numbers
+
+    def seen_text(self) -> str:
+        """Why the score may be too high; "" if it is not."""
+        seen = int((~self.unseen).sum())
+        text = f"{seen} of these {len(self.videos)} videos show scenes on which the ViT was fine-tuned"
+        return text if seen else ""
+
+
+def to_score(videos, left_out, other_videos, task: Task, origin: dict | None, config: Config) -> Scored:
+    """`videos` of the validation set, `other_videos` of the training set; `origin`: the features' record.
+
+    The paper's numbers stand beside a score only on synthetic data, which says so, and on a complete copy of
+    Aff-Wild2.
+    """
+    seen = {scene(name) for name in tuned_on(origin)}
+    unseen = np.array([scene(video.name) not in seen for video in videos], bool)
+    if config.data.synthetic:
+        return Scored(videos, left_out, unseen, "synthetic data; the paper's and the baseline's numbers are "
+                      "on Aff-Wild2", True)
+    found, whole = sum(labelled_faces(video, task) for video in [*videos, *other_videos]), task.labelled_faces
+    if abs(found - whole) <= 0.01 * whole:
+        return Scored(videos, left_out, unseen, "Aff-Wild2", True)
+    return Scored(videos, left_out, unseen, f"{found:,} labelled frames with a face in both sets, a complete "
+                  f"Aff-Wild2 has {whole:,}; so the paper's numbers are left out", False)
+
+
+def labelled_faces(video: Video, task: Task) -> int:
+    """Frames with a label and, as far as that is known, a face: what the counts of a copy are given in."""
+    valid = targets(video.labels, task)[1].reshape(-1, task.width).all(axis=1)         # (T, ...) -> (T,)
+    mask = noface_path(video.features)
+    return int((valid & ~np.load(mask)[:len(valid)] if mask.exists() else valid).sum())
+
+
+def reasons(left_out: dict[str, str]) -> str:
+    """{"a": "no labels", "b": "no labels"} -> "a, b (no labels)"."""
+    groups = {reason: [name for name in left_out if left_out[name] == reason]
+              for reason in left_out.values()}
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in groups.items())
+
+
+def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
+    """The score table with what it is about: the checkpoint, the videos, those left out, those seen before.
+
+    Shape: sums (videos, ...), as `sums_of` gives them.
+    """
+    frames, new = sum(len(video.labels) for video in scored.videos), scored.unseen
+    some = new.any() and not new.all()
+    lines = [str(checkpoint), f"{len(scored.videos)} validation videos, {frames:,} frames ({scored.data})",
+             score_table(task, sums, scored.unseen if some else None, fold, scored.comparable)]
+    if scored.seen_text():
+        lines.append(scored.seen_text() + (", so the score is too high" if not some else
+                                           "; \"unseen\" is the score of the others alone"))
+    if scored.left_out:
+        lines.append(f"left out: {reasons(scored.left_out)}")
+    return "\n".join(lines)
+
+
+# ---- Smoothing and thresholds
+
+def tuned(task: Task, outputs: dict[str, np.ndarray], videos: list[Video], team: Team):
+    """The smoothing and, of action units, the thresholds with the best score on `videos`, which were neither
+    trained on nor are scored: chosen on the scored ones, they would only be luck. Among equals the least
+    smoothing and the threshold next to 0.5. -> frames before and after, thresholds: see `changed_by`"""
+    tried, best = THRESHOLDS if task.yes_or_no else [0.5], (-1.0, 0, ())
+    for k in SMOOTH:
+        scores = np.stack([task.metric.score(sums_of(outputs, videos, task, team, changed_by(task, k, (t,))
+                                                     ).sum(axis=0)) for t in tried])       # (thresholds, K)
+        thresholds = tuple(tried[i] for i in scores.argmax(axis=0)) if len(tried) > 1 else ()
+        best = max(best, (float(scores.max(axis=0).mean()), k, thresholds), key=lambda way: way[0])
+    return best[1:]
+
+
+def changed_by(task: Task, k: int, thresholds: tuple):
+    """-> what makes of a video's outputs (T, K) what is scored after smoothing and with thresholds."""
+    return lambda outputs: for_metric(smoothed(in_units(outputs, task), k), task, thresholds)

@@ -1,5 +1,4 @@
-"""Temporal convolutional network: each frame's feature takes in the frames before it
-(paper §3.2, g_i = TCN(f_i)).
+"""Temporal convolutional network: each frame takes in the frames before it (paper §3.2, g_i = TCN(f_i)).
 
 A level is two dilated convolutions and a shortcut. The next level dilates twice as far, so the reach doubles
 with the same kernel. Read after `vit.py`; `temporal.py` puts this under the Transformer encoder.
@@ -21,11 +20,10 @@ def hide(x, valid):
 class DilatedConv(nn.Module):
     """Weight-normalised 1-D convolution over time that keeps the length. The causal one is
 
-        F(t) = Σ_{i=0}^{k-1} f(i) · x_{t - d·i}
+        y_t = b + Σ_{i=0}^{k-1} W_i x_{t - d·i}
 
-    plus a bias. k is the kernel size, d the dilation, each f(i) a matrix; x is 0 before the first frame. The
-    paper gives no formula; this is the one of the TCN literature. Not causal: the same window centred on
-    frame t, so k must be odd.
+    k is the kernel size, d the dilation, each W_i a matrix; x is 0 before the first frame. (The paper gives
+    no formula; the TCN literature does.) Not causal: the same window centred on frame t, so k must be odd.
     Shape: (B, T, D_in) -> (B, T, D_out), any T ≥ 1.
     Raises ValueError for a kernel or dilation below 1, and for an even kernel that is not causal.
     """
@@ -39,24 +37,23 @@ class DilatedConv(nn.Module):
         reach = (kernel - 1) * dilation                     # the largest d·i
         self.pad = (reach, 0) if causal else (reach // 2, reach // 2)
         conv = nn.Conv1d(dim_in, dim_out, kernel, dilation=dilation)
-        # N(0, 0.01), drawn before weight_norm splits the weights into length and direction. Drawn after, they
-        # would be overwritten by the first forward pass.
+        # N(0, 0.01), drawn before weight_norm splits each output's weights into length g and direction v,
+        # w = g · v / |v|. Drawn after, they would be overwritten by the first forward pass.
         nn.init.normal_(conv.weight, std=0.01)
         self.conv = weight_norm(conv)
 
     def forward(self, x):
         x = x.transpose(1, 2)                      # (B, T, D) -> (B, D, T), the layout Conv1d wants
         x = F.pad(x, self.pad)                     # (B, D, T) -> (B, D, T + reach)
-        # F(t) = Σ_i f(i) · x_{t - d·i}. PyTorch's weights start with the oldest frame: f(i) = W[:, :, k-1-i].
-        x = self.conv(x)                           # (B, D, T + reach) -> (B, D_out, T)
-        return x.transpose(1, 2)                   # (B, D_out, T) -> (B, T, D_out)
+        # y_t = b + Σ_i W_i x_{t - d·i}. PyTorch's weights start with the oldest frame, W_{k-1}.
+        return self.conv(x).transpose(1, 2)        # (B, D, T + reach) -> (B, D_out, T) -> (B, T, D_out)
 
 
 class Level(nn.Module):
     """Convolution -> PReLU -> dropout, twice, plus a shortcut -> PReLU. Shape: (B, T, D_in) -> (B, T, D_out).
 
-    The shortcut is the input itself, or a 1 x 1 convolution (a linear layer for each frame) if the widths
-    differ.
+    The shortcut is the input itself, or a linear layer for each frame if the widths differ. Padded frames
+    must be 0 (`hide`) and come out as 0.
     """
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, dilation: int, causal: bool, dropout: float):
@@ -70,9 +67,10 @@ class Level(nn.Module):
             nn.init.normal_(self.shortcut.weight, std=0.01)
 
     def forward(self, x, valid=None):
-        y = self.dropout(self.act1(self.conv1(hide(x, valid))))       # (B, T, D_in) -> (B, T, D_out)
+        y = self.dropout(self.act1(self.conv1(x)))             # (B, T, D_in) -> (B, T, D_out)
+        # Padded frames now hold the bias. 0 again, or the next convolution carries it into real frames.
         y = self.dropout(self.act2(self.conv2(hide(y, valid))))
-        return hide(self.act3(y + self.shortcut(x)), valid)
+        return hide(self.act3(y + self.shortcut(x)), valid)    # 0 again, for the next level
 
 
 class TemporalConvNet(nn.Module):
@@ -89,15 +87,12 @@ class TemporalConvNet(nn.Module):
                  causal: bool = True, dropout: float = 0.3):
         super().__init__()
         if not len(channels) == len(kernels) == len(dilations) > 0:
-            raise ValueError("one entry per level is needed in each list, "
-                             f"got channels={list(channels)}, kernels={list(kernels)}, "
-                             f"dilations={list(dilations)}")
+            raise ValueError(f"one entry per level is needed in each list, got channels={list(channels)}, "
+                             f"kernels={list(kernels)}, dilations={list(dilations)}")
         self.dim = dim
-        dims = [dim, *channels]
-        self.levels = nn.ModuleList(Level(dims[i], dims[i + 1], kernels[i], dilations[i], causal, dropout)
-                                    for i in range(len(channels)))
-        # Each level holds two convolutions, and each lets a frame see (k - 1) d frames further: 57 frames in
-        # all with the default sizes.
+        sizes = zip([dim, *channels], channels, kernels, dilations)              # of each level
+        self.levels = nn.ModuleList(Level(a, b, k, d, causal, dropout) for a, b, k, d in sizes)
+        # Each of a level's two convolutions lets a frame see (k - 1) d frames further: 57 by default.
         self.receptive_field = 1 + sum(2 * (k - 1) * d for k, d in zip(kernels, dilations))
 
     def forward(self, x, valid=None):
@@ -113,11 +108,10 @@ if __name__ == "__main__":
     for causal in (True, False):
         net = TemporalConvNet(dim=4, channels=(4, 4, 4), causal=causal).eval()
         x = torch.randn(1, 121, 4, requires_grad=True)
-        for depth in range(1, 4):
-            y = x
-            for level in net.levels[:depth]:
-                y = level(y)
-            gradient, = torch.autograd.grad(y[0, 60].sum(), x)       # (1, T, D)
+        y = x
+        for depth, level in enumerate(net.levels, start=1):
+            y = level(y)
+            gradient, = torch.autograd.grad(y[0, 60].sum(), x, retain_graph=True)       # (1, T, D)
             seen = gradient[0].abs().sum(-1).nonzero().flatten()     # (1, T, D) -> (T,) -> frames where not 0
             print(f"causal={causal!s:5}  after level {depth}, "
                   f"frame 60 depends on frames {seen[0]} to {seen[-1]}")

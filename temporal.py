@@ -34,16 +34,15 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x, valid=None):
         x = self.norm1(x + self.dropout(self.attn(x, valid, self.dropout.p)))
-        y = self.dropout(F.relu(self.fc1(x)))                 # (B, T, D) -> (B, T, hidden)
-        return self.norm2(x + self.dropout(self.fc2(y)))      # (B, T, hidden) -> (B, T, D)
+        hidden = self.dropout(F.relu(self.fc1(x)))                 # (B, T, D) -> (B, T, hidden)
+        return self.norm2(x + self.dropout(self.fc2(hidden)))      # (B, T, hidden) -> (B, T, D)
 
 
 class TransformerEncoder(nn.Module):
     """h_i = TransformerEncoder(g_i) (§3.3): project to `width`, then `layers` layers of attention over the
     whole segment.
 
-    It sees one segment only. The paper lets segments overlap, so that some frames are also seen together with
-    the next segment's: stride s <= window w (§3.3).
+    It sees one segment only; the paper lets segments overlap (§3.3), which shows some frames twice.
     No position encoding and no last LayerNorm, as in the authors' code: the TCN before it has already mixed
     the order of frames into the features.
     Shape: x (B, T, dim), valid (B, T) or None -> (B, T, width).
@@ -66,9 +65,8 @@ class SegmentModel(nn.Module):
     7.69 M, Transformer 12.69 M, head 0.13 M.
 
     Shape: x (B, T, dim), valid (B, T) True for real frames, or None -> (B, T, outputs). `outputs` is 2 for
-    valence and arousal, 8 for expressions, 12 for action units (§3.3.1: y_i in R^(l x 2), R^(l x 8),
-    R^(l x 12), with l = T): values as they are for the first, logits for the others. Padded frames change no
-    real frame's output; their own outputs mean nothing.
+    valence and arousal, values as they are; 8 for expressions and 12 for action units, logits (§3.3.1, where
+    T is l). Padded frames change no real frame's output; their own outputs mean nothing.
     Raises ValueError if x is not (B, T, dim).
     `tcn=False` and `transformer=False` each take that part out (the ablation of the paper's final version);
     with both out, the head sees single frames.
@@ -84,20 +82,17 @@ class SegmentModel(nn.Module):
                  dropout: float = 0.3):
         super().__init__()
         self.dim = dim
-        self.tcn = None
-        if tcn:
-            self.tcn = TemporalConvNet(dim, channels, kernels, dilations, causal, dropout)
-            dim = channels[-1]
-        self.transformer = None
-        if transformer:
-            self.transformer = TransformerEncoder(dim, width, layers, heads, hidden, dropout)
-            dim = width
+        self.tcn = TemporalConvNet(dim, channels, kernels, dilations, causal, dropout) if tcn else None
+        dim = channels[-1] if tcn else dim
+        encoder = TransformerEncoder(dim, width, layers, heads, hidden, dropout) if transformer else None
+        self.transformer = encoder
+        dim = width if transformer else dim
         self.head = nn.Sequential(nn.Linear(dim, head), nn.LayerNorm(head), nn.Linear(head, outputs))
 
     def forward(self, x, valid=None):
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"expected (B, T, {self.dim}), got {tuple(x.shape)}")
-        x = hide(x, valid)
+        x = hide(x, valid)                              # NaN would pass attention: 0 · NaN = NaN
         if self.tcn is not None:
             x = self.tcn(x, valid)                      # f_i -> g_i   (B, T, 768) -> (B, T, 128)
         if self.transformer is not None:

@@ -1,12 +1,12 @@
 """Stage 2: fine-tuning the ViT on the expression frames of Aff-Wild2 (paper §3.1, §4.1.1).
 
-The MAE's decoder is gone; fully connected layers take its place, and the whole ViT is trained. Afterwards
-it is the feature extractor of every task. `finetune.fold` says whose training videos it sees: those of the
-official split (0), or of a fold (1 to 4, splits.py; folds.py runs them all).
+The MAE's decoder is gone; fully connected layers take its place, and the whole ViT is trained
+(`scoring.ExprClassifier`). Afterwards it is the feature extractor of every task. `finetune.fold` says whose
+training videos it sees: those of the official split (0), or of a fold (1 to 4, labels.py).
 
     python train_finetune.py                                           # the demo
     torchrun --nproc_per_node=2 train_finetune.py --config my.yaml     # your copy of Aff-Wild2
-    python train_finetune.py --set run.name=scratch --set finetune.start=none     # without MAE, to compare
+    python train_finetune.py --set finetune.start=none                 # without MAE, to compare
 
 `--set finetune.start=mae_pretrain_vit_base.pth` starts from a ViT-B/16 of the reference MAE, for a
 configuration of that size. Writes to runs/<config>/finetune: best.pt (vit.* and head.* under the key
@@ -18,123 +18,86 @@ decoded; `gradient_norm` (before clipping), `lr` (the head's), `unreadable`, `se
 train_pretrain.py.
 """
 
-import math
-from functools import partial
-
 import torch
-from torch.nn.utils import clip_grads_with_norm_
 
-from checkpoints import load_vit, load_weights, read_checkpoint
-from config import from_command_line
-from data import ExprFrames
-from distributed import all_sum
-from features import build
-from frames import video_folders
-from images import normalise
-from labels import EXPR
+import pictures
+from data import Images, every_kth, expr_frames
+from engine.checkpoints import load_vit, load_weights, read_checkpoint
+from engine.config import from_command_line
+from engine.training import adamw, clip_gradient
+from images import normalise, video_folders
+from labels import EXPR, split
 from losses import expr_loss
-from made_of import find_input, settings_of
-from run import Run
-from splits import split
-from training import (adamw, augment, effective_batch, gradient_norm, in_pieces, pieces, seed_dropout,
-                      set_learning_rate, vit_bytes)
-from validation import batches_of, count_classes
-
-SOURCE = "finetune.start", "pretrain"        # where the input is looked for: a setting, a stage
+from pipeline import find_input, open_run, start
+from scoring import count_classes, expr_classifier
 
 
 def main(config, team):
     """Fine-tune, or go on with it, until runs/<config>/finetune is finished."""
-    # configuration
-    f, seed = config.finetune, config.run.seed
-    settings = settings_of(config, "synthetic", "vit", "finetune", "run.seed")
-    run = Run("finetune", config, team, settings, SOURCE)
+    f, seed, size, classes = config.finetune, config.run.seed, config.vit.image_size, len(EXPR.outputs)
+    run = open_run("finetune", config, team)
 
     # data
-    train, val = open_frames(config, team)
-    found = {"training": train.fingerprint(), "validation": val.fingerprint(),
-             "training videos": train.videos}
+    (videos, lines), files = video_folders(config.data.frames), split(config.data.labels, EXPR, f.fold)
+    (frames, labels, train_without), (val_frames, val_labels, val_without) = (
+        expr_frames(of_part, videos) for of_part in files)
+    found = {"training": frames.fingerprint(labels), "validation": val_frames.fingerprint(val_labels),
+             "training videos": frames.videos}
     if run.still_finished(found):
         return
-    team.say(f"  training: {train.summary()}\n  validation: {val.summary()}")
+    for name, part, without in (("training", frames, train_without), ("validation", val_frames, val_without)):
+        left_out = f"; left out, no frames: {', '.join(without)}" if without else ""
+        lines.append(f"  {name}: {len(part):,} labelled frames with a face image in {len(part.videos)} "
+                     f"videos{left_out}")
+    team.say("\n".join(lines))
+    train = Images(frames, size, [labels], seed, f.smallest_crop, order=every_kth(len(frames), f.every))
+    val = Images(val_frames, size, [val_labels], order=every_kth(len(val_frames), f.every))
 
     # model and optimiser
-    start, origin = find_input(config, team, *SOURCE, "last.pt", "train_pretrain.py")
+    path, origin = find_input(config, team, "finetune.start")
     torch.manual_seed(seed)
-    model = build(config)
-    if f.start == "none":
-        team.say("  the ViT starts from random weights, as asked")
-    else:
-        team.say(f"  the ViT starts from {start}; {load_vit(model.vit, start)}")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    bytes_each = vit_bytes(math.prod(model.vit.patch_embed.grid) + 1, config.vit.dim, config.vit.depth)
-    count = pieces(math.ceil(f.batch / team.world), bytes_each, parameters, team.device,
-                   config.run.largest_piece)
-    team.say(f"fine-tuning {parameters:,} parameters for {f.epochs} epochs of {len(train):,} frames; "
-             f"{effective_batch(f.batch, count, team)}")
-    ddp = team.parallel(model, config.run.compile)
-    optimizer = adamw(model, f.lr, f.betas, f.weight_decay, f.layer_decay)
-    run.begin(model, optimizer, train, f.batch, f.epochs, found, origin)
+    model = expr_classifier(config)
+    said = "random weights, as asked" if f.start == "none" else f"{path}; {load_vit(model.vit, path)}"
+    ddp = team.parallel(model)
+    optimizer = adamw(model, f)
+    run.begin(model, optimizer, train, f, found, origin, cut=True)
+    team.say(f"  the ViT starts from {said}\n"
+             f"fine-tuning {sum(weights.numel() for weights in model.parameters()):,} parameters for "
+             f"{f.epochs} epochs of {len(train):,} frames; {run.effective_batch()}")
 
     # loop
-    for epoch in range(run.epoch, f.epochs):
-        train.epoch = epoch
+    for epoch in run.epochs():
         model.train()
-        for step, (images, labels, problems) in run.batches():
-            set_learning_rate(optimizer, step, run.steps * f.epochs, f.warmup_epochs * run.steps, f.lr)
-            readable, unreadable = run.count_readable(images, problems)
-            seed_dropout(seed, epoch, run.step, team.rank)
+        for images, y in run.batches():
             optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=team.device)
-            for x, y in in_pieces(ddp, count, images, labels):
-                x, y = x.to(team.device, non_blocking=True), y.to(team.device, non_blocking=True)
+            for x, y in run.pieces(ddp, images, y):
                 with team.autocast():
-                    logits = ddp(normalise(x))
-                part = expr_loss(logits, y, y >= 0, max(readable, 1))    # its share of the whole batch's mean
+                    logits = ddp(normalise(x))                           # (B, 3, H, W) -> (B, 8)
+                part = expr_loss(logits, y, y >= 0, run.count)           # its share of the batch's mean
                 part.backward()
                 loss += part.detach()
-            loss = all_sum(loss)
-            norm = gradient_norm(model)
-            if f.clip:
-                clip_grads_with_norm_(model.parameters(), f.clip, norm)
+            norm = clip_gradient(model, f.clip)
             optimizer.step()
-            run.end_step(loss, norm, unreadable=unreadable)
-        batches = run.unless_stopped(batches_of(val, config, team))
-        sums, val_unreadable = count_classes(model.eval(), batches, len(EXPR.outputs), team)
-        run.obey_signals()
+            run.end_step(loss, norm)
+        sums, unreadable = count_classes(model.eval(), val, classes, config, team, run)
         f1 = EXPR.metric.score(sums).mean()
         run.keep_best(f1)
-        run.end_epoch(f"validation macro F1 of single frames {f1:.3f}", val_f1=f1,
-                      val_unreadable=val_unreadable)
+        run.end_epoch(f"validation macro F1 of single frames {f1:.3f}", val_f1=f1, val_unreadable=unreadable)
     run.end()
-    finish(run, model, train, val, config, team)
 
-
-def open_frames(config, team) -> tuple[ExprFrames, ExprFrames]:
-    """The training and the validation frames, every `finetune.every`-th of both."""
-    f, size = config.finetune, config.vit.image_size
-    videos, merged = video_folders(config.data.frames)
-    for line in merged:
-        team.say(line)
-    train_files, val_files = split(config.data.labels, EXPR, f.fold)
-    crop = partial(augment, size=(size, size), seed=config.run.seed, smallest_crop=f.smallest_crop)
-    return (ExprFrames(train_files, videos, size, f.every, crop),
-            ExprFrames(val_files, videos, size, f.every))
-
-
-def finish(run, model, train, val, config, team):
-    """Score the best epoch's weights on every validation frame."""
+    # finish: the best epoch's weights on every validation frame
     load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
-    val.every = 1
-    sums, unreadable = count_classes(model.eval(), batches_of(val, config, team), len(EXPR.outputs), team)
+    every_frame = Images(val_frames, size, [val_labels])
+    sums, unreadable = count_classes(model.eval(), every_frame, classes, config, team)
     f1, scored = EXPR.metric.score(sums), int(sums.sum())
+    if team.rank == 0:
+        pictures.curves(run.folder, {"loss": EXPR.zero_loss, "val_f1": EXPR.metric.chance(sums).mean()})
     run.finish({"val_macro_f1": f1.mean(), "val_f1": f1.tolist(), "val_frames": scored,
-                "val_unreadable": unreadable, "train_frames": len(train.rows)},
-               chance={"loss": EXPR.zero_loss, "val_f1": EXPR.metric.chance(sums).mean()})
+                "val_unreadable": unreadable, "train_frames": len(frames)})
     team.say(f"fine-tuning is finished: macro F1 {f1.mean():.3f} on {scored:,} single validation frames "
              f"({unreadable:,} more cannot be read), written to {run.folder}")
 
 
 if __name__ == "__main__":
-    import pipeline
-    pipeline.run("train_finetune", from_command_line(__doc__)[0])
+    start("finetune", main, from_command_line(__doc__)[0])

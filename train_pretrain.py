@@ -14,53 +14,19 @@ of the last step; `seconds`.
 """
 
 import dataclasses
-import math
 
 import numpy as np
 import torch
 
 import pictures
-from config import from_command_line
-from distributed import all_sum
-from faces import load_faces
-from images import FaceImages, normalise, random_crop, resize
+from data import Images
+from datasets.faces import joined, load_faces
+from engine.config import from_command_line
+from engine.distributed import all_sum
+from engine.training import adamw, clip_gradient, generator
+from images import normalise, resize
 from mae import MaskedAutoencoder
-from made_of import settings_of
-from run import Run
-from training import (adamw, effective_batch, generator, gradient_norm, in_pieces, pieces, set_learning_rate,
-                      vit_bytes)
-
-
-SETS = ("data.affectnet_2017", "data.affectnet_2021", "data.raf_db", "data.fer2013", "data.ferplus",
-        "data.folders", "data.affectnet_crop")
-
-
-class Faces(FaceImages):
-    """All face sets as one. Item: uint8 image (size, size, 3), randomly cropped, and its mask noise (N,)."""
-
-    def __init__(self, sets, size: int, tokens: int, seed: int, smallest_crop: float):
-        super().__init__(size, torch.zeros(0, tokens))
-        self.sets, self.tokens, self.epoch = sets, tokens, 0
-        self.seed, self.smallest_crop = seed, smallest_crop
-        self.ends = np.cumsum([len(face_set) for face_set in sets])    # where each set ends in one long list
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def find(self, i):
-        """Sample i as (its set, its number in the set)."""
-        which = int(np.searchsorted(self.ends, i, side="right"))
-        return self.sets[which], int(i - self.ends[which] + len(self.sets[which]))
-
-    def where(self, i) -> str:
-        face_set, number = self.find(i)
-        return face_set.where(number)
-
-    def item(self, i):
-        face_set, number = self.find(i)
-        rng = generator(self.seed, self.epoch, i)
-        image = random_crop(face_set.read(number), self.size, rng, self.smallest_crop)
-        return image, rng.random(self.tokens, dtype=np.float32)
+from pipeline import open_run, start
 
 
 def build(config) -> MaskedAutoencoder:
@@ -73,56 +39,44 @@ def build(config) -> MaskedAutoencoder:
 
 def main(config, team):
     """Pre-train, or go on with it, until runs/<config>/pretrain is finished."""
-    # configuration
     p, seed = config.pretrain, config.run.seed
-    settings = settings_of(config, *SETS, "synthetic", "vit", "pretrain", "run.seed")
-    run = Run("pretrain", config, team, settings)
+    run = open_run("pretrain", config, team)
 
     # data
     sets = load_faces(config.data)
-    found = {s.setting: s.fingerprint() for s in sets}
+    found = {face_set.setting: face_set.fingerprint() for face_set in sets}
     if run.still_finished(found):
         return
-    for s in sets:
-        left_out = "".join(f", {count:,} left out: {reason}" for reason, count in s.skipped.items() if count)
-        team.say(f"  {s.name:24s}{len(s):9,d} images{left_out}")
+    for face_set in sets:
+        left_out = "".join(f", {count:,} left out: {why}" for why, count in face_set.skipped.items() if count)
+        team.say(f"  {face_set.name:24s}{len(face_set):9,d} images{left_out}")
 
     # model and optimiser
     torch.manual_seed(seed)
     model = build(config)
-    tokens = math.prod(model.patch_embed.grid)
-    faces = Faces(sets, config.vit.image_size, tokens, seed, p.smallest_crop)
-    grey = sample(faces, 32).square().mean().item()      # the loss of a picture in ImageNet's mean colour
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    encoder_bytes = vit_bytes(model.visible + 1, config.vit.dim, config.vit.depth)      # sees visible patches
-    decoder_bytes = vit_bytes(tokens + 1, p.decoder_dim, p.decoder_depth)               # sees all patches
-    share = math.ceil(p.batch / team.world)
-    count = pieces(share, encoder_bytes + decoder_bytes, parameters, team.device, config.run.largest_piece)
-    team.say(f"MAE of {parameters:,} parameters on {len(faces):,} faces, {p.epochs} epochs; "
-             f"{effective_batch(p.batch, count, team)}")
-    ddp = team.parallel(model, config.run.compile)
-    optimizer = adamw(model, p.lr, p.betas, p.weight_decay)
-    run.begin(model, optimizer, faces, p.batch, p.epochs, found, origin=None)
+    N = model.pos_embed.shape[1] - 1                         # patches, of which the noise chooses the visible
+    faces = Images(joined(sets), config.vit.image_size, seed=seed, smallest=p.smallest_crop, noise=(N,))
+    grey = sample(faces, 32).square().mean().item()          # the loss of a picture in ImageNet's mean colour
+    ddp = team.parallel(model)
+    optimizer = adamw(model, p)
+    run.begin(model, optimizer, faces, p, found, cut=True)
+    team.say(f"MAE of {sum(weights.numel() for weights in model.parameters()):,} parameters on "
+             f"{len(faces):,} faces, {p.epochs} epochs; {run.effective_batch()}")
 
     # loop
-    for epoch in range(run.epoch, p.epochs):
-        faces.epoch = epoch
-        for step, (images, noise, problems) in run.batches():
-            set_learning_rate(optimizer, step, run.steps * p.epochs, p.warmup_epochs * run.steps, p.lr)
-            readable, unreadable = run.count_readable(images, problems)
+    for epoch in run.epochs():
+        for images, noise in run.batches():
             optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=team.device)
-            for x, u in in_pieces(ddp, count, images, noise):
-                x, u = x.to(team.device, non_blocking=True), u.to(team.device, non_blocking=True)
+            for x, u in run.pieces(ddp, images, noise):
                 with team.autocast():
                     mean, _, _ = ddp(normalise(x), u)
-                part = mean * len(x) / max(readable, 1)          # its share of the mean over the whole batch
+                part = all_sum(mean * len(x) / run.count)            # its share of the mean over the batch
                 part.backward()
                 loss += part.detach()
-            loss = all_sum(loss)
-            norm = gradient_norm(model)
+            norm = clip_gradient(model, p.clip)
             optimizer.step()
-            run.end_step(loss, norm, unreadable=unreadable)
+            run.end_step(loss, norm)
         if run.shown:
             draw_reconstruction(model, faces, team, run.folder / "reconstruction.png")
         run.end_epoch(f"(a plain grey picture: {grey:.4f})")
@@ -130,19 +84,19 @@ def main(config, team):
 
     # finish
     loss, unreadable = run.last_row("loss"), int(run.last_row("unreadable"))
-    run.finish({"images": len(faces), "epochs": p.epochs, "loss": loss, "unreadable": unreadable},
-               chance={"loss": grey})
+    if team.rank == 0:
+        pictures.curves(run.folder, {"loss": grey})
+    run.finish({"images": len(faces), "epochs": p.epochs, "loss": loss, "unreadable": unreadable})
     team.say(f"pre-training is finished: loss {loss:.4f}, {unreadable} unreadable images in the last epoch; "
              f"see {run.folder}/reconstruction.png")
 
 
-def sample(faces, count: int) -> torch.Tensor:
+def sample(faces: Images, count: int) -> torch.Tensor:
     """At most `count` readable faces, spread over all sets, whole and normalised: (B, 3, H, W)."""
     shown = []
     for i in np.linspace(0, len(faces) - 1, 4 * count).astype(int):     # more, as some may be unreadable
-        face_set, number = faces.find(i)
         try:
-            shown.append(resize(face_set.read(number), faces.size))
+            shown.append(resize(faces.files.read(i), faces.size))
         except ValueError:
             continue
     chosen = np.linspace(0, len(shown) - 1, min(count, len(shown))).astype(int)
@@ -151,12 +105,12 @@ def sample(faces, count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw_reconstruction(model, faces, team, path, count: int = 8):
+def draw_reconstruction(model, faces: Images, team, path, count: int = 8):
     """original | masked | reconstruction of a few faces. Rank 0 only."""
     images = sample(faces, count) if team.rank == 0 else []
     if not len(images):
         return
-    noise = torch.from_numpy(generator(0).random((len(images), faces.tokens), dtype=np.float32))
+    noise = torch.from_numpy(generator(0).random((len(images), *faces.noise), dtype=np.float32))
     images, noise = images.to(team.device), noise.to(team.device)
     model.eval()
     _, pred, mask = model(images, noise)
@@ -165,5 +119,4 @@ def draw_reconstruction(model, faces, team, path, count: int = 8):
 
 
 if __name__ == "__main__":
-    import pipeline
-    pipeline.run("train_pretrain", from_command_line(__doc__)[0])
+    start("pretrain", main, from_command_line(__doc__)[0])

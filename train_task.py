@@ -4,9 +4,9 @@
     python train_task.py --task va
     torchrun --nproc_per_node=2 train_task.py --task expr --config my.yaml --set task.fold=1
 
-Writes to runs/<config>/task_<task> (task_<task>_fold<k> for a fold): best.pt (of the epoch with the best
-validation score) and last.pt with the weights under the key `model`, log.csv, scores.txt, metrics.json,
-curves.png, timeline.png.
+Writes to runs/<config>/task_<task>: best.pt (of the epoch with the best validation score) and last.pt with
+the weights under the key `model`, log.csv, predictions.npz (of the validation videos), scores.txt,
+metrics.json, curves.png, timeline.png.
 
 log.csv, one row per epoch: `loss` mean over the steps (VA: 2 minus both CCC; Expr, AU: cross-entropy per
 valid label); `score` of whole validation videos, or held-out ones (mean CCC, macro F1, mean F1);
@@ -18,88 +18,86 @@ memory.
 
 import dataclasses
 
+import numpy as np
 import torch
 
 import losses
-from checkpoints import write_text
-from config import from_command_line
-from labels import TASKS
-from made_of import input_there, settings_of
-from reports import data_text, draw_timeline, numbers, report, stored_scores, to_score
-from run import Run
-from scoring import (FEATURES, HELD_OUT, find_features, load, score, shared_out, stage_of, sums_of,
-                     write_sums)
-from segments import SegmentData, fingerprint, open_videos
-from splits import hold_out, split
+import pictures
+from data import SegmentData, fingerprint, open_videos, some_faces
+from images import find_videos
+from engine.checkpoints import write_text
+from engine.config import from_command_line
+from engine.training import clip_gradient, fused
+from labels import TASKS, hold_out, in_units, split, targets
+from metrics import numbers
+from pipeline import finished, folder, open_run, start
+from scoring import (HELD_OUT, find_features, load, predict_videos, reasons, report, shared_out, sums_of,
+                     to_score, write_predictions)
 from temporal import SegmentModel
-from training import effective_batch, fused, gradient_norm, seed_dropout, set_learning_rate
 
 
 def main(config, team, task):
     """Train on a labels.Task, or go on with it, until its run folder is finished; print its scores."""
-    # configuration
     t, s, seed, epochs = config.task, config.segments, config.run.seed, config.task.epochs or task.epochs
-    settings = settings_of(config, "synthetic", "segments", "temporal", "task", "run.seed")
-    run = Run(stage_of(config, task), config, team, settings, FEATURES)
-    if run.finished and not team.agree(input_there(config, *FEATURES)):
-        return team.say(f"{run.folder} is finished; its features are gone\n\n{stored_scores(run.folder)}")
+    run = open_run("task", config, team, task)
+    there = config.task.features or finished(folder("features", config))
+    if run.finished and not team.agree(there):
+        return team.say(f"{run.folder} is finished; its features are gone\n\n{stored(run)}")
 
     # data
     features, origin = find_features(config, team)
     train_files, val_files = split(config.data.labels, task, t.fold)
     train_files, held_out_files = hold_out(train_files, t.held_out)
-    videos, train_left_out, dim = open_videos(train_files, features, task)
+    videos, left_out, dim = open_videos(train_files, features, task)
     val_videos, val_left_out, _ = open_videos(val_files, features, task)
-    held_out, chosen_by = [], "validation"
-    if held_out_files:
-        held_out, left_out, _ = open_videos(held_out_files, features, task)
-        train_left_out, chosen_by = train_left_out | left_out, "held-out"
+    held_out = open_videos(held_out_files, features, task)[0] if held_out_files else []
     choose_on = held_out or val_videos                       # the best epoch is the one that is best on these
     found = {"training": fingerprint(videos), "validation": fingerprint(val_videos),
              "training videos": [video.name for video in videos]}
     if held_out:
         found |= {"held-out": fingerprint(held_out), HELD_OUT: [video.name for video in held_out]}
     if run.still_finished(found):
-        return team.say(f"\n{stored_scores(run.folder)}")
+        return team.say(f"\n{stored(run)}")
     scored = to_score(val_videos, val_left_out, [*videos, *held_out], task, origin, config)
-    team.say(data_text(videos, train_left_out, scored))
-    if held_out:
-        team.say(f"  held out, to choose the epoch: {len(held_out)} training videos")
+    for name, part, without in (("training", videos, left_out), ("validation", val_videos, val_left_out),
+                                ("held out, to choose the epoch", held_out, {})):
+        if part:
+            team.say(f"  {name}: {len(part)} videos, {sum(len(video.labels) for video in part):,} frames"
+                     + (f"; left out: {reasons(without)}" if without else ""))
+    if scored.seen_text():
+        team.say(f"  warning: {scored.seen_text()}")
 
     # model and optimiser
     torch.manual_seed(seed)
     train = SegmentData(videos, task, s.window, s.stride)
     model = SegmentModel(dim, len(task.outputs), **dataclasses.asdict(config.temporal))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    ddp = team.parallel(model, config.run.compile)
+    ddp = team.parallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, weight_decay=t.weight_decay,
                                   fused=fused(model))
-    run.begin(model, optimizer, train, t.batch, epochs, found, origin, unit="segments")
-    team.say(f"{task.name}: {parameters:,} parameters, {len(train):,} segments, "
-             f"{epochs} epochs of {run.steps} steps; {effective_batch(t.batch, 1, team)}")
+    run.begin(model, optimizer, train, t, found, origin, epochs, unit="segments")
+    team.say(f"{task.name}: {sum(weights.numel() for weights in model.parameters()):,} parameters, "
+             f"{len(train):,} segments, {epochs} epochs of {run.steps} steps; {run.effective_batch()}")
 
     # loop
     loss_of = getattr(losses, task.loss)
-    for epoch in range(run.epoch, epochs):
+    for epoch in run.epochs():
         model.train()
-        for step, batch in run.batches():
-            x, target, valid, real = [part.to(team.device, non_blocking=True) for part in batch]
-            set_learning_rate(optimizer, step, run.steps * epochs, t.warmup_epochs * run.steps, t.lr)
-            seed_dropout(seed, epoch, run.step, team.rank)
+        for batch in run.batches():
+            x, target, valid, real = run.on_device(batch)
             optimizer.zero_grad(set_to_none=True)
             with team.autocast():
                 outputs = ddp(x.float(), real)                         # (B, w, D) -> (B, w, K)
             loss = loss_of(outputs, target, valid)                     # of the whole batch, on every process
             loss.backward()
-            norm = gradient_norm(model)
+            norm = clip_gradient(model, 0)
             optimizer.step()
             run.end_step(loss, norm)
-        mine = run.unless_stopped(shared_out(choose_on, team))
-        sums = score(model, mine, choose_on, task, s.window, s.stride, t.batch, team)
+        mine = predict_videos(model, run.unless_stopped(shared_out(choose_on, team)), s, t.batch, team)
         run.obey_signals()
+        sums = sums_of(mine, choose_on, task, team)
         mean = task.metric.score(sums.sum(axis=0)).mean()             # (videos, ...) -> (...) -> (K,)
         run.keep_best(mean)
-        run.end_epoch(f"{chosen_by} {task.metric.name} {mean:.3f}", score=mean)
+        run.end_epoch(f"{'held-out' if held_out else 'validation'} {task.metric.name} {mean:.3f}", score=mean)
     run.end()
     finish(run, task, scored, config, team)
 
@@ -107,20 +105,45 @@ def main(config, team, task):
 def finish(run, task, scored, config, team):
     """Score the best epoch's weights on the validation videos, tell the score, and draw the pictures."""
     best, videos = run.folder / "best.pt", scored.videos
-    trained = load(best, config, task, team)
-    sums = sums_of(trained, videos)
-    write_sums(run.folder, videos, sums, team)
-    text, metrics = report(task, sums, scored, best, config.task.fold), numbers(task, sums, scored)
+    model = load(best, config, task, team).model
+    mine = predict_videos(model, shared_out(videos, team), config.segments, config.task.batch, team)
+    sums = sums_of(mine, videos, task, team)
+    outputs = {name: of_video for part in team.gather(mine) for name, of_video in part.items()}
+    text, metrics = report(task, sums, scored, best, config.task.fold), numbers(task, sums)
+    metrics |= {"validation_videos": len(videos), "seen_videos": int((~scored.unseen).sum()),
+                "left_out": scored.left_out, "data": scored.data, "comparable": scored.comparable,
+                "videos": [video.name for video in videos], "video_sums": sums.tolist()}
     team.say(f"\n{text}")
     if team.rank == 0:
         write_text(run.folder / "scores.txt", f"{text}\n")
-        draw_timeline(trained.model, videos, task, config, team, run.folder / "timeline.png")
-    run.finish(metrics, chance={"loss": task.zero_loss, "score": metrics["chance"]})
+        write_predictions(run.folder / "predictions.npz", outputs)
+        pictures.curves(run.folder, {"loss": task.zero_loss, "score": metrics["chance"]})
+        draw_timeline(outputs, videos, task, config, run.folder / "timeline.png")
+    run.finish(metrics)
     team.say(f"pictures: {run.folder}/curves.png, {run.folder}/timeline.png")
 
 
+def stored(run) -> str:
+    """The scores of a finished task."""
+    return (run.folder / "scores.txt").read_text()
+
+
+def draw_timeline(outputs, videos, task, config, path, longest: int = 600):
+    """The validation video with most labels, at most its first `longest` frames."""
+    video = max(videos, key=lambda video: targets(video.labels[:longest], task)[1].sum())
+    target, valid = targets(video.labels[:longest], task)
+    T, faces = len(target), []
+    try:
+        shown = np.linspace(1, T, min(40, T)).astype(int)
+        faces = some_faces(find_videos(config.data.frames)[video.name], shown, 112)
+    except (ValueError, KeyError, OSError):
+        pass            # features are enough to score; where the frames lie elsewhere, the picture lacks them
+    picture = pictures.draw_video(video.name, {task.name: in_units(outputs[video.name][:T], task)},
+                                  {task.name: np.where(valid, target, np.nan)}, faces)
+    pictures.save(picture, path)
+
+
 if __name__ == "__main__":
-    import pipeline
     config, options = from_command_line(__doc__, task={"choices": list(TASKS), "required": True,
                                                        "help": "which labels to train on"})
-    pipeline.run("train_task", config, TASKS[options.task])
+    start("task", main, config, TASKS[options.task])

@@ -1,9 +1,7 @@
-"""The Vision Transformer that sees one face: patches -> tokens -> attention blocks -> one feature vector
-(paper §3.1).
+"""The Vision Transformer that sees one face (paper §3.1): patches -> tokens -> blocks -> one feature vector.
 
 Smallest part first: attention, MLP, block, patches, positions, model. Parameter names are those of the
-reference MAE and of timm, so that their public ViT checkpoints load by name. Read this file, then `mae.py`,
-which pre-trains it.
+reference MAE and of timm, so that their public ViT checkpoints load by name. Read `mae.py` next.
 
     python vit.py          # the parameter table of ViT-B/16 and the attention of one random image
 
@@ -16,11 +14,6 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-
-def pair(size) -> tuple[int, int]:
-    """224 -> (224, 224); (height, width) stays as it is."""
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def attention(q, k, v):
@@ -38,7 +31,8 @@ class Attention(nn.Module):
     """Multi-head self-attention. Each token's query q is compared with the key k of every token; the result
     is a mixture of their values v.
 
-    Shape: (B, N, D) -> (B, N, D). `valid` (B, N), True where a token is real: padding is never attended to.
+    Shape: (B, N, D) -> (B, N, D). `valid` and `dropout` are for temporal.py, where the tokens are frames:
+    valid (B, N) is True for real ones, and padding is never attended to. Images have no padding.
     Raises ValueError if heads do not divide D.
     """
 
@@ -61,7 +55,7 @@ class Attention(nn.Module):
         q, k, v = self.split(x)
         mask = None if valid is None else valid[:, None, None, :]         # (B, N) -> (B, 1, 1, N)
         dropout = dropout if self.training else 0.0
-        # A process may have an empty share of the last batch, which flash attention refuses.
+        # `if B`: a process's share of the last batch may be empty, which flash attention refuses.
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout) if B else v
         return self.proj(x.transpose(1, 2).reshape(B, N, D))              # (B, H, N, d) -> (B, N, D)
 
@@ -95,8 +89,7 @@ def drop_path(branch, rate: float):
 class Block(nn.Module):
     """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    Shape: (B, N, D) -> (B, N, D). In training, each of the two branches is left out with probability
-    `rate` (`drop_path`).
+    Shape: (B, N, D) -> (B, N, D). In training, `drop_path` leaves each branch out with probability `rate`.
     """
 
     def __init__(self, dim: int, heads: int, rate: float = 0.0):
@@ -140,19 +133,18 @@ class PatchEmbed(nn.Module):
 def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
     """Fixed 2-D sine-cosine position embeddings with a zero row for the cls token. Shape: (1, 1 + N, D).
 
-    The first half of the channels encodes the column and the second half the row (the reference MAE's order),
-    each as [sin(p ω), cos(p ω)] with ω_i = 10000^(-i / (D/4)), i = 0 … D/4 - 1.
+    The first half of the D numbers encodes the column, the second half the row (the reference MAE's order),
+    each place as [sin(place · ω), cos(place · ω)] with ω_i = 10000^(-i / (D/4)), i = 0 … D/4 - 1.
     Raises ValueError if D is not divisible by 4.
     """
     if dim % 4:
         raise ValueError(f"dim={dim} is not divisible by 4 (sine and cosine of row and column); "
                          f"try {dim + 4 - dim % 4}")
-    # rows and columns: the place of each patch, both (h, w)
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")    # (h, w)
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))    # (D/4,)
     quarters = []
-    for position in (columns, rows):
-        angle = position.flatten()[:, None] * omega                   # (h, w) -> (N, 1) -> (N, D/4)
+    for place in (columns, rows):
+        angle = place.flatten()[:, None] * omega                      # (h, w) -> (N, 1) -> (N, D/4)
         quarters += [angle.sin(), angle.cos()]
     patches = torch.cat(quarters, dim=1)                              # four of (N, D/4) -> (N, D)
     return torch.cat([torch.zeros(1, dim), patches]).float()[None]    # (N, D) -> (1 + N, D) -> (1, 1 + N, D)
@@ -165,20 +157,8 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-def keep_some(x, noise, count: int):
-    """The `count` tokens with the smallest noise: how the MAE and masked CoTEX hide patches (cotex.py).
-
-    Shape: x (B, N, D), noise (B, N) -> kept (B, count, D), order (B, N): all tokens by their noise. So the
-    kept ones are shuffled, which changes nothing for the encoder: each of them carries its position.
-    """
-    order = noise.argsort(dim=1)
-    index = order[:, :count, None].expand(-1, -1, x.shape[-1])        # (B, N) -> (B, count, D)
-    return x.gather(1, index), order                                  # (B, N, D) -> (B, count, D)
-
-
 class VisionTransformer(nn.Module):
-    """The ViT, by default the paper's: ViT-Base with patches of 16 x 16 (§3.1). The paper does not give the
-    image size; 224 is assumed, the original MAE's.
+    """The ViT, by default the paper's ViT-B/16 (§3.1). Image size 224 is the MAE's; the paper gives none.
 
     forward: images (B, C, height, width) -> tokens (B, 1 + N, D), the cls token first.
     features: images -> (B, D), one vector per face, 768 numbers by default: the mean of the patch tokens, or
@@ -193,7 +173,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path={drop_path}: expected 0 or more, and below 1; try drop_path=0.1")
-        self.patch_embed = PatchEmbed(pair(image_size), patch, channels, dim)
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.patch_embed = PatchEmbed(size, patch, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         # A parameter and not a buffer because that is what public checkpoints hold; it is never trained.
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.patch_embed.grid), requires_grad=False)
@@ -233,19 +214,17 @@ if __name__ == "__main__":
     model = VisionTransformer()
     for name, part in model.named_children():
         print(f"{name:12s}{sum(p.numel() for p in part.parameters()):12,d} parameters")
-    total = sum(p.numel() for p in model.parameters())
-    print(f"{'in all':12s}{total:12,d} parameters, cls token and positions included")
+    print(f"{'in all':12s}{sum(p.numel() for p in model.parameters()):12,d} parameters, "
+          "cls token and positions included")
     image = torch.randn(1, 3, 224, 224)
-    tokens = model(image)
-    print(f"one 224 x 224 image becomes {tuple(tokens.shape)}: "
+    print(f"one 224 x 224 image becomes {tuple(model(image).shape)}: "
           "1 cls token and 14 x 14 patch tokens of 768 numbers")
 
     x = torch.cat([model.cls_token + model.pos_embed[:, :1], model.embed(image)], dim=1)   # as in `encode`
     block = model.blocks[0]
     q, k, v = block.attn.split(block.norm1(x))               # three of (1, H, 1 + N, d)
     weights = attention(q, k, torch.eye(197))                # (1, H, 1 + N, 1 + N): weights @ I = weights
-    grid = weights[0, 0, 0, 1:].reshape(14, 14)              # head 0, cls to each patch: (N,) -> (14, 14)
     print("\nattention of its cls token to the 14 x 14 patches in head 0 of block 0, before any training")
     print("(1.0 = what each token would get if all 197 got the same)")
-    for row in 197 * grid:
+    for row in 197 * weights[0, 0, 0, 1:].reshape(14, 14):   # cls to each patch: (N,) -> (14, 14)
         print("".join(f"{weight:5.1f}" for weight in row))

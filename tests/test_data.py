@@ -1,283 +1,305 @@
-"""Aff-Wild2 as it lies on disk: label files, and frames with their labels. The folders of the videos, and the
-folds, have files of their own."""
+"""data.py: frames on disk, batches of images, feature files, segments."""
 
+import json
+import os
 import pickle
-import runpy
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
-import data
-from data import ExprFrames, VideoFrames, describe
-from frames import find_videos
-from distributed import Team
-from labels import AU, EXPR, TASKS, VA, has_labels, label_files
-from training import Batches
-
-ALONE = Team(0, 1, torch.device("cpu"))
-NAMES = ["1-30-1280x720", "136", "28-30-1280x720-2_left", "28-30-1280x720-2_right", "28-30-1280x720-2",
-         "video86_3", "clip.v2.final"]
+from data import (Images, SegmentData, Video, VideoFrames, describe, every_kth, expr_frames, fingerprint,
+                  noface_path, open_videos, read_features, segments, some_faces)
+from engine.training import generator, loader
+from images import frame_number, list_frames, random_crop, resize, video_folders
+from labels import AU, EXPR, TASKS, VA
+from processes import ALONE
 
 
-def label_file(path, task, *rows):
+def draw(folder, numbers, size: int = 8):
+    """Grey frames, as bright as their number says."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        Image.new("RGB", (size, size), (10 * number,) * 3).save(Path(folder) / f"{number:05d}.jpg")
+
+
+def label_file(root, task, split, video, rows) -> Path:
+    path = Path(root) / task.folders[0] / split / f"{video}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([",".join(task.outputs), *map(str, rows), ""]))
+    path.write_text("\n".join([",".join(task.outputs), *rows, ""]))
     return path
 
 
-def frame(folder, number, grey=0, size=(8, 8)):
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (grey, grey, grey)).save(folder / f"{number:05d}.jpg")
+# ---- Frames on disk
+
+@pytest.mark.parametrize("name, number", [
+    ("1.PNG", 1), ("0000123.jpeg", 123), ("9999999.bmp", 9999999), ("00000.jpg", 0), ("a1.jpg", 0),
+    ("1.txt", 0), ("1.jpg.tmp", 0), ("12345678.jpg", 0), ("1a.jpg", 0), ("1xjpg", 0), ("١٢.jpg", 0)])
+def test_a_frame_is_named_by_its_number(name, number):
+    assert frame_number(name) == number
 
 
-# ---- Label files
-
-@pytest.mark.parametrize("folder", ["EXPR_Classification_Challenge", "EXPR_Recognition_Challenge"])
-def test_both_spellings_of_the_expr_folder_are_read_with_names_whole(tmp_path, folder):
-    for name in NAMES:
-        label_file(tmp_path / folder / "Train_Set" / f"{name}.txt", EXPR, 0)
-    label_file(tmp_path / folder / "Validation_Set/v.txt", EXPR, 0)
-    (tmp_path / folder / "Train_Set/notes.md").write_text("not a label file")
-    (tmp_path / folder / "Train_Set/._136.txt").write_text("what a Mac leaves behind")
-    files = label_files(tmp_path, EXPR)
-    assert list(files["Train_Set"]) == sorted(NAMES) and list(files["Validation_Set"]) == ["v"]
-    assert all(file.name == f"{name}.txt" for name, file in files["Train_Set"].items())
-    assert [has_labels(tmp_path, task) for task in (VA, EXPR, AU)] == [False, True, False]
+def test_frames_of_any_name_are_listed_by_number_and_what_lies_beside_is_counted_by_kind(tmp_path):
+    for name in ("00003.jpg", "00001.jpg", "7.png", ".DS_Store", "00000.jpg", "notes.txt", "raw"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    numbers, files, beside = list_frames(tmp_path)
+    assert numbers.tolist() == [1, 3, 7] and files.others == {7: "7.png"}
+    assert [os.path.basename(files.path(n)) for n in numbers] == ["00001.jpg", "00003.jpg", "7.png"]
+    assert beside == dict.fromkeys(["hidden", "with number 0", ".txt", "without extension", "folders"], 1)
+    (tmp_path / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="00001.jpg and 1.png are both frame 1; remove one"):
+        list_frames(tmp_path)
 
 
-def test_two_expr_folders_are_refused_because_one_of_them_would_be_ignored(tmp_path):
-    for folder in EXPR.folders:
+def test_folders_of_folders_are_entered_and_the_first_root_with_frames_of_a_video_is_taken(tmp_path):
+    for folder in ("a/cropped/x", "a/y", "a/y/masks", "a/1/2/3/deep", "a/1/2/3/4/too_deep", "a/new/twice",
+                   "b/x", "b/z", "b"):
+        draw(tmp_path / folder, [1])
+    for folder in ("a/z", "a/.hidden", "a/cropped/twice", "a/new/x", "a/loop"):
         (tmp_path / folder).mkdir()
-    message = "both .*EXPR_Classification_Challenge and .*EXPR_Recognition_Challenge exist; keep one"
+    (tmp_path / "a/loop/circle").symlink_to(tmp_path / "a/loop")
+    videos, lines = video_folders([tmp_path / "a", tmp_path / "b"])
+    assert {name: str(path.relative_to(tmp_path)) for name, path in videos.items()} == {
+        "4": "a/1/2/3/4", "circle": "a/loop/circle/circle/circle", "deep": "a/1/2/3/deep",
+        "twice": "a/new/twice", "x": "a/cropped/x", "y": "a/y", "z": "b/z"}
+    assert [line.replace(str(tmp_path), "") for line in lines] == [
+        "  frames that lie in /b itself, not in a folder of their video, are not read",
+        "  1 videos of /b are in an earlier folder of data.frames too, and taken from there"]
+
+
+@pytest.mark.parametrize("make, roots, message", [
+    (lambda root: None, ["nowhere"], "nowhere is no folder; expected one that holds a folder"),
+    (lambda root: (root / "a").mkdir(), ["a"], "no video folders in"),
+    (lambda root: [draw(root / f"a/{part}/x", [1]) for part in "pq"], ["a"],
+     "p/x and .*q/x are frames of one video"),
+], ids=["missing", "empty", "twice"])
+def test_roots_that_cannot_be_right_are_refused(tmp_path, make, roots, message):
+    make(tmp_path)
     with pytest.raises(ValueError, match=message):
-        label_files(tmp_path, EXPR)
+        video_folders([tmp_path / root for root in roots])
 
 
-# ---- Single frames
+# ---- Frames with labels
 
-def expr_videos(root, labels, images):
-    """labels {video: codes}, images {video: numbers} -> what ExprFrames takes. Frame n of each video has grey
-    level 10 n."""
-    files = {video: label_file(root / "labels" / f"{video}.txt", EXPR, *codes)
-             for video, codes in labels.items()}
-    for video, numbers in images.items():
-        for n in numbers:
-            frame(root / "frames" / video, n, 10 * n)
-    return files, find_videos([root / "frames"])
-
-
-def test_only_frames_with_label_and_image_are_taken(tmp_path):
-    labels = {"a_left": [3, -1, 0, 7], "b": [1, 2], "ghost": [5]}
-    images = {"a_left": [1, 2, 4, 5, 6], "b": [2], "unlabelled": [1]}
-    frames = ExprFrames(*expr_videos(tmp_path, labels, images), size=8)
-    # of a_left, 2 is invalid, 3 has no image, 5 and 6 lie past the last label; of b, 1 has no image
-    found = [("/".join(frames.where(i).split("/")[-2:]), frames[i][1]) for i in range(len(frames))]
-    assert found == [("a_left/00001.jpg", 3), ("a_left/00004.jpg", 7), ("b/00002.jpg", 2)]
-    assert frames.without_frames == ["ghost"]
-    assert [frames[i][0].mean().round() for i in range(3)] == [10, 40, 20] and frames[0][0].shape == (8, 8, 3)
+def test_only_frames_with_a_label_and_an_image_are_fine_tuned_on(tmp_path):
+    draw(tmp_path / "frames/a", [2, 3, 4, 6])                              # 6 is past the labels
+    draw(tmp_path / "frames/b", [1])
+    rows = {"a": ["0", "1", "-1", "3", "4"], "b": ["7"], "c": ["2"]}
+    files = {video: label_file(tmp_path, EXPR, "Train_Set", video, rows[video]) for video in rows}
+    frames, classes, without = expr_frames(files, video_folders([tmp_path / "frames"])[0])
+    assert [frames.where(i)[-11:] for i in range(3)] == ["a/00002.jpg", "a/00004.jpg", "b/00001.jpg"]
+    assert classes.tolist() == [1, 3, 7] and without == ["c"] and frames.videos == ["a", "b"]
+    with pytest.raises(ValueError, match="1 label files, 1 of them without frames; check data.labels"):
+        expr_frames({"c": files["c"]}, {})
 
 
-def test_frames_of_any_name_are_read_and_their_names_take_no_memory(tmp_path):
-    """Three videos of 400 frames each: 00001.jpg, 1.PNG, and both."""
-    names = {"a": [f"{n:05d}.jpg" for n in range(1, 401)], "b": [f"{n}.PNG" for n in range(1, 401)]}
-    names["c"] = [*names["a"][:200], *names["b"][200:]]
+def test_the_fingerprint_tells_other_labels_other_frames_and_other_images(tmp_path):
+    def found(numbers=(1, 2), classes=(0, 1), size=8, video="a"):
+        draw(tmp_path / f"{numbers}{size}" / video, numbers, size)
+        return VideoFrames(tmp_path / f"{numbers}{size}" / video).fingerprint(np.array(classes))
+    assert len({found(), found((1, 3)), found(classes=(0, 2)), found(size=20), found(video="b")}) == 5
+
+
+@pytest.mark.parametrize("n, k", [(12, 1), (12, 4), (3, 5), (1, 1), (11, 3), (13, 5)])
+def test_every_frame_is_taken_in_some_epoch_and_about_one_in_k_in_each(n, k):
+    order = every_kth(n, k)
+    taken = [order(epoch) for epoch in range(k)]
+    assert all(len(rows) == -(-n // k) and len(set(rows.tolist())) == len(rows) for rows in taken)
+    assert set(np.concatenate(taken).tolist()) == set(range(n))
+
+
+# ---- Batches of images
+
+class Pixels:
+    """Six images in memory; some cannot be read."""
+    def __init__(self, broken=()):
+        self.broken = broken
+
+    def __len__(self):
+        return 6
+
+    def read(self, i):
+        if i in self.broken:
+            raise ValueError(f"image {i}: not a readable image")
+        return Image.fromarray(np.random.default_rng(i).integers(0, 255, (9, 12, 3), dtype=np.uint8))
+
+
+COLUMNS = [np.arange(6, dtype=np.int8) * 2, np.arange(12, dtype=np.float32).reshape(6, 2)]
+
+
+def test_without_a_seed_an_item_is_the_whole_image_its_columns_and_zeros_and_a_batch_may_be_empty():
+    images = Images(Pixels(), 8, COLUMNS, noise=(2, 3))
+    pixels, a, b, noise = full = images.collate([images[4], images[1]])
+    assert torch.equal(pixels[1], torch.from_numpy(resize(Pixels().read(1), (8, 8)).copy()))
+    assert a.tolist() == [8, 2] and a.dtype == torch.long and b.tolist() == [[8, 9], [2, 3]]
+    assert noise.shape == (2, 2, 3) and not noise.any()
+    for items in ([], [None]):                                              # no share; nothing readable
+        of = [(len(part), part.shape[1:], part.dtype) for part in images.collate(items)]
+        assert of == [(0, part.shape[1:], part.dtype) for part in full]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_with_a_seed_crop_and_noise_are_functions_of_seed_epoch_and_sample(seed):
+    images = Images(Pixels(), 8, seed=seed, smallest=0.5, noise=(4,), order=lambda epoch: np.arange(6)[::-1])
+    images.epoch = 3
+    pixels, noise = images[2]                                               # row 3
+    rng = generator(seed, 3, 2)
+    assert np.array_equal(pixels, random_crop(Pixels().read(3), (8, 8), rng, 0.5))
+    assert np.array_equal(noise, rng.random(4, dtype=np.float32))
+    images.epoch = 4
+    assert not np.array_equal(images[2][1], noise)
+    assert np.array_equal(pickle.loads(pickle.dumps(images))[2][1], images[2][1])       # as a spawned worker
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_read_is_left_out_and_said_in_the_first_epoch(workers, capfd):
+    images = Images(Pixels(broken=(1, 2)), 8, COLUMNS, seed=0)
+    for epoch in (0, 1):
+        images.epoch = epoch
+        found = [batch[1].tolist() for batch in loader(images, [[0, 1, 5], [2], []], workers, ALONE)]
+        assert found == [[0, 10], [], []]
+    assert capfd.readouterr().out.count("left out: image 1: not a readable image") == 1
+
+
+def test_some_faces_are_those_that_are_there_and_readable(tmp_path):
+    draw(tmp_path / "v", [1, 3, 5])
+    (tmp_path / "v/00003.jpg").write_bytes(b"no image")
+    (first, _), (last, face) = some_faces(tmp_path / "v", [1, 2, 3, 5, 9], 4)
+    assert (first, last) == (1, 5) and face.shape == (4, 4, 3) and abs(int(face.mean()) - 50) < 3
+
+
+# ---- Feature files
+
+@pytest.mark.parametrize("content, message", [
+    (b"\x93NUMPY\x01\x00\x10\x00{[(" + b" " * 13, "not a plain feature array"),
+    (np.arange(6), "int64 .6,.*expected .frames, D."), (np.zeros(5, np.float16), "float16 .5,."),
+    (np.zeros((2, 3), ">f4"), "not a plain feature array"),
+    (np.full((4, 2), -np.inf, np.float16), "NaN or infinity in frames 1 to 4"),
+], ids=["broken header", "integers", "one dimension", "other byte order", "infinity"])
+def test_a_feature_file_that_is_none_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "v.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content)
+    with pytest.raises(ValueError, match=f"v.npy: .*{message}.*extract_features.py again"):
+        read_features(path)
+    with pytest.raises(OSError):
+        read_features(tmp_path / "gone.npy")
+
+
+def extracted(tmp_path, lengths: dict):
+    """Features and label files of some videos. -> {video: label file}"""
     files = {}
-    for video in names:
-        files[video] = label_file(tmp_path / f"labels/{video}.txt", EXPR, *[4] * 400)
-        (tmp_path / "frames" / video).mkdir(parents=True)
-        for name in names[video]:
-            (tmp_path / "frames" / video / name).touch()
-    frames = ExprFrames(files, find_videos([tmp_path / "frames"]), size=8)
-    paths = [f"{tmp_path}/frames/{video}/{name}" for video in names for name in names[video]]
-    assert [frames.where(i) for i in range(1200)] == paths
-    assert [len(pickle.dumps(part)) < 300 for part in frames.folders] == [True, True, False]
-    assert pickle.loads(pickle.dumps(frames)).where(1199) == paths[1199]     # as a spawned process gets them
-    video = VideoFrames(tmp_path / "frames/c", size=8)
-    assert [video.where(i) for i in range(400)] == paths[800:] and video.numbers[-1] == 400
+    for video, (labels, frames) in lengths.items():
+        files[video] = label_file(tmp_path, VA, "Train_Set", video, ["0.5,-0.5"] * labels)
+        if frames:
+            features = np.random.default_rng(0).random((frames, 3)).astype(np.float16)
+            np.save(tmp_path / f"{video}.npy", features)
+            np.save(noface_path(tmp_path / f"{video}.npy"), np.zeros(frames, bool))
+    return files
 
 
-@pytest.mark.parametrize("count, every", [(12, 1), (12, 4), (3, 5), (1, 1), (11, 3), (13, 5)])
-def test_every_frame_is_taken_in_some_epoch_and_none_twice_in_one(tmp_path, count, every):
-    files = expr_videos(tmp_path, {"a": [0] * count}, {"a": range(1, count + 1)})
-    frames = ExprFrames(*files, size=8, every=every)
-    seen = set()
-    for frames.epoch in range(every):
-        epoch = [frames.where(i) for i in range(len(frames))]
-        assert len(set(epoch)) == len(epoch) <= -(-count // every)
-        seen |= set(epoch)
-    assert len(seen) == count
+def test_videos_are_opened_with_their_labels_and_those_left_out_are_told_with_a_reason(tmp_path):
+    files = extracted(tmp_path, {"表情.v2": (4, 6), "b": (3, 3), "c": (0, 2), "d": (2, 0)})
+    videos, left_out, dim = open_videos(files, tmp_path, VA)
+    assert [(video.name, len(video.labels)) for video in videos] == [("表情.v2", 4), ("b", 3)] and dim == 3
+    assert left_out == {"c": "no labels", "d": "no features"}
+    rows = {"表情.v2": {"faces": 6}, "b": {"faces": 0}, "c": {"faces": 1}}
+    (tmp_path / "videos.json").write_text(json.dumps(rows))
+    videos, left_out, _ = open_videos(files, tmp_path, VA)
+    assert [video.name for video in videos] == ["表情.v2"] and left_out == {
+        "b": "no readable face", "c": "no labels", "d": "no frames when features were extracted"}
+    (tmp_path / "表情.v2.noface.npy").unlink()
+    with pytest.raises(ValueError, match="表情.v2.npy or its .noface.npy was extracted and is gone; run"):
+        open_videos(files, tmp_path, VA)
 
 
-def test_each_epoch_takes_other_frames_and_the_crop_is_told_which(tmp_path):
-    told = []
-
-    def crop(image, sample, epoch):
-        told.append((image.getpixel((0, 0))[0], sample, epoch))
-        return np.full((8, 8, 3), sample, np.uint8)
-
-    files = expr_videos(tmp_path, {"a": [0] * 6}, {"a": range(1, 7)})
-    frames = ExprFrames(*files, size=8, every=3, crop=crop)
-    for frames.epoch in (0, 1, 5):
-        assert [int(frames[i][0].mean()) for i in range(len(frames))] == [0, 1]         # what crop gave
-    assert told == [(10, 0, 0), (40, 1, 0), (20, 0, 1), (50, 1, 1), (30, 0, 5), (60, 1, 5)]
-
-
-def test_an_unreadable_image_is_left_out_of_its_batch_and_named(tmp_path):
-    frames = ExprFrames(*expr_videos(tmp_path, {"a": [4, 5]}, {"a": [1, 2]}), size=8)
-    (tmp_path / "frames/a/00001.jpg").write_bytes(b"\xff\xd8 cut short")
-    images, classes, problems = frames.collate([frames[0], frames[1]])
-    assert images.shape == (1, 8, 8, 3) and images.dtype == torch.uint8 and 19 < images.float().mean() < 21
-    assert classes.tolist() == [5] and classes.dtype == torch.long
-    assert len(problems) == 1 and problems[0].startswith(f"{frames.where(0)}: not a readable image")
+@pytest.mark.parametrize("change, message", [
+    (lambda root: np.save(root / "b.npy", np.zeros((3, 5), np.float16)), "b.npy: features are 3 x 5"),
+    (lambda root: np.save(root / "b.npy", np.zeros((2, 3), np.float16)), "b.npy: features are 2 x 3"),
+    (lambda root: [path.unlink() for path in root.glob("*.npy")], "none of 2 labelled videos has features"),
+    (lambda root: (root / "videos.json").write_text('{"a": {}}'), "the extraction has not ended"),
+    (lambda root: (root / "made_of.json").write_text("{}"), "videos.json is gone; put a copy back"),
+], ids=["another width", "too short", "none", "not ended", "table gone"])
+def test_features_that_do_not_fit_are_refused(tmp_path, change, message):
+    files = extracted(tmp_path, {"a": (4, 6), "b": (3, 3)})
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        open_videos(files, tmp_path, VA)
 
 
-@pytest.mark.parametrize("empty", ["no share", "nothing readable"])
-def test_an_empty_share_of_frames_is_a_batch_of_none(tmp_path, empty):
-    frames = ExprFrames(*expr_videos(tmp_path, {"a": [4]}, {"a": [1]}), size=8)
-    (tmp_path / "frames/a/00001.jpg").write_bytes(b"\xff\xd8 cut short")
-    items = [frames[0]] if empty == "nothing readable" else []
-    images, classes, problems = frames.collate(items)
-    assert images.shape == (0, 8, 8, 3) and images.dtype == torch.uint8
-    assert classes.shape == (0,) and classes.dtype == torch.long and len(problems) == len(items)
+def test_the_fingerprint_of_videos_tells_labels_and_what_the_features_were_made_from(tmp_path):
+    files = extracted(tmp_path, {"a": (4, 6)})
+
+    def found(sizes=""):
+        if sizes:
+            (tmp_path / "videos.json").write_text(json.dumps({"a": {"faces": 6, "sizes": sizes}}))
+        return fingerprint(open_videos(files, tmp_path, VA)[0])
+    before = found()
+    np.save(tmp_path / "a.npy", np.zeros((6, 3), np.float16))
+    assert found() != before                                               # of unknown origin: by value
+    made = found("x")
+    np.save(tmp_path / "a.npy", np.ones((6, 3), np.float16))
+    assert found() == made != found("y")                                   # extracted again; from others
+    files["a"].write_text(files["a"].read_text().replace("0.5", "0.4", 1))
+    assert found("x") != made
 
 
-def test_brightness_classes_are_learned_from_single_frames(tmp_path):
-    labels, images = {"a": [n // 3 for n in range(24)]}, {"a": range(1, 25)}
-    frames = ExprFrames(*expr_videos(tmp_path, labels, images), size=4)
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(1, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
-    optimizer = torch.optim.Adam(model.parameters(), 0.05)
-    batches = Batches(len(frames), 24, 0, 0, ALONE)
-    loader = DataLoader(frames, batch_sampler=batches, collate_fn=frames.collate)
-    images, classes, problems = next(iter(loader))
-    x = images.float().mean((1, 2, 3))[:, None] / 128 - 1                   # (24, 4, 4, 3) -> (24, 1)
-    for _ in range(300):
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(x), classes)
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1 and not problems
+# ---- Segments
+
+def test_every_frame_is_covered_and_no_segment_is_redundant():
+    for n in range(1, 40):
+        for window in (1, 2, 5, 8):
+            for stride in range(1, window + 1):
+                cut = segments(n, window, stride)
+                assert set().union(*(range(*part) for part in cut)) == set(range(n))
+                assert len(cut) == 1 or set().union(*(range(*part) for part in cut[:-1])) != set(range(n))
+                assert all(end - start == window for start, end in cut[:-1])
+    assert segments(301, 300, 200) == [(0, 300), (200, 301)] and segments(73, 300, 200) == [(0, 73)]
+    for cut in ((0, 3, 1), (5, 3, 0), (5, 3, 4)):                            # these would leave frames out
+        with pytest.raises(ValueError, match="expected n >= 1 and 1 <= stride <= window"):
+            segments(*cut)
 
 
-# ---- All frames of a video
-
-def test_each_face_of_a_video_comes_with_its_row_and_gaps_stay_gaps(tmp_path):
-    for n in (1, 3, 4, 9):
-        frame(tmp_path / "v", n, 10 * n, size=(20, 12))
-    frames = VideoFrames(tmp_path / "v", size=6)
-    assert len(frames) == 4 and frames.where(2) == str(tmp_path / "v/00004.jpg")
-    images, rows, problems = frames.collate([frames[i] for i in range(4)])
-    assert rows.tolist() == [0, 2, 3, 8] and rows.dtype == torch.long        # row i belongs to frame i + 1
-    assert images.shape == (4, 6, 6, 3) and images.dtype == torch.uint8 and not problems
-    assert images.float().mean((1, 2, 3)).round().tolist() == [10, 30, 40, 90]
-
-
-def test_an_unreadable_face_of_a_video_is_left_out_and_the_others_keep_their_rows(tmp_path):
-    for n in (1, 2, 3):
-        frame(tmp_path / "v", n, 10 * n)
-    (tmp_path / "v/00002.jpg").write_bytes(b"\xff\xd8 cut short")
-    frames = VideoFrames(tmp_path / "v", size=8)
-    images, rows, problems = frames.collate([frames[i] for i in range(3)])
-    assert rows.tolist() == [0, 2] and images.float().mean((1, 2, 3)).round().tolist() == [10, 30]
-    assert len(problems) == 1 and problems[0].startswith(f"{tmp_path}/v/00002.jpg: not a readable image")
-    images, rows, problems = frames.collate([])
-    assert images.shape == (0, 8, 8, 3) and rows.shape == (0,) and rows.dtype == torch.long
+@pytest.mark.parametrize("task, row", [(VA, [0.5, -5]), (EXPR, 3), (AU, [1] * 11 + [-1])], ids=TASKS)
+def test_a_segment_holds_features_targets_masks_and_which_frames_are_real(tmp_path, task, row):
+    features = np.arange(21, dtype=np.float16).reshape(7, 3)
+    np.save(tmp_path / "a.npy", features)
+    labels = np.array([row] * 7, task.dtype)
+    data = SegmentData([Video("a", tmp_path / "a.npy", labels)], task, 4, 3)
+    x, target, valid, real = data.collate([data[0], data[1]])
+    assert len(data) == 2 and x.shape == (2, 4, 3) and x.dtype == torch.float16
+    assert torch.equal(x[1], torch.from_numpy(features[3:7])) and real.all()
+    assert torch.equal(valid, target != 0) and valid.any()
+    short = SegmentData([Video("a", tmp_path / "a.npy", labels[:2])], task, 4, 3)
+    x, _, valid, real = short.collate([short[0]])
+    assert real.tolist() == [[True, True, False, False]] and not x[0, 2:].any() and not valid[0, 2:].any()
+    assert [part.shape for part in short.collate([])] == [(0, *part.shape) for part in short[0]]
 
 
-# ---- What a copy holds
+# ---- What is there
 
-def a_copy(root, tasks):
-    """Two training videos, one without frames, and one to validate on. Of 'a', frame 3 has no image and
-    frame 6 no label."""
-    def au(first, others):
-        return f"{first}" + f",{others}" * 11
-
-    rows = {"va": {"a": ["0,0", "0,-5", "0,0", "-5,-5", "1,1"], "ghost": ["0,0"], "b": ["1,1", "0,0"]},
-            "expr": {"a": [0, -1, 4, 7, 7], "ghost": [7], "b": [1, -1]},
-            "au": {"a": [au(1, 0), au(-1, 1), au(0, 0), au(1, 1), au(0, 1)], "ghost": [au(1, 0)],
-                   "b": [au(-1, -1), au(0, 1)]}}
-    for task in tasks:
-        for video, codes in rows[task.name].items():
-            part = "Validation_Set" if video == "b" else "Train_Set"
-            label_file(root / "labels" / task.folders[0] / part / f"{video}.txt", task, *codes)
-    for video, numbers in {"a": (1, 2, 4, 5, 6), "b": (1, 2), "test": (1,)}.items():
-        for n in numbers:
-            frame(root / "frames" / video, n)
-    (root / "frames/nobody").mkdir()
-    return [root / "frames"], root / "labels"
-
-
-DESCRIBED = """\
-3 videos with frames, 8 face images
-va   Train_Set         2 videos,         6 frames,         4 fully labelled,         2 of them with a face; \
-1 videos without frames
-va   Validation_Set    1 videos,         2 frames,         2 fully labelled,         2 of them with a face; \
-0 videos without frames
-expr Train_Set         2 videos,         6 frames,         5 fully labelled,         3 of them with a face; \
-1 videos without frames
-      Neutral 1, Anger 0, Disgust 0, Fear 0, Happiness 1, Sadness 0, Surprise 0, Other 3
-expr Validation_Set    1 videos,         2 frames,         1 fully labelled,         1 of them with a face; \
-0 videos without frames
-      Neutral 0, Anger 1, Disgust 0, Fear 0, Happiness 0, Sadness 0, Surprise 0, Other 0
-au   Train_Set         2 videos,         6 frames,         5 fully labelled,         3 of them with a face; \
-1 videos without frames
-      AU1 3, AU2 3, AU4 3, AU6 3, AU7 3, AU10 3, AU12 3, AU15 3, AU23 3, AU24 3, AU25 3, AU26 3
-au   Validation_Set    1 videos,         2 frames,         1 fully labelled,         1 of them with a face; \
-0 videos without frames
-      AU1 0, AU2 1, AU4 1, AU6 1, AU7 1, AU10 1, AU12 1, AU15 1, AU23 1, AU24 1, AU25 1, AU26 1
-""".splitlines()
-
-
-def test_a_copy_is_described_with_counts_made_by_hand(tmp_path):
-    assert list(describe(*a_copy(tmp_path, TASKS.values()))) == DESCRIBED
-
-
-def test_a_copy_with_the_labels_of_one_task_is_described_by_these(tmp_path):
-    assert list(describe(*a_copy(tmp_path, [EXPR]))) == [DESCRIBED[0], *DESCRIBED[3:7]]
-
-
-def test_a_copy_whose_label_files_hold_no_frames_is_described_too(tmp_path):
-    frame(tmp_path / "frames/a", 1)
-    for part in ("Train_Set", "Validation_Set"):
-        label_file(tmp_path / AU.folders[0] / part / "a.txt", AU)
-    lines = []
-    with pytest.raises(ValueError, match="no labelled frame has a face image, so there is nothing to train"):
-        lines.extend(describe([tmp_path / "frames"], tmp_path))
-    assert "1 videos,         0 frames,         0 fully labelled" in lines[1]
-
-
-def test_a_copy_without_labels_is_refused_with_what_was_looked_for(tmp_path):
-    frame(tmp_path / "frames/a", 1)
-    with pytest.raises(ValueError, match="data.labels: no VA_Estimation_Challenge in"):
-        list(describe([tmp_path / "frames"], tmp_path))
-
-
-def test_what_lies_beside_the_frames_is_counted_by_kind_and_full_folders_without_a_frame_are_named(tmp_path):
-    (frames,), labels = a_copy(tmp_path, TASKS.values())
-    for name in ("a/notes.txt", "a/B.TXT", "b/Thumbs.db", "nobody/face1.jpg", "nobody/face2.jpg",
-                 "nobody/1.jpg2", "a/00000.jpg", "a/.hidden", "a/README"):
-        (frames / name).touch()
-    (frames / "a/landmarks").mkdir()
-    first, beside, unread, *others = describe([frames], labels)
-    heading, kinds = beside.split(": ")
-    assert heading == "  not read, as no frame (00001.jpg, ...)"
-    assert sorted(kinds.split(", ")) == ["1 .db", "1 .jpg2", "1 folders", "1 hidden", "1 with number 0",
-                                         "1 without extension", "2 .jpg", "2 .txt"]
-    assert unread == "  folders without a frame that are not empty: nobody (2 .jpg, 1 .jpg2)"
-    assert [first, *others] == DESCRIBED
-
-
-def test_the_script_prints_the_description_or_one_line_of_refusal(tmp_path, monkeypatch, capsys):
-    (frames,), labels = a_copy(tmp_path, TASKS.values())
-    (tmp_path / "my.yaml").write_text(f"data: {{frames: ['{frames}'], labels: '{labels}'}}")
-    monkeypatch.setattr(sys, "argv", ["data.py", "--config", str(tmp_path / "my.yaml")])
-    runpy.run_path(data.__file__, run_name="__main__")
-    assert capsys.readouterr().out.splitlines() == DESCRIBED
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--set", "data.labels=nowhere"])
-    with pytest.raises(SystemExit, match="^2$"):
-        runpy.run_path(data.__file__, run_name="__main__")
-    assert capsys.readouterr().err.startswith("error: data.labels: no VA_Estimation_Challenge in 'nowhere'")
+def test_a_copy_is_described_with_counts_made_by_hand_or_refused_if_it_cannot_be_used(tmp_path):
+    draw(tmp_path / "frames/a", [1, 2, 4])
+    draw(tmp_path / "frames/b", [1])
+    (tmp_path / "frames/e").mkdir()
+    (tmp_path / "frames/e/x.bin").write_bytes(b"")
+    for split in ("Train_Set", "Validation_Set"):
+        label_file(tmp_path, EXPR, split, "a", ["0", "-1", "3"])
+        label_file(tmp_path, EXPR, split, "gone", ["7"])
+    lines = list(describe([tmp_path / "frames"], tmp_path))
+    assert lines[0] == "2 videos with frames, 4 face images"
+    assert lines[1] == "  not read, as no frame (00001.jpg, ...): 1 .bin"
+    assert lines[2] == "  1 folders without a frame: e"
+    assert " ".join(lines[3].split()) == ("expr Train_Set 2 videos, 4 frames, 3 fully labelled, 1 of them "
+                                          "with a face; 1 videos without frames")
+    assert lines[4].startswith("      Neutral 1, Anger 0, Disgust 0, Fear 1") and len(lines) == 7
+    (tmp_path / "frames/a/00001.jpg").unlink()
+    (tmp_path / "none/a").mkdir(parents=True)
+    for frames, message in (("frames", "no labelled frame has a face"), ("none", "1 folders, none of which")):
+        with pytest.raises(ValueError, match=message):
+            list(describe([tmp_path / frames], tmp_path))

@@ -1,340 +1,260 @@
-"""Ideas and their outcome: which runs, whom each is compared with, what is written, what the page says."""
+"""tools/experiments.py with stages that only pretend: which commands run, what is shared, what tables say."""
 
 import contextlib
 import io
+import itertools
 import json
+import os
 import re
-import shlex
+import runpy
 import shutil
-from functools import partial
+import signal
+import subprocess
+import sys
+import zlib
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
-import experiments
-import fake_stages
-import made_of
-import many_runs
-import tiny
-import variants
-from config import load
-from experiments import command, ideas_of, verdict
-from fake_stages import Ran, pretended, started
-from intervals import difference_over_seeds
-from labels import AU, EXPR, VA
-from scoring import read_sums
-from test_ablation import prepare
-from test_commands import blocks
-from tiny import ROOT
-from variants import WHOLE, Variant
+import evaluate
+import metrics
+from engine.checkpoints import checksum
+from engine.config import load
+from labels import EXPR, TASKS, scene, split
+from pipeline import STAGES, find_input, folder, read_record, settings_of, tuned_on
+from processes import ALONE
+from second_paper import emma
+from tools import experiments
 
-ROUNDS = 40
-COMMAND = ["experiments.py", "--config", "my.yaml", "--processes", "1"]
-PAGE = ROOT / "docs/experiments.md"
-LENT = ["train_pretrain", "train_finetune", "extract_features"]
+FEATURES, AU, F1 = "extract_features", TASKS["au"].metric, EXPR.metric
+LENT, TRAIN = ["train_pretrain", "train_finetune", FEATURES], [f"train_task {name}" for name in TASKS]
+SUMS = {"va": (2, 6), "expr": (8, 8), "au": (12, 2, 2)}                     # of a video
+SETTINGS = """{data: {labels: labels, s_aff_wild2: s, drawn_faces: d}, segments: {window: 100, stride: 50},
+               vit: {image_size: 32}, cotex: {epochs: 10, mask_ratio: 0.5, js_weight: 2.0}}"""
 
 
-def start(monkeypatch, *more, command=COMMAND):
-    """What the script does, in this process. -> exit code"""
-    return started(monkeypatch, experiments, *command, *more)
+def pretend(stage, config, task):
+    """What a finished stage leaves, with random scores. Raises ValueError if its input is not there."""
+    origins = [find_input(config, ALONE, setting)[1] for setting in STAGES[stage].inputs]
+    train, val = split("labels", task or EXPR, config.task.fold if task else config.finetune.fold)
+    record = {"stage": f"{stage}_{task.name}" if task else stage, "settings": settings_of(stage, config),
+              "data": {"training videos": list(train)}, "from": (origins or [None])[0]}
+    place = folder(stage, config, task)
+    path, rng = place / STAGES[stage].file, np.random.default_rng(zlib.crc32(str(place).encode()))
+    place.mkdir(parents=True)
+    torch.save({"made_of": record, "place": str(place)}, path)
+    record |= {} if stage == "features" else {"checkpoint": path.name, "checksum": checksum(path)}
+    (place / "made_of.json").write_text(json.dumps(record))
+    sums = rng.uniform(1, 9, (len(val), *(SUMS[task.name] if task else [124])))
+    found = {"videos": list(val), "video_sums": sums.tolist(), "score": rng.random(), "chance": 0.25,
+             "score_interval": [0.125, 0.875], "comparable": True}
+    if stage == "cotex":
+        found = {"confusion": rng.integers(0, 9, (6, 6)).tolist()}
+    (place / "metrics.json").write_text(json.dumps(found))
 
 
-def stored_sums(config, task, merge, tune, read=variants.sums_of):
-    """Stands for a scoring with other merging or with tuning: as stored, in another order; tuned, twice the
-    last video as well."""
-    names, sums = read(config, task)
-    if tune:
-        sums[-1] *= 2
-    return (names, sums) if merge == "mean" and not tune else (names[::-1], sums[::-1])
-
-
-class Finished(NamedTuple):
-    folder: Path
-    ran: Ran
-    said: str
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """All ideas with two seeds, run once."""
-    folder, said = prepare(tmp_path_factory.mktemp("finished")), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
-        faked(patch)
-        with pretended(Ran()) as ran:
-            assert start(patch, "--seeds", "2") == 0
-    return Finished(folder, ran, said.getvalue())
-
-
-def faked(patch):
-    patch.setattr(variants, "sums_of", stored_sums)
-    patch.setattr(variants, "difference_over_seeds", partial(difference_over_seeds, rounds=ROUNDS))
+def single_frames(path, tasks):
+    """Stands for EMMA on whole videos: without the first one, the others backwards, and twice the sums."""
+    found = stored(path.parent.name.replace("emma", f"task_{tasks[0].name}"))
+    videos = [SimpleNamespace(name=name) for name in found["videos"][:0:-1]]
+    return {tasks[0].name: (videos, 2 * np.array(found["video_sums"])[:0:-1], {})}
 
 
 @pytest.fixture
-def copied(finished, tmp_path, monkeypatch):
-    """A copy of the finished runs, to be changed."""
-    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
+def here(tmp_path, monkeypatch):
+    """A folder in which stages only pretend. -> `ran`: the commands, shortened; `fails`: the one that does"""
+    state = SimpleNamespace(ran=[], fails=None)
+    def popen(words):
+        assert words[:4] == [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        script, *rest = [word.removesuffix(".py") for word in words[4:] if word != "-m"]
+        name, given = rest[1] if rest[0] == "--task" else "", rest[rest.index("--config") + 3::2]
+        state.ran.append(" ".join([script.rpartition(".")[2], *[name] * bool(name), *given]))
+        if state.ran[-1] != state.fails:
+            stage = next(name for name, stage in STAGES.items() if stage.script == script)
+            pretend(stage, load("my.yaml", given), TASKS.get(name))
+        return SimpleNamespace(wait=lambda: 2 * (state.ran[-1] == state.fails))
     monkeypatch.chdir(tmp_path)
-    faked(monkeypatch)
-    return tmp_path
+    Path("my.yaml").write_text(SETTINGS)
+    for (name, task), n in itertools.product(TASKS.items(), range(16)):                 # labelled videos
+        place = Path("labels", task.folders[0], "Validation_Set" if n < 4 else "Train_Set")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{name}{n}.txt").write_text("header\n0\n")
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "check_output", lambda words, text: "a table\n" + " ".join(words[1:]))
+    monkeypatch.setattr(metrics, "ROUNDS", 40)
+    monkeypatch.setattr(emma, "load", lambda path, config, team: path)
+    monkeypatch.setattr(evaluate, "emma_sums", single_frames)
+    return state
 
 
-def written(folder) -> list[dict]:
-    return json.loads((folder / "runs/experiments.json").read_text())["ideas"]
+def ended(words, refused=False) -> str:
+    said, words = io.StringIO(), f"x {words} --config my.yaml --processes 2".split()
+    with mock.patch("sys.argv", words), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
+            runpy.run_path(experiments.__file__, run_name="__main__")
+    return said.getvalue()
 
 
-# ---- Which runs
-
-def test_each_idea_is_run_on_its_task_alone_after_the_whole_system_with_its_seed(finished):
-    lines = finished.ran.short()
-    assert lines[:3] == ["train_task va", "train_task expr", "train_task au"]
-    second = next(i for i, line in enumerate(lines) if "seed1" in line)
-    whole = " run=my_seed1 run.base=my run.seed=1"
-    assert lines[second:second + 6] == [f"{stage}{whole}" for stage in LENT + lines[:3]]
-    for seed, base in ((0, "my"), (1, "my_seed1")):
-        begin = f"run=my_{{}}_seed{seed} run.base={base} run.seed={seed}"
-        expected = [f"train_task va {begin.format('k3')} temporal.kernels=[3,3,3]",
-                    f"train_task va {begin.format('centred')} temporal.causal=false",
-                    f"train_task va {begin.format('no_tcn')} temporal.tcn=false",
-                    f"train_task va {begin.format('short')} segments.window=33 segments.stride=16",
-                    f"train_task va {begin.format('apart')} segments.stride=100",
-                    f"train_task au {begin.format('no_dropout')} temporal.dropout=0",
-                    f"train_task au {begin.format('fast')} task.lr=9e-05",
-                    f"train_task au {begin.format('held')} task.held_out=0.15"]
-        token = f"{begin.format('token')} finetune.token=cls features.checkpoint=runs/{base}/finetune/best.pt"
-        mask = f"{begin.format('mask')} pretrain.mask_ratio=0.5"
-        expected += [f"{line} {token}" for line in ("extract_features", "train_task expr")]
-        expected += [f"{line} {mask}" for line in (*LENT, "train_task expr")]
-        first = 3 if seed == 0 else second + 6
-        assert lines[first:first + len(expected)] == expected
-    assert len(lines) == 3 + 6 + 2 * 14 + 2
+def lines(stages, *settings) -> list[str]:
+    return [" ".join([stage, *filter(None, settings)]) for stage in stages]
 
 
-def test_an_idea_takes_over_what_stays_the_same(finished):
-    runs = finished.folder / "runs"
-    for run, own in (("my_k3_seed1", {"task_va"}), ("my_token_seed1", {"features", "task_expr"}),
-                     ("my_mask_seed1", {"pretrain", "finetune", "features", "task_expr"})):
-        assert {path.name for path in (runs / run).iterdir()} == own
-    links = made_of.chain(made_of.read_record(runs / "my_token_seed1/task_expr"))
-    assert [link["settings"].get("finetune.token") for link in links[1:3]] == ["cls", "mean"]
-    assert links[2]["checksum"] == made_of.read_record(runs / "my_seed1/finetune")["checksum"]
+def stored(name) -> dict:
+    path = Path("runs/my", name)
+    return json.loads((path / "metrics.json" if path.is_dir() else path.with_suffix(".json")).read_text())
 
 
-def test_what_ablation_has_finished_is_not_trained_again(copied, monkeypatch):
-    """The whole systems, and two ideas, are the same runs."""
-    for name in ("k3", "short", "apart", "no_dropout", "fast", "held", "token", "mask"):
-        for seed in (0, 1):
-            shutil.rmtree(copied / f"runs/my_{name}_seed{seed}")
-    assert start(monkeypatch, "--dry-run", "--seeds", "2") == 0
-    with pretended(Ran()) as ran:
-        assert start(monkeypatch, "--seeds", "2") == 0
-    trained = [line for line in ran.short() if not line.startswith("evaluate")]
-    assert len(trained) == 2 * 12 and not re.search("no_tcn|centred", " ".join(trained))
+TCN, TRANSFORMER, R = "temporal.tcn=false", "temporal.transformer=false", "cotex.mask_ratio="
+ABLATION = [*LENT, *TRAIN, *lines([FEATURES, *TRAIN], "features.checkpoint=runs/my/pretrain/last.pt"),
+            *lines(TRAIN, TCN), *lines(TRAIN, TRANSFORMER), *lines(TRAIN, TCN, TRANSFORMER),
+            *lines(LENT[1:] + TRAIN, "finetune.start=none"), *lines(TRAIN, "temporal.causal=false")]
+VA = ["temporal.kernels=[3, 3, 3]", "temporal.causal=false", TCN, "segments.window=33 segments.stride=16",
+      "segments.stride=100"]
+IDEAS = [*LENT, *TRAIN, *(f"{TRAIN[0]} {idea}" for idea in VA),
+         *(f"{TRAIN[2]} {idea}" for idea in ("temporal.dropout=0", "task.lr=9e-05", "task.held_out=0.15")),
+         *lines([FEATURES, TRAIN[1]], "finetune.token=cls", "features.checkpoint=runs/my/finetune/best.pt"),
+         *lines([*LENT, TRAIN[1]], "pretrain.mask_ratio=0.5")]
+COTEX = ["cotex.views=1", f"cotex.views=1 {R}0", f"cotex.views=1 {R}0 cotex.epochs=12",       # 10 · 2 · 3 / 5
+         "cotex.js_weight=0", "cotex.js_weight=16.7", f"{R}0", f"{R}0.75", f"{R}0.9"]
+SYSTEMS = ["train_pretrain", "train_cnn", "train_emma", "train_emma emma.cnn=none",
+           *(f"train_emma emma.weights=[{row}]" for row in ("1,0,0", "0,1,0", "0,0,1")), "train_cotex",
+           *(f"train_cotex {row}" for row in COTEX), *LENT[1:], *TRAIN]
 
 
-def test_only_what_is_scored_is_run_again(copied, monkeypatch, finished):
-    before = written(copied)
-    with pretended(Ran()) as ran:
-        assert start(monkeypatch, "--seeds", "2") == 0
-    assert [words[1:] for words in ran.commands] == [words[1:] for words in finished.ran.commands[-2:]]
-    for old, new in zip(before, written(copied)):
-        assert {**old, "seconds": 0} == {**new, "seconds": 0}
+@pytest.mark.parametrize("table, expected", [("ablation", ABLATION), ("ideas", IDEAS), ("systems", SYSTEMS)])
+def test_each_row_makes_only_what_differs_with_each_seed_and_what_is_done_is_left_out(here, table, expected):
+    ended(f"{table} --seeds 2")
+    assert [line for line in here.ran if "seed" not in line] == expected
+    assert sorted(re.sub("[ +]run.seed=1", "", s) for s in here.ran) == sorted(expected * 2)
+    here.ran.clear()
+    ended(f"{table} --seeds 2")
+    assert here.ran == []
+    if table == "ideas":
+        assert Path("runs/my/ideas.txt").read_text().endswith(
+            ", seed 1: evaluate.py --task au --tune --against runs/my/task_au+task.held_out=0.15+run.seed=1 "
+            "--config my.yaml --set run.seed=1 --set task.held_out=0.15\n")
 
 
-def test_what_needs_no_training_is_scored_by_evaluate_beside_the_same_run(finished):
-    merged, tuned = (shlex.join(words[1:]) for words in finished.ran.commands[-2:])
-    assert merged.endswith("evaluate.py --task va --merge triangular --against my --config my.yaml")
-    run = "my_held_seed0"
-    assert f"evaluate.py --task au --tune --against {run} --config my.yaml --set run.name={run} " in tuned
+def test_a_path_takes_the_place_of_a_stage_and_only_tasks_with_labels_are_run(here):
+    shutil.rmtree("labels/VA_Estimation_Challenge")
+    torch.save({"model": {}}, "vit.pt")
+    ended("folds --set features.checkpoint=vit.pt")
+    assert [line.split(" features")[0] for line in here.ran[:3]] == [FEATURES, *TRAIN[1:]]
+    assert len(here.ran) == 11 and list(stored("folds")) == ["expr fold", "au fold"]
+    rows = list(experiments.plan("ablation", load("my.yaml", ["finetune.start=a b.pt"]), range(1), {}))
+    assert rows[2][2].features.checkpoint == "a b.pt"                     # without fine-tuning
 
 
-def test_a_failure_ends_it_with_the_command(copied, monkeypatch, capsys):
-    shutil.rmtree(copied / "runs/my_mask_seed1")
-    (copied / "runs/experiments.json").unlink()
-    with pretended(Ran()) as ran:
-        ran.fails = "train_finetune run=my_mask_seed1"
-        assert start(monkeypatch, "--seeds", "2") == 2
-    assert len(ran.commands) == 2 and "train_finetune.py --config my.yaml" in capsys.readouterr().err
-    assert not (copied / "runs/experiments.json").exists()
+def test_a_failure_ends_it_with_the_command_and_the_next_start_runs_the_rest(here):
+    here.fails = f"{TRAIN[1]} {TCN}"
+    command = f"torchrun --nproc_per_node=2 train_task.py --task expr --config my.yaml --set {TCN}"
+    assert ended("ablation --seeds 2", True).endswith(f"code 2; start again to go on:\n  {command}\n")
+    done, here.ran, here.fails = here.ran[:-1], [], None
+    said = ended("all --seeds 2 --dry-run").splitlines()
+    assert [len(said), len(set(said)), sum(line[:6] == "done  " for line in said)] == [126, 126, 9]
+    assert here.ran == [] and not list(Path("runs/my").glob("*.txt"))
+    ended("ablation --seeds 2")
+    assert done + here.ran[:len(ABLATION) - len(done)] == ABLATION
+    path = Path("runs/my/finetune/made_of.json")                          # an encoder that was made anew:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checksum": 1}))
+    here.ran, here.fails = [], FEATURES
+    assert FEATURES in ended("ablation --seeds 2", True) and here.ran == [FEATURES]     # its stage says why
 
 
-def test_a_task_without_labels_has_no_ideas(copied, monkeypatch):
-    for task in (EXPR, AU):
-        shutil.rmtree(copied / "labels" / task.folders[0])
-    with pretended(Ran()):
-        assert start(monkeypatch, "--seeds", "2") == 0
-    assert {row["task"] for row in written(copied)} == {"va"}
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_passed_on_and_ends_all_when_the_stage_has_saved(monkeypatch, number):
+    told = []
+    child = SimpleNamespace(terminate=lambda: told.append(1), wait=lambda: os.kill(os.getpid(), number) or 0)
+    monkeypatch.setattr(subprocess, "Popen", lambda words: child)
+    with pytest.raises(ValueError, match="start again to go on:\n  torchrun x.py"):
+        experiments.run("torchrun x.py")
+    assert told == [1] * (number == signal.SIGTERM)                       # Ctrl-C reaches the stage by itself
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
-def test_with_synthetic_data_everything_is_made_and_the_data_once(tmp_path, monkeypatch, capsys):
-    tiny.write(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    assert start(monkeypatch, "--dry-run", command=["experiments.py", "--config", "tiny.yaml"]) == 0
-    *lines, last = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 3 * (3 + 3 + 14) and last.startswith("61 commands, 0 of them finished")
-    assert [line.count("synthetic.py") for line in lines] == [1] + [0] * 60
-    assert list(tmp_path.iterdir()) == [tmp_path / "tiny.yaml"]
+@pytest.mark.parametrize("words, refused", [
+    ("nothing", "got 'nothing', --seeds 3; expected folds, "), ("ideas --seeds 1", "got 'ideas', --seeds 1"),
+    ("ideas --shared-encoder", "'ideas_shared'"), ("--seeds 2", "got ''"),
+    ("systems --set data.s_aff_wild2= --set data.drawn_faces=", "data for it")])
+def test_what_makes_no_sense_is_refused_in_one_line(here, words, refused):
+    said = ended(words, True)
+    assert said.startswith("error: ") and refused in said and said.count("\n") == 1
 
 
-def test_one_seed_is_refused(copied, monkeypatch, capsys):
-    assert start(monkeypatch, "--seeds", "1") == 2
-    assert capsys.readouterr().err == "error: --seeds: got 1, expected 2 or more, as one has no deviation\n"
+def sums_of(place):                                                       # (seeds, videos, ...)
+    return np.array([stored(place + seed)["video_sums"] for seed in ("", "+run.seed=1")])
 
 
-# ---- What is written
-
-def test_each_idea_is_compared_with_the_system_that_lacks_only_it(finished, monkeypatch):
-    monkeypatch.chdir(finished.folder)
-    rows, runs = written(finished.folder), finished.folder / "runs"
-    for row, idea in zip(rows, ideas_of(load("my.yaml")), strict=True):
-        def sums(name):
-            whole = name in ("whole", "nothing")
-            folders = [("my", "my_seed1") if whole else (f"my_{name}_seed0", f"my_{name}_seed1")][0]
-            return np.array([read_sums(runs / folder / f"task_{row['task']}")[1] for folder in folders])
-
-        others, ours = sums("held" if idea.variant.tune else "whole"), sums(row["name"])
-        if idea.variant.tune:
-            ours[:, -1] *= 2
-        metric = idea.task.metric
-        scores = [[metric.score(of_seed.sum(axis=0)).mean() for of_seed in part] for part in (ours, others)]
-        assert row["scores"] == pytest.approx(scores[0]) and row["mean"] == pytest.approx(np.mean(scores[0]))
-        assert row["against"]["scores"] == pytest.approx(scores[1])
-        assert row["deviation"] == pytest.approx(np.std(scores[0]) * np.sqrt(2))
-        change = difference_over_seeds(ours, others, metric, ROUNDS)
-        assert [row["difference"], *row["interval"]] == pytest.approx(list(change))
-        assert row["verdict"] == verdict(row["interval"])
-    assert rows[5]["difference"] == 0 and rows[5]["title"].startswith("triangular")
-    assert rows[9]["difference"] != 0 and rows[9]["against"]["title"] == rows[8]["title"]
+def cell(ours, theirs, metric) -> list:
+    scores = [metric.score(of_seed.sum(axis=0)).mean() for of_seed in ours]
+    change = [] if ours is theirs else metrics.difference_over_seeds(ours, theirs, metric)
+    return [sum(scores) / 2, abs(scores[0] - scores[1]) / np.sqrt(2), *change]      # √Σ(x - mean)² / (2 - 1)
 
 
-@pytest.mark.parametrize("interval, word", [
-    ([0.001, 0.2], "helps"), ([-0.2, -0.001], "hurts"), ([-0.1, 0.1], "unclear"), ([0, 0.1], "unclear"),
-    ([-0.1, 0], "unclear"), ([0, 0], "unclear")])
-def test_the_verdict_is_open_where_the_interval_holds_0(interval, word):
-    assert verdict(interval) == word
+def test_cells_are_mean_deviation_and_the_paired_difference_with_its_interval(here):
+    said = ended("ablation --seeds 2")
+    found, heads = stored("ablation")["ablation"], ("VA mean CCC", "Expr macro F1", "AU mean F1")
+    for (name, task), head in zip(TASKS.items(), heads):
+        whole, tcn = sums_of(f"task_{name}"), sums_of(f"task_{name}+temporal.tcn=false")
+        assert found["nothing"][head] == pytest.approx(cell(whole, whole, task.metric))
+        assert found["TCN"][head] == pytest.approx(cell(tcn, whole, task.metric))
+    text = Path("runs/my/ablation.txt").read_text()
+    assert text.startswith(f"ablation | {' | '.join(heads)}\n--- | --- | --- | ---\nnothing | ")
+    assert experiments.markdown("t", {"a": {"x": [0.6943, 0, 0.3, -1, 0.0004], "y": []}}) == (
+        "t | x\n--- | ---\na | .694 ± .000, +.300 [-1.000, +.000]")
+    assert said.endswith(f"\n{text}\nwritten to runs/my/ablation.txt and .json\n") and len(found) == 7
+    path = Path("runs/my/task_au+temporal.tcn=false+run.seed=1/metrics.json")
+    path.write_text(path.read_text().replace('"au1"', '"x"'))
+    assert "error: ablation, au: the rows were scored on different" in ended("ablation --seeds 2", True)
 
 
-def test_the_table_has_the_form_of_the_page(finished):
-    text = (finished.folder / "runs/experiments.txt").read_text()
-    assert text in finished.said and "written to runs/experiments.txt and experiments.json" in finished.said
-    head, rule, *lines = text.splitlines()
-    assert {line.count("|") for line in (head, rule, *lines)} == {9} and max(map(len, lines)) <= 110
-    for number, (line, row) in enumerate(zip(lines, written(finished.folder), strict=True), 1):
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        assert cells[:3] == [str(number), row["title"], row["task"]] and cells[6] == row["verdict"]
-        found = [float(word) for word in re.findall(r"[-+]?\d*\.\d+", " ".join(cells[3:6]))]
-        against = row["against"]
-        assert found == pytest.approx([against["mean"], against["deviation"], row["mean"], row["deviation"],
-                                       row["difference"], *row["interval"]], abs=6e-4)
-        assert cells[7] == f"{row['seconds']:.0f}"
+def test_an_idea_is_compared_on_its_own_task_and_each_system_in_its_part(here):
+    ended("ideas --seeds 2")
+    ended("systems --seeds 2")
+    found, idea = stored("systems"), cell(sums_of("task_au+temporal.dropout=0"), sums_of("task_au"), AU)
+    assert stored("ideas")["ideas"]["no dropout, au"] == {"AU mean F1": pytest.approx(idea)}
+    emma_au, alone = [emma.by_task(sums_of(f"emma{row}"))["au"] for row in ("", "+emma.weights=0-0-1")]
+    assert found["EMMA"]["a task alone, au"] == {"AU mean F1": pytest.approx(cell(alone, emma_au, AU))}
+    faces = np.array([[stored(f"cotex+cotex.views=1{seed}")["confusion"]] for seed in ("", "+run.seed=1")])
+    assert found["CoTEX"]["one masked view"]["F1 on real faces"] == pytest.approx(cell(faces, faces, F1))
+    both = sums_of("task_au")[:, 1:]                                   # the videos that EMMA is scored on too
+    first, second = (row["AU mean F1"] for row in found["time"].values())
+    assert first == pytest.approx(cell(both, both, AU)) and second == pytest.approx([*first, 0, 0, 0])
+    ended("systems --seeds 2 --set data.s_aff_wild2=")
+    assert list(stored("systems")) == ["CoTEX"] and "EMMA" not in Path("runs/my/systems.txt").read_text()
 
 
-def test_the_seconds_are_those_of_all_commands_of_the_first_seed(copied, monkeypatch):
-    stages = {"my_token_seed0/features": "5.5", "my_token_seed0/task_expr": "20.25",
-              "my_token_seed1/features": "100", "my_k3_seed0/task_va": "17"}
-    for folder, seconds in stages.items():
-        (copied / "runs" / folder / "seconds.txt").write_text(seconds)
-    (copied / "runs/my_mask_seed0/features/seconds.txt").unlink()            # it has no log.csv either
-    (copied / "runs/my_short_seed0/task_va/seconds.txt").unlink()
-    with pretended(Ran()):
-        assert start(monkeypatch, "--seeds", "2") == 0
-    seconds = {row["name"]: row["seconds"] for row in written(copied)}
-    assert [seconds[name] for name in ("token", "k3", "mask")] == [25.75, 17, None]
-    assert seconds["short"] == fake_stages.TOOK["train_task"]                 # from log.csv
-    (line,) = [line for line in (copied / "runs/experiments.txt").read_text().splitlines() if "mask" in line]
-    assert line.endswith(" | - |")
-
-
-# ---- The page
-
-def demo():
-    return load(ROOT / "configs/demo.yaml")
-
-
-def shown(monkeypatch) -> list[str]:
-    """The commands of all ideas, as a reader types them where the project is."""
-    monkeypatch.chdir(ROOT)
-    config = load("configs/demo.yaml")
-    return [command(config, idea, 2) for idea in ideas_of(config)]
-
-
-def test_the_page_has_the_commands_of_the_ideas_in_their_order(monkeypatch):
-    def plain(text):
-        return " ".join(shlex.split(text))
-    listed = [plain(line) for line in blocks(PAGE.read_text())]
-    assert listed[1:13] == [plain(line) for line in shown(monkeypatch)]
-    numbers = re.findall(r"^\*\*(\d+)\.\*\* ", PAGE.read_text(), re.MULTILINE)
-    assert numbers == [str(number) for number in range(1, 13)]
-
-
-def test_the_pages_table_names_the_ideas_in_their_order():
-    rows = [line.split(" | ") for line in PAGE.read_text().splitlines() if re.match(r"\| \d+ \|", line)]
-    assert [row[1] for row in rows] == [idea.variant.title for idea in ideas_of(demo())]
-    assert [row[2].removesuffix(" |") for row in rows] == [idea.task.name for idea in ideas_of(demo())]
-
-
-def test_every_idea_changes_a_setting_of_the_demo_or_how_it_is_scored():
-    config = demo()
-    for idea in ideas_of(config):
-        settings = variants.settings_of(config, idea.variant)
-        changed = many_runs.other(config, *settings)
-        for setting in settings:
-            section, field = setting.partition("=")[0].split(".")
-            assert getattr(getattr(changed, section), field) != getattr(getattr(config, section), field)
-        assert idea.variant.settings or not idea.variant.trained
-
-
-def test_a_readers_command_for_another_configuration_names_it_and_its_base(finished, monkeypatch):
-    monkeypatch.chdir(finished.folder)
-    config = load("my.yaml", ["run.out=there"])
-    first = shlex.split(command(config, ideas_of(config)[0], 1))
-    assert first[2:] == ["--task", "va", "--config", "my.yaml", "--set", "run.out=there",
-                         "--set", "run.name=k3", "--set", "run.base=my", "--set", "temporal.kernels=[3,3,3]"]
-    assert command(config, ideas_of(config)[5], 2).endswith(
-        "evaluate.py --task va --merge triangular --against my --config my.yaml --set run.out=there")
-
-
-# ---- Variants
-
-def test_a_given_vit_is_the_one_that_an_idea_uses(finished, monkeypatch):
-    monkeypatch.chdir(finished.folder)
-    config = load("my.yaml", ["features.checkpoint=vit.pt"])
-    idea = next(idea for idea in ideas_of(config) if idea.variant.name == "token")
-    assert variants.settings_of(config, idea.variant) == ["finetune.token=cls", "features.checkpoint=vit.pt"]
-
-
-def test_only_a_variant_with_settings_of_its_own_is_trained():
-    tuned, merged = Variant("", "held", tune=True), WHOLE._replace(merge="none")
-    assert [variant.trained for variant in (WHOLE, tuned, merged)] == [True, False, False]
-    assert variants.jobs_of(demo(), tuned, [VA], 0) == []
-
-
-# ---- Really
-
-@pytest.mark.slow
-def test_the_experiments_of_real_stages(tmp_path, monkeypatch):
-    folder = tiny.write(tmp_path, synthetic={"train_videos": 12, "val_videos": 4}, segments={"stride": 8})
-    said = {}
-
-    def run(job, processes):
-        words = job.words(processes)
-        said[job.config.run.name, job.title] = tiny.done(folder, words[1].rpartition("/")[2], *words[2:])
-        return 1.5
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(many_runs, "run", run)
-    command = ["experiments.py", "--config", "tiny.yaml", "--processes", "1"]
-    assert start(monkeypatch, "--seeds", "2", command=command) == 0
-    rows = written(folder)
-    assert len(rows) == len(ideas_of(load("tiny.yaml")))
-    for row in rows:
-        if row["task"] in ("va", "expr") and row["name"] not in ("whole", "k3"):    # tiny has kernels of 3
-            assert row["scores"] != row["against"]["scores"], row["title"]
-        if row["name"] not in ("whole", "held"):
-            runs = [folder / f"runs/tiny_{row['name']}_seed{seed}/task_{row['task']}" for seed in (0, 1)]
-            assert row["scores"] == pytest.approx([tiny.metrics(run)["score"] for run in runs])
-    assert rows[0]["difference"] == 0 and rows[0]["seconds"] == 1.5 and rows[11]["seconds"] == 6
-    for row, run in ((rows[5], "tiny"), (rows[9], "tiny_held_seed0")):              # as evaluate.py says it
-        (line,) = re.findall(r"([-+]\d\.\d+) \[.*\] against ", said[run, f"evaluate {row['task']}"])
-        assert float(line) == pytest.approx(row["scores"][0] - row["against"]["scores"][0], abs=6e-4)
+@pytest.mark.parametrize("table", ["folds", "folds_shared"])
+def test_folds_have_encoders_of_their_own_or_share_one_and_the_table_has_each_folds_numbers(here, table):
+    shared, expected = table == "folds_shared", []
+    ended("folds --shared-encoder" if shared else "folds")
+    for k in range(5):
+        fold = [f"finetune.fold={k}"] * (not shared) + [f"task.fold={k}"]
+        expected += lines((LENT if k == 0 else [] if shared else LENT[1:]) + TRAIN, *fold)
+    assert here.ran == expected
+    for name, task in TASKS.items():
+        rows, scores, paper = stored(table)[f"{name} fold"], [], task.paper["mean"]
+        for k in range(5):
+            place = f"task_{name}" + (f"+finetune.fold={k}" * (not shared) + f"+task.fold={k}") * (k > 0)
+            found, tuned = stored(place), {scene(v) for v in tuned_on(read_record(f"runs/my/{place}"))}
+            new = [n for n, video in enumerate(found["videos"]) if scene(video) not in tuned]
+            unseen = task.metric.score(np.array(found["video_sums"])[new].sum(axis=0)).mean()
+            assert rows[f"{k}"] == {
+                "score": [found["score"], 0.125, 0.875], "unseen": pytest.approx([unseen] * bool(new)),
+                "chance": [0.25], "paper": [paper[k]], "baseline": [task.baseline["mean"]] * (k == 0)}
+            assert (len(new) == len(found["videos"])) == (not shared or name != "expr" or k == 0)
+            scores.append(found["score"])
+        assert rows["mean"]["score"] == pytest.approx([np.mean(scores), np.std(scores) * np.sqrt(5 / 4)])
+        assert rows["mean"]["chance"] == [0.25, 0] and "baseline" not in rows["mean"]
+    found |= {"comparable": False, "score_interval": None}                                   # of AU's fold 4
+    Path("runs/my", place, "metrics.json").write_text(json.dumps(found))
+    here.ran.clear()
+    text = ended("folds --set task.fold=3" + (" --shared-encoder" if shared else " --set finetune.fold=2"))
+    text = text.split("au fold")[1].splitlines()                          # both are set for each fold anyway
+    assert here.ran == [] and text[0] == " | score | unseen | chance | paper | baseline"
+    assert re.fullmatch(r"0 \| \.\d{3} \[\.125, \.875\] \| \.\d{3} \| \.250 \| \.576 \| \.390", text[2])
+    assert re.fullmatch(r"4 \| \.\d{3} \| \.\d{3} \| \.250 \| - \| -", text[6])

@@ -1,23 +1,30 @@
-"""The loaders against tiny files in the real layout: labels, splits, counts, refusals. FER2013 has a file of
-its own."""
+"""Every set of still faces against tiny copies in the real layouts: what each holds, written out by
+hand; copies that differ and are read alike; what is refused; all sets as one list, in balance, counted."""
 
+import errno
+import itertools
 import os
-import pickle
+import runpy
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
-from affectnet import affectnet_2017, affectnet_2021
-from face_set import image_folder
-from faces import load_faces
-from labels import EXPRESSIONS
-from raf_db import raf_db
+from datasets import faces
+from datasets.faces import (AFFECTNET_COLUMNS, FERPLUS, affectnet_2017, affectnet_2021, balanced_order,
+                            class_folders, fer2013, image_folder, joined, labelled_sets, load_faces, raf_db)
+from engine.config import Config
 
-AFFECTNET_HEADER = ("subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,"
-                    "expression,valence,arousal")
+IMAGES = "Manually_Annotated_Images"
+AFFECTNET_HEADER = ",".join(AFFECTNET_COLUMNS)
+LIST = "basic/EmoLabel/list_patition_label.txt"
+FERPLUS_HEADER = ",".join(["Usage", "Image name", *FERPLUS])
+FLAT = " ".join(["7"] * 2304)
 
 
 def save(path, grey=0):
@@ -31,322 +38,362 @@ def write(path, *lines, end="\n"):
     return path
 
 
-def settings(**given):
-    data = dict(affectnet_2017="", affectnet_crop=False, affectnet_2021="", raf_db="", fer2013="", ferplus="",
-                folders=[])
-    for name, value in given.items():
-        data[name] = str(value) if isinstance(value, os.PathLike) else value
-    return SimpleNamespace(**data)
-
-
 def level(face):
     """The one grey level of a flat image, which says which image it is."""
-    assert face.mode == "RGB"
     (_, colour), = face.getcolors()
+    assert face.mode == "RGB" and len(set(colour)) == 1
     return colour[0]
 
 
-def make_fer2013(folder, end="\n"):
-    """Seven training rows with the codes 0-6 and one of each test part; row i is flat grey of level 10 i."""
-    usages = ["Training"] * 7 + ["PublicTest", "PrivateTest"]
-    lines = [f"{i % 7},{' '.join([str(10 * i)] * 2304)},{usage}" for i, usage in enumerate(usages)]
-    return write(folder / "fer2013.csv", "emotion,pixels,Usage", *lines, end=end)
+def affectnet_row(file, expression, box=(1, 2, 30, 30)):
+    return f"{file},{','.join(map(str, box))},1.0;2.0;3.0,{expression},0.1,-0.2"
 
 
-# ---- AffectNet 2017
-
-def affectnet_row(file, expression):
-    return f"{file},1,2,30,30,1.0;2.0;3.0,{expression},0.1,-0.2"
-
-
-def make_affectnet_2017(root, training=None, validation=None, end="\n"):
-    """Training rows with the codes 0-10 in order, all on disk, and one validation row."""
-    if training is None:
-        training = [affectnet_row(f"{code % 3}/t{code}.jpg", code) for code in range(11)]
-        for code in range(11):
-            save(root / "Manually_Annotated_Images" / f"{code % 3}" / f"t{code}.jpg", code)
-    save(root / "Manually_Annotated_Images/9/v.png", 99)
-    write(root / "training.csv", AFFECTNET_HEADER, *training, end=end)
-    write(root / "validation.csv", AFFECTNET_HEADER, *(validation or [affectnet_row("9/v.png", 1)]), end=end)
+def make_affectnet_2017(root, *training):
+    """Training rows of the codes 0 to 10, all on disk, or those given; and one validation row, of a face."""
+    for code in range(11):
+        save(root / IMAGES / f"{code % 3}/t{code}.jpg", code)
+    save(root / IMAGES / "9/v.png", 99)
+    training = training or [affectnet_row(f"{code % 3}/t{code}.jpg", code) for code in range(11)]
+    write(root / "training.csv", AFFECTNET_HEADER, *training)
+    write(root / "validation.csv", AFFECTNET_HEADER, affectnet_row("9/v.png", 1))
     return root
 
 
-def test_affectnet_2017_maps_each_code_and_leaves_out_no_face_rows(tmp_path):
-    found = affectnet_2017(make_affectnet_2017(tmp_path))
-    assert found.name == "AffectNet 2017" and len(found) == 11
-    names = [EXPRESSIONS[label] if label >= 0 else None for label in found.labels]
-    assert names == ["Neutral", "Happiness", "Sadness", "Surprise", "Fear", "Disgust", "Anger", "Other",
-                     None, None, "Happiness"]
-    assert found.labels.dtype == np.int8
-    assert found.training.tolist() == [True] * 10 + [False]
-    assert found.skipped == {"not a face": 1}
-    assert level(found.read(10)) == 99 and found.where(10).endswith("9/v.png")
+def make_affectnet_2021(root):
+    for split, codes in (("train_set", range(8)), ("val_set", [6.0])):
+        for code in codes:
+            save(root / split / f"images/{code}.jpg", int(code) + 10 * (split == "val_set"))
+            note = root / split / f"annotations/{code}_exp.npy"
+            note.parent.mkdir(exist_ok=True)
+            np.save(note, np.array(str(code) if code % 2 else code))                    # as text, or a number
+    return root
 
 
-def test_affectnet_2017_leaves_out_and_counts_images_that_are_not_on_disk(tmp_path):
-    make_affectnet_2017(tmp_path)
-    (tmp_path / "Manually_Annotated_Images/1/t4.jpg").unlink()
-    rows = affectnet_row("9/v.png", 1), affectnet_row("77/none.jpg", 2)
-    write(tmp_path / "validation.csv", AFFECTNET_HEADER, *rows)
-    found = affectnet_2017(tmp_path)
-    assert len(found) == 10 and found.skipped == {"not a face": 1, "image not on disk": 2}
+def make_raf_db(root):
+    names = [f"train_{code:05d} {code}" for code in range(1, 8)] + ["test_0001 7", "train_00099 1"]
+    for grey, name in enumerate(names[:-1]):
+        save(root / f"basic/Image/aligned/{name.split()[0]}_aligned.jpg", grey)
+    write(root / LIST, *(name.replace(" ", ".jpg ") for name in names), "", end="\r\n")
+    return root
 
 
-def test_affectnet_2017_scans_each_folder_once(tmp_path, monkeypatch):
-    make_affectnet_2017(tmp_path)
-    scanned, scandir = [], os.scandir
-    monkeypatch.setattr(os, "scandir", lambda folder: scanned.append(folder) or scandir(folder))
-    affectnet_2017(tmp_path)
-    assert len(scanned) == 4      # the folders 0, 1, 2 and 9
+def make_fer2013(root):
+    """Eight training rows with the codes 0 to 6 and one of each test part; row i is flat grey of level 10 i.
+    FER+ votes for another class each; its last rows are no face, and a tie."""
+    usages = ["Training"] * 8 + ["PublicTest", "PrivateTest"]
+    votes = [",".join(["8" if k == i else "0" for k in range(9)] + ["2"]) for i in range(8)]
+    votes += ["0," * 9 + "10", "5,5" + ",0" * 8]
+    write(root / "fer2013.csv", "emotion,pixels,Usage",
+          *(f"{i % 7},{' '.join([str(10 * i)] * 2304)},{usage}" for i, usage in enumerate(usages)))
+    write(root / "fer2013new.csv", FERPLUS_HEADER,
+          *(f"{usage},{'' if i == 8 else 'fer.png'},{votes[i]}" for i, usage in enumerate(usages)))
+    return root
 
 
-def test_carriage_returns_a_byte_order_mark_and_blank_lines_change_nothing(tmp_path):
-    make_affectnet_2017(tmp_path, end="\r\n")
-    path = tmp_path / "training.csv"
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\r\n  \r\n\r\n")
-    assert len(affectnet_2017(tmp_path)) == 11
+def make_folder(root, names=("Val/d.bmp", "e.gif", "f.jpg", "test/sad/c.jpeg", "train/happy/b.JPG",
+                             "train/happy/person 1/a.png", "sad/ANGRER/g.png")):
+    for grey, name in enumerate(names):
+        save(root / name, grey)
+    save(root / ".cache/happy/g.jpg")
+    write(root / "notes.txt", "hello")
+    return root
 
 
-@pytest.mark.parametrize("lines, message", [
-    (["file,x"], r"line 1: got the header 'file,x', expected 'subDirectory_filePath,"),
-    ([], r"line 1: got the header '', expected 'subDirectory_filePath,"),
-    (["", AFFECTNET_HEADER], r"line 1: got the header ''"),
-    ([AFFECTNET_HEADER, "1/a.jpg,1,2"], r"line 2: got 3 fields, expected 9"),
-    ([AFFECTNET_HEADER, affectnet_row("1/a.jpg", 1) + ",5"], r"line 2: got 10 fields, expected 9"),
-    ([AFFECTNET_HEADER, ",,,"], r"line 2: got 4 fields, expected 9"),
-    ([AFFECTNET_HEADER, affectnet_row("1/a.jpg", 1), affectnet_row("1/a.jpg", "happy")],
-     r"line 3: got 'happy'"),
-    ([AFFECTNET_HEADER, affectnet_row("1/a.jpg", 11)],
-     r"line 2: got '11', expected a whole number from 0 to 10"),
-    ([AFFECTNET_HEADER, affectnet_row("1/a.jpg", "")],
-     r"line 2: got '', expected a whole number from 0 to 10"),
-    ([AFFECTNET_HEADER, affectnet_row("../a.jpg", 1)], r"line 2: '\.\.' leaves its data root"),
-    ([AFFECTNET_HEADER, affectnet_row("1/../../a.jpg", 1)], r"line 2: .* leaves its data root"),
-    ([AFFECTNET_HEADER, affectnet_row("/a.jpg", 1)], r"line 2: .* leaves its data root"),
-    ([AFFECTNET_HEADER, affectnet_row("/etc/passwd", 1)], r"line 2: .* leaves its data root"),
-])
-def test_a_broken_list_is_refused_with_its_file_and_line(tmp_path, lines, message):
-    make_affectnet_2017(tmp_path, training=[])
-    (tmp_path / "training.csv").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="training.csv " + message):
+# How each set is made and read, and what is left out; then of its faces in their order: the grey level, which
+# says which image it is, ABAW's class, and whether it is for training.
+SETS = {
+    "AffectNet 2017": (make_affectnet_2017, affectnet_2017, {"not a face": 1}, [*range(10), 99],
+                       [0, 4, 5, 6, 3, 2, 1, 7, -1, -1, 4], [True] * 10 + [False]),
+    "AffectNet 2021": (make_affectnet_2021, affectnet_2021, {}, [*range(8), 16], [0, 4, 5, 6, 3, 2, 1, 7, 1],
+                       [True] * 8 + [False]),
+    "RAF-DB": (make_raf_db, raf_db, {"image not on disk": 1}, [*range(8)], [6, 3, 2, 4, 5, 1, 0, 0],
+               [True] * 7 + [False]),
+    "FER2013": (make_fer2013, fer2013, {}, [*range(0, 100, 10)], [1, 2, 3, 4, 5, 6, 0, 1, 2, 3],
+                [True] * 8 + [False] * 2),
+    "FER2013 with FER+ labels": (make_fer2013, lambda root: fer2013(root, root), {"not a face": 1},
+                                 [*range(0, 80, 10), 90], [0, 4, 6, 5, 1, 2, 3, 7, -1], [True] * 8 + [False]),
+    "folder": (make_folder, image_folder, {"hidden": 1, "not an image file": 1}, [0, 1, 2, 6, 3, 4, 5],
+               [-1, -1, -1, 1, 5, 4, 4], [False, True, True, True, False, True, True]),
+    "class folders": (lambda root: make_folder(root, ["ANGRER/1.png", "DISGUST/1.png", "surprise/a/1.png"]),
+                      class_folders, {"hidden": 1, "not an image file": 1}, [0, 1, 2], [1, 2, 6], [True] * 3)}
+
+
+def assert_holds(found, skipped, levels, labels, training):
+    assert found.skipped == skipped and found.labels.tolist() == labels
+    assert found.training.tolist() == training
+    assert [level(found.read(i)) for i in range(len(found))] == levels
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_holds_its_faces_with_their_labels_in_the_order_of_its_list(tmp_path, name):
+    make, read, *expected = SETS[name]
+    found = read(make(tmp_path))
+    assert_holds(found, *expected)
+    assert found.paths.dtype.kind == "S" and found.labels.dtype == np.int8
+    assert found.name in (name, str(tmp_path))
+
+
+# ---- Copies that differ
+
+TRAINING, VALIDATION = ("AffectNet 2017", "training.csv"), ("AffectNet 2017", "validation.csv")
+OTHER_HEADER = ",".join([*AFFECTNET_COLUMNS[6::-1], *AFFECTNET_COLUMNS[7:]])
+OLD_ROW, OTHER_ROW = affectnet_row("9/v.png", 1), "1,1.0;2.0;3.0,30,30,2,1,9/v.png,0.1,-0.2"
+ALIKE = [                                  # a set, one of its files, where that is then, texts replaced in it
+    (*TRAINING, "training.csv", "\n", "\r\n \r\n", "sub", "\ufeffsub"),
+    (*TRAINING, "Manually_Annotated_file_lists/training.csv", AFFECTNET_HEADER + "\n", ""),
+    (*VALIDATION, "validation.csv", AFFECTNET_HEADER, OTHER_HEADER, OLD_ROW, OTHER_ROW),
+    (*VALIDATION, "validation.csv", "9/v", f" C:\\{IMAGES}\\{IMAGES}\\9\\v"),
+    ("RAF-DB", LIST, LIST, ".jpg", "_aligned.jpg", "\r", ""),
+    ("FER2013", "fer2013.csv", "fer2013.csv", "emotion", '"emotion"', ",", '", "', "ing\n", 'ing"\r\n')]
+
+
+@pytest.mark.parametrize("name, file, place, changes", [(*row[:3], row[3:]) for row in ALIKE])
+def test_copies_that_differ_are_read_alike(tmp_path, name, file, place, changes):
+    make, read, *expected = SETS[name]
+    text = (make(tmp_path) / file).read_bytes().decode()
+    for old, new in zip(changes[::2], changes[1::2]):
+        text = text.replace(old, new)
+    (tmp_path / file).unlink()
+    write(tmp_path / place, text, end="")
+    assert_holds(read(tmp_path), *expected)
+
+
+def test_whole_photographs_of_raf_db_are_read_where_there_are_no_aligned_ones(tmp_path):
+    make_raf_db(tmp_path)
+    (tmp_path / "basic/Image/aligned").rename(tmp_path / "aligned")
+    write(tmp_path / LIST, "train_1.jpg 5", "train_2_aligned.jpg 5")
+    for grey in (1, 2):
+        save(tmp_path / f"basic/Image/original/train_{grey}.jpg", grey)
+    found = raf_db(tmp_path / "basic")
+    assert found.name == "RAF-DB, whole photographs (no Image/aligned)" and level(found.read(1)) == 2
+    (tmp_path / "aligned").rename(tmp_path / "basic/Image/aligned")
+    with pytest.raises(ValueError, match="2 of the 2 images .* looked for .*aligned/train_1_aligned.jpg"):
+        raf_db(tmp_path)
+
+
+def test_the_nearest_folder_named_after_an_expression_gives_the_label_whatever_its_case(tmp_path):
+    expected = {"ANGRER": 1, "Angry": 1, "Contempt": 7, "disgusted": 2, "fearful": 3, "neutral": 0, "sad": 5,
+                "surprised": 6, "other": 7, "3": 5, "banana": 5}
+    for name in expected:
+        save(tmp_path / "sad" / name / "a.jpg")
+    found = fer2013(tmp_path)                                      # which may be class folders of images
+    assert {Path(found.where(i)).parent.name: found.labels[i] for i in range(len(found))} == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse a file name that is not UTF-8")
+def test_a_file_name_of_any_bytes_is_read(tmp_path):
+    save(tmp_path / "ünï.png", 3)
+    os.rename(tmp_path / "ünï.png", os.path.join(os.fsencode(tmp_path), b"odd\xff.png"))
+    assert level(image_folder(tmp_path).read(0)) == level(joined([image_folder(tmp_path)]).read(0)) == 3
+
+
+# ---- What is left out, and what is refused
+
+def test_absent_images_are_counted_without_a_look_at_each_and_9_in_10_may_be(tmp_path, monkeypatch):
+    rows = [affectnet_row("9/v.png", 1), *(affectnet_row(f"{i}/gone.jpg", 1) for i in range(18))]
+    make_affectnet_2017(tmp_path, *rows)
+    looked, scandir, realpath = [], os.scandir, os.path.realpath
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", lambda path: looked.append(str(path)) or scandir(path))
+        patch.setattr(os.path, "realpath", lambda path: looked.append("root") or realpath(path))
+        found = affectnet_2017(tmp_path)
+    assert len(looked) == len(set(looked)) == 6               # 0, 1, 2, 9 and above them; the root resolved
+    assert len(found) == 2 and found.skipped == {"image not on disk": 18}                     # 18 of 20
+    no_face = affectnet_row("1/t1.jpg", 10)                                                   # does not count
+    make_affectnet_2017(tmp_path, *rows, affectnet_row("gone.jpg", 1), no_face)
+    with pytest.raises(ValueError, match=rf"19 of the 21 images .* looked for .*{IMAGES}/0/gone.jpg; give"):
         affectnet_2017(tmp_path)
 
 
-def test_a_listed_link_that_leads_out_of_the_root_is_refused(tmp_path):
-    root = make_affectnet_2017(tmp_path / "set", training=[affectnet_row("1/link.jpg", 1)])
-    save(tmp_path / "private.jpg")
-    (root / "Manually_Annotated_Images/1").mkdir()
-    (root / "Manually_Annotated_Images/1/link.jpg").symlink_to(tmp_path / "private.jpg")
-    with pytest.raises(ValueError, match=r"training.csv line 2: '1/link.jpg' leaves its data root"):
-        affectnet_2017(root)
-    (root / "Manually_Annotated_Images/2").symlink_to(tmp_path)
-    write(root / "training.csv", AFFECTNET_HEADER, affectnet_row("2/private.jpg", 1))
-    with pytest.raises(ValueError, match=r"training.csv line 2: '2' leaves its data root"):
-        affectnet_2017(root)
+def affectnet(root, row, header=AFFECTNET_HEADER):
+    make_affectnet_2017(root)
+    if row.startswith("out"):
+        (root / IMAGES / "out.jpg").symlink_to(root / "training.csv")
+    write(root / "training.csv", header, affectnet_row("9/v.png", 1), row)
+    return affectnet_2017(root)
 
 
-# ---- AffectNet 2021
-
-def make_affectnet_2021(root):
-    for code in range(8):
-        save(root / f"train_set/images/{code}.jpg", code)
-        (root / "train_set/annotations").mkdir(exist_ok=True)
-        label = str(code) if code % 2 else code
-        np.save(root / f"train_set/annotations/{code}_exp.npy", np.array(label))
-    save(root / "val_set/images/3.jpg", 33)
-    (root / "val_set/annotations").mkdir()
-    np.save(root / "val_set/annotations/3_exp.npy", np.array([6.0]))
-    return root
+def plus(root, change):
+    lines = (make_fer2013(root) / "fer2013new.csv").read_text().splitlines()
+    write(root / "fer2013new.csv", *change(lines))
+    return fer2013(root, root)
 
 
-def test_affectnet_2021_maps_text_and_numbers_alike(tmp_path):
-    found = affectnet_2021(make_affectnet_2021(tmp_path))
-    assert found.labels.tolist() == [0, 4, 5, 6, 3, 2, 1, 7, 1] and found.labels.dtype == np.int8
-    assert found.training.tolist() == [True] * 8 + [False]
-    assert level(found.read(8)) == 33 and not found.skipped
+def classes(root, names):
+    for name in names.split():
+        save(root / name)
+    return class_folders(root if names != "a.png" else root / "a.png")
 
 
-def test_affectnet_2021_opens_no_annotation_until_labels_are_asked_for(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("an annotation was opened")
-    monkeypatch.setattr(np.lib.format, "read_array", refuse)
-    found = affectnet_2021(make_affectnet_2021(tmp_path))
-    assert len(found) == 9 and level(found.read(5)) == 5
-    with pytest.raises(AssertionError, match="was opened"):
-        found.labels
+LEAVES = "leaves its data root .*; entries must lie inside it"
+COMPLETE = "both must be complete and in their first order"
 
 
-def test_affectnet_2021_keeps_images_whose_annotation_is_missing_broken_or_pickled(tmp_path):
-    make_affectnet_2021(tmp_path)
-    notes = tmp_path / "train_set/annotations"
+@pytest.mark.parametrize("read, bad, message", [
+    (partial(affectnet, header="file,x"), "", "training.csv line 1: got 'file,x', expected subDirectory_fil"),
+    (affectnet, affectnet_row("1/a.jpg", 1) + ",5", r"training.csv line 3: got .*\(ValueError: zip"),
+    (affectnet, AFFECTNET_HEADER, "csv line 3: got 'sub"),
+    (affectnet, affectnet_row("9/v.png", 11), r"training.csv line 3: .*\(KeyError: '11'\)"),
+    (affectnet, affectnet_row("../a.jpg", 1), rf"'\.\./a.jpg' {LEAVES}"),
+    (affectnet, affectnet_row("/etc/passwd", 1), f"'/etc/passwd' {LEAVES}"),
+    (affectnet, affectnet_row("out.jpg", 1), f"'out.jpg' {LEAVES}"),
+    (plus, lambda rows: [*rows[:-1], rows[-1][:-1] + "x"], "new.csv line 11: .*invalid literal for int"),
+    (plus, lambda rows: rows[:-1], f"new.csv: 9 rows that do not fit the 10 of .*fer2013.csv .*{COMPLETE}"),
+    (plus, lambda rows: [rows[0], *rows[:0:-1]], COMPLETE),
+    (classes, "FEAR/1.png NEUTRAL/1.png", r"found .*NEUTRAL/1.png; give the folder that holds ANGRER \(or "
+     r"ANGER\), DISGUST, FEAR, HAPPINESS, SADNESS, SURPRISE and no others"),
+    (classes, "contempt/1.png", "found .*contempt/1.png"), (classes, "1.png FEAR/1.png", "found [^ ]*/1.png"),
+    (classes, "", "found no image; give"), (classes, "a.png", "found no image; give")])
+def test_bad_data_is_refused_with_a_message_that_names_it(tmp_path, read, bad, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, bad)
+
+
+# ---- Faces
+
+def test_faces_are_cut_out_by_their_box_clipped_to_the_image_if_that_is_asked_for_and_possible(tmp_path):
+    boxes = [(2, 1, 3, 5), (-4, 6, 6, 9), ("1.0", "1.0", "2", "2"), (8, 7, 10, 1),              # read
+             (10, 0, 5, 5), (0, 8, 5, 5), (-5, 0, 5, 5), (0, -5, 5, 5),                         # outside
+             (0, 0, 0, 5), (0, 0, 5, 0), (0, 0, -1, 5), ("",) * 4, ("nan", 0, 5, 5), (10 ** 12, 0, 5, 5)]
+    make_affectnet_2017(tmp_path, *(affectnet_row(f"1/{i}.png", 1, box) for i, box in enumerate(boxes)))
+    for i in range(len(boxes)):             # 10 x 8 pixels, column x of grey level 20 x
+        picture = np.tile(np.arange(10, dtype=np.uint8) * 20, (8, 1))
+        Image.fromarray(picture).save(tmp_path / IMAGES / f"1/{i}.png")
+    found = affectnet_2017(tmp_path, crop=True)
+    assert [found.read(i).size for i in range(4)] == [(3, 5), (2, 2), (2, 2), (2, 1)]
+    assert [np.asarray(found.read(i))[0, :, 0].tolist() for i in (0, 1)] == [[40, 60, 80], [0, 20]]
+    for i in range(4, 8):
+        with pytest.raises(ValueError, match=f"1/{i}.png: 10 x 8 pixels, outside of the face box .*=false"):
+            found.read(i)
+    assert found.skipped == {"no usable face box": 6}
+    for crop, size, n in ((True, (3, 5), 9), (False, (10, 8), 15)):
+        found, = load_faces(replace(Config().data, affectnet_2017=str(tmp_path), affectnet_crop=crop))
+        assert found.read(0).size == size and len(found) == n
+
+
+def test_affectnet_2021_opens_no_label_until_it_is_asked_for_and_keeps_images_whose_label_is_broken(tmp_path):
+    found, notes = affectnet_2021(make_affectnet_2021(tmp_path)), tmp_path / "train_set/annotations"
     (notes / "0_exp.npy").unlink()
     (notes / "1_exp.npy").write_bytes((notes / "1_exp.npy").read_bytes()[:40])
     (notes / "2_exp.npy").write_bytes(b"")
     np.save(notes / "3_exp.npy", np.array(3, dtype=object), allow_pickle=True)    # a pickle could run code
-    np.save(notes / "4_exp.npy", np.array(8))
-    np.save(notes / "5_exp.npy", np.array(3.5))
-    np.save(notes / "6_exp.npy", np.array([1, 2]))
-    np.save(notes / "7_exp.npy", np.array(float("nan")))
-    found = affectnet_2021(tmp_path)
-    assert found.labels.tolist() == [-1] * 8 + [1]
-    assert found.skipped == {"annotation missing or broken (image kept)": 8}
+    for i, wrong in {4: 8, 5: 3.5, 6: [1, 2], 7: float("nan")}.items():
+        np.save(notes / f"{i}_exp.npy", np.array(wrong))
+    assert joined([found]).labels.tolist() == found.labels.tolist() == [-1] * 8 + [1]
 
 
-# ---- RAF-DB
-
-def make_raf_db(basic):
-    lines = [f"train_{code:05d}.jpg {code}" for code in range(1, 8)]
-    lines += ["test_0001.jpg 7", "train_00099.jpg 1"]
-    for code in range(1, 8):
-        save(basic / f"Image/aligned/train_{code:05d}_aligned.jpg", code)
-    save(basic / "Image/aligned/test_0001_aligned.jpg", 70)
-    write(basic / "EmoLabel/list_patition_label.txt", *lines, "", end="\r\n")
-
-
-@pytest.mark.parametrize("given", ["", "basic"])
-def test_raf_db_is_read_from_its_root_or_from_basic(tmp_path, given):
-    make_raf_db(tmp_path / "basic")
-    found = raf_db(tmp_path / given)
-    assert [EXPRESSIONS[label] for label in found.labels] == [
-        "Surprise", "Fear", "Disgust", "Happiness", "Sadness", "Anger", "Neutral", "Neutral"]
-    assert found.training.tolist() == [True] * 7 + [False]
-    assert level(found.read(7)) == 70
-    assert found.skipped == {"image not on disk": 1}
+def test_fer2013s_pixels_run_from_left_to_right_and_stay_in_the_csv(tmp_path):
+    pixels = np.arange(2304) % 251
+    broken = [f"7 {first} {FLAT[4:]},0,Training" for first in ("256", "-1", "x", "1.5", "")]
+    path = write(tmp_path / "fer2013.csv", "pixels,emotion,Usage", f"{' '.join(map(str, pixels))},0,Training",
+                 *broken, f"{FLAT},3,Training")
+    found = fer2013(tmp_path)
+    assert np.array_equal(np.asarray(found.read(0))[..., 0], pixels.reshape(48, 48))
+    assert level(found.read(-1)) == 7
+    for i in range(1, 6):
+        with pytest.raises(ValueError, match=f"fer2013.csv line {i + 2} .*expected 2,304 whole numbers"):
+            found.read(i)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="fer2013.csv"):         # not a broken row, which is left out
+        found.read(0)
+    with pytest.raises(ValueError, match="line 1: got .* 2303 pixels, not 2,304 with one space between two"):
+        fer2013(write(path, f"0,{FLAT[2:]},Training"))
 
 
-@pytest.mark.parametrize("line, message", [
-    ("train_00001.jpg", "line 1: got 'train_00001.jpg', expected a line like"),
-    ("train_00001.jpg 5 6", "line 1: got .* expected a line like"),
-    ("face_00001.jpg 5", "line 1: got .* begins with train_ or test_"),
-    ("train_00001.jpg 0", "line 1: got '0', expected a whole number from 1 to 7"),
-    ("train_00001.jpg 8", "line 1: got '8', expected a whole number from 1 to 7"),
-    ("train_00001.jpg five", "line 1: got 'five'"),
-    ("train_/../../../../secret.jpg 5", "line 1: .* leaves its data root"),
-])
-def test_a_broken_line_of_raf_db_is_refused(tmp_path, line, message):
-    make_raf_db(tmp_path)
-    write(tmp_path / "EmoLabel/list_patition_label.txt", line)
-    with pytest.raises(ValueError, match="list_patition_label.txt " + message):
-        raf_db(tmp_path)
+def test_other_names_boxes_or_sizes_have_another_fingerprint_and_another_place_has_the_same(tmp_path):
+    found, same, boxed, _ = (image_folder(make_folder(tmp_path / name)) for name in "abcd")
+    assert found.fingerprint() == same.fingerprint() and found.fingerprint().startswith("7 images, names ")
+    boxed.boxes = boxed.boxes + 1
+    (tmp_path / "b/f.jpg").write_bytes(b"another size")
+    (tmp_path / "d/f.jpg").rename(tmp_path / "d/g.jpg")
+    assert len({one.fingerprint() for one in (found, same, boxed, image_folder(tmp_path / "d"))}) == 4
 
 
-# ---- Any folder
+# ---- All sets
 
-def test_class_folders_are_mapped_by_name_whatever_their_case(tmp_path):
-    expected = {"ANGRER": 1, "Angry": 1, "anger": 1, "Contempt": 7, "DISGUST": 2, "fear": 3, "Happy": 4,
-                "happiness": 4, "neutral": 0, "SADNESS": 5, "sad": 5, "surprise": 6, "other": 7,
-                "3": -1, "banana": -1}
-    for name in expected:
-        above = tmp_path / "sad" if expected[name] >= 0 else tmp_path      # of two, the nearest folder counts
-        save(above / name / "a.jpg")
-    found = image_folder(tmp_path)
-    names = [os.path.basename(os.path.dirname(found.where(i))) for i in range(len(found))]
-    assert dict(zip(names, found.labels.tolist(), strict=True)) == expected
+def settings(root, **given):
+    """The `data` section of a configuration of every set."""
+    sets = {"affectnet_2017": make_affectnet_2017, "affectnet_2021": make_affectnet_2021,
+            "raf_db": make_raf_db, "fer2013": make_fer2013}
+    every = {name: str(make(root / name)) for name, make in sets.items()}
+    return replace(Config().data, **every | {"folders": [str(make_folder(root / "e"))]} | given)
 
 
-def test_nested_folders_give_split_and_label_and_other_files_are_counted(tmp_path):
-    for name in ("train/happy/b.JPG", "train/happy/person 1/a.png", "test/sad/c.jpeg", "Val/d.bmp", "e.webp",
-                 "f.jpg"):
-        save(tmp_path / name)
-    save(tmp_path / ".cache/happy/g.jpg")
-    write(tmp_path / "train/notes.txt", "hello")
-    found = image_folder(tmp_path)
-    names = [os.path.relpath(found.where(i), tmp_path) for i in range(6)]
-    assert list(zip(names, found.labels.tolist(), found.training.tolist())) == [
-        ("Val/d.bmp", -1, False), ("e.webp", -1, True), ("f.jpg", -1, True), ("test/sad/c.jpeg", 5, False),
-        ("train/happy/b.JPG", 4, True), ("train/happy/person 1/a.png", 4, True)]
-    assert len(found) == 6 and found.skipped == {"hidden": 1, "not an image file": 1}
-    assert all(found.read(i).size == (6, 4) for i in range(6))
+def test_several_sets_are_one_list_in_the_order_of_the_settings(tmp_path):
+    sets = load_faces(settings(tmp_path, folders=[f"{tmp_path}/e"] * 2))
+    whole, parts = joined(sets), [(found, i) for found in sets for i in range(len(found))]
+    assert [found.setting for found in sets] == ["data.affectnet_2017", "data.affectnet_2021", "data.raf_db",
+                                                 "data.fer2013", "data.folders[0]", "data.folders[1]"]
+    assert len(whole) == len(parts) == 52
+    assert whole.labels.tolist() == [found.labels[i] for found, i in parts]
+    assert whole.training.tolist() == [found.training[i] for found, i in parts]
+    for place, (found, i) in enumerate(parts):
+        assert whole.where(place) == found.where(i) and level(whole.read(place)) == level(found.read(i))
+    assert [found.name for found in labelled_sets(settings(tmp_path))] == ["AffectNet 2017", "AffectNet 2021"]
 
 
-def test_the_order_does_not_depend_on_the_order_of_the_disk(tmp_path, monkeypatch):
-    for i in (3, 11, 2, 1):
-        save(tmp_path / f"{i % 2}/{i}.png")
-    first = image_folder(tmp_path).paths.tolist()
-    scandir = os.scandir
-
-    def backwards(folder):
-        return sorted(scandir(folder), key=lambda entry: entry.name, reverse=True)
-
-    monkeypatch.setattr(os, "scandir", backwards)
-    assert image_folder(tmp_path).paths.tolist() == first == sorted(first)
-
-
-def test_links_that_lead_out_are_left_out_and_links_within_are_read(tmp_path):
-    save(tmp_path / "outside/private.jpg")
-    root = tmp_path / "faces"
-    save(root / "a.jpg", 5)
-    (root / "out.jpg").symlink_to(tmp_path / "outside/private.jpg")
-    (root / "folder").symlink_to(tmp_path / "outside")
-    (root / "within.jpg").symlink_to(root / "a.jpg")
-    (root / "loop.jpg").symlink_to(root / "loop.jpg")
-    (root / "gone.jpg").symlink_to(root / "nothing.jpg")
-    found = image_folder(root)
-    assert found.paths.tolist() == [b"a.jpg", b"within.jpg"] and level(found.read(1)) == 5
-    assert found.skipped == {"link out of the folder": 2, "link to no file": 2}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse a file name that is not UTF-8")
-def test_paths_are_one_array_of_bytes_and_a_name_of_any_bytes_is_read(tmp_path):
-    save(tmp_path / "ünï.png", 3)
-    odd = os.path.join(os.fsencode(tmp_path), b"odd\xff.png")
-    with open(tmp_path / "ünï.png", "rb") as source, open(odd, "wb") as copy:
-        copy.write(source.read())
-    found = pickle.loads(pickle.dumps(image_folder(tmp_path)))
-    assert found.paths.dtype.kind == "S" and found.paths.nbytes == 2 * len("ünï.png".encode())
-    assert [level(found.read(i)) for i in range(2)] == [3, 3]
-
-
-def test_an_unreadable_image_is_listed_and_refused_with_its_name_when_it_is_read(tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="broken.jpg: not a readable image"):
-        image_folder(tmp_path).read(0)
-
-
-# ---- Any mix of them
-
-def test_any_mix_of_sets_is_loaded_in_one_order(tmp_path):
-    make_affectnet_2017(tmp_path / "a")
-    make_affectnet_2021(tmp_path / "b")
-    make_raf_db(tmp_path / "c/basic")
-    make_fer2013(tmp_path / "d")
-    save(tmp_path / "e/happy/x.jpg")
-    save(tmp_path / "f/y.jpg")
-    data = settings(affectnet_2017=tmp_path / "a", affectnet_2021=tmp_path / "b", raf_db=tmp_path / "c",
-                    fer2013=tmp_path / "d/fer2013.csv", folders=[str(tmp_path / "e"), str(tmp_path / "f")])
-    sets = load_faces(data)
-    assert [(found.name, len(found)) for found in sets[:4]] == [
-        ("AffectNet 2017", 11), ("AffectNet 2021", 9), ("RAF-DB", 8), ("FER2013", 9)]
-    assert [found.name for found in sets[4:]] == data.folders
-    for found in sets:
-        assert len(found.labels) == len(found.training) == len(found)
-        assert found.read(len(found) - 1).mode == "RGB"
-
-
-def test_all_missing_paths_are_reported_at_once_with_their_settings(tmp_path):
-    gone, empty = str(tmp_path / "gone"), tmp_path / "empty"
-    empty.mkdir()
-    data = settings(affectnet_2017=gone, affectnet_2021=gone, raf_db=gone, fer2013=gone,
-                    folders=[gone, str(empty)])
+def test_all_problems_are_told_at_once_each_after_its_setting(tmp_path):
+    gone = str(tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    names = ("affectnet_2017", "affectnet_2021", "raf_db", "fer2013", "ferplus")
+    folders = [gone, f"{tmp_path}/e", f"{tmp_path}/empty", f"{tmp_path}/e/f.jpg"]
     with pytest.raises(ValueError) as refusal:
-        load_faces(data)
+        load_faces(settings(tmp_path, folders=folders, **dict.fromkeys(names, gone)))
     lines = str(refusal.value).splitlines()
     assert [line.split(":")[0] for line in lines] == [
-        "data.affectnet_2017", "data.affectnet_2021", "data.raf_db", "data.fer2013",
-        "data.folders[0]", "data.folders[1]"]
-    assert all("which is not there; give " in line for line in lines[:5])
-    assert "looked for" in lines[2] and "list_patition_label.txt" in lines[2]
-    assert "no image found" in lines[5]
+        "data.affectnet_2017", "data.affectnet_2021", "data.raf_db", "data.fer2013", "data.folders[0]",
+        "data.folders[2]", "data.folders[3]"]
+    assert all(line.endswith("layouts: docs/data.md") for line in lines) and "no image found in" in lines[5]
+    assert all("No such file or directory" in line for line in lines[:5]) and "Not a directory" in lines[6]
+    with pytest.raises(ValueError, match="data: no data set is given; set data.affectnet_2017"):
+        load_faces(Config().data)
+    with pytest.raises(ValueError, match="no labelled still faces: give data.affectnet_2017 or data."):
+        labelled_sets(Config().data)
+    with pytest.raises(ValueError, match="data.fer2013: .*No such file .*fer2013.csv"):        # FER+ alone
+        load_faces(replace(Config().data, ferplus=str(tmp_path)))
 
 
-def test_no_set_at_all_and_a_set_without_images_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no data set is given; set data.affectnet_2017"):
-        load_faces(settings())
-    (tmp_path / "Manually_Annotated_Images").mkdir()
-    write(tmp_path / "training.csv", AFFECTNET_HEADER, affectnet_row("1/a.jpg", 1))
-    write(tmp_path / "validation.csv", AFFECTNET_HEADER)
-    with pytest.raises(ValueError, match="data.affectnet_2017: .*training.csv: 1 of the 1 images"):
-        load_faces(settings(affectnet_2017=tmp_path))
-    write(tmp_path / "training.csv", AFFECTNET_HEADER, affectnet_row("1/a.jpg", 10))
-    with pytest.raises(ValueError, match="data.affectnet_2017: no image found .*'not a face': 1"):
-        load_faces(settings(affectnet_2017=tmp_path))
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_disk_that_fails_is_no_wrong_setting_but_a_folder_that_may_not_be_opened_is(
+        tmp_path, monkeypatch, number):
+    def fail(folder):
+        raise OSError(number, os.strerror(number), str(folder))
+    data = settings(tmp_path)
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(ValueError if number == errno.EACCES else OSError, match=os.strerror(number)):
+        load_faces(data)
+
+
+def slow_order(labels, rng) -> list:
+    """Sample i is of class i mod K; each class goes through its rows in a shuffled order, again and again."""
+    rows = {k: [i for i, label in enumerate(labels) if label == k] for k in sorted(set(labels) - {-1})}
+    queues = [itertools.cycle(rng.permutation(of_class)) for of_class in rows.values()]
+    return [next(queues[i % len(queues)]) for i in range(sum(map(len, rows.values())))]
+
+
+def test_an_epoch_in_balance_has_every_class_equally_often():
+    labels = np.random.default_rng(0).permutation([0] * 9 + [1] * 4 + [4] * 2 + [7] + [-1] * 5)
+    order = balanced_order(labels, 3)
+    for epoch in range(3):
+        rows = order(epoch)
+        assert np.bincount(labels[rows], minlength=8).tolist() == [4, 4, 0, 0, 4, 0, 0, 4]
+        assert rows.tolist() == slow_order(labels, np.random.default_rng([2, 3, epoch]))
+
+
+COUNTED = """\
+{}: 7 images, 5 for training
+  left out: 1 hidden, 1 not an image file
+  sizes of 7: 6 6 x 4, 1 not readable
+  Neutral 0, Anger 1, Disgust 0, Fear 0, Happiness 2, Sadness 1, Surprise 0, Other 0, no label 3
+"""
+
+
+def test_the_command_counts_every_set_of_a_configuration_or_any_folder(tmp_path, monkeypatch, capsys):
+    folder = str(make_folder(tmp_path / "e"))
+    (tmp_path / "e/e.gif").write_text("no image")
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({"data": {"folders": [folder]}}))
+    for words in (["--config", f"{tmp_path}/my.yaml"], [folder]):
+        monkeypatch.setattr(sys, "argv", ["faces", *words])
+        runpy.run_path(faces.__file__, run_name="__main__")
+        assert capsys.readouterr().out == COUNTED.format(folder)

@@ -1,141 +1,86 @@
-"""The three task losses in one process: closed forms, loops, masks that hide NaN, gradients, and pieces of
-a batch."""
+"""The losses: closed forms, loops, masks that hide NaN, gradients, and a batch in pieces or on processes."""
 
+import contextlib
 import math
 import re
-import statistics
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-import losses
-from distributed import all_sum
-from labels import TASKS
-from losses import au_loss, ccc_loss, expr_loss
+from losses import au_loss, ccc, ccc_loss, expr_loss, js_divergence, js_loss, weighted_au_loss
+from processes import ALONE, in_team
 
-WIDTH = {"va": 2, "expr": 8, "au": 12}                               # the prediction's last dimension
+WEIGHT = torch.linspace(1, 9, 12, dtype=torch.double)
+# name -> the loss, outputs per frame (of JS two views of 6 classes), the data sets' code for no label
+LOSSES = {"va": (ccc_loss, 2, -5), "expr": (expr_loss, 8, -1), "au": (au_loss, 12, -1),
+          "emma au": (lambda x, y, valid, *N: weighted_au_loss(x, y, valid, WEIGHT, *N), 12, -1),
+          "js": (lambda x, y, valid, *N: js_loss(x.chunk(2, dim=-1), valid, *N), 12, -1)}
+IN_PIECES = [name for name in LOSSES if name != "va"]
+each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
-def batch(task, B=3, T=7, dtype=torch.double):
-    """(prediction, target, valid) with about two thirds valid and the real data sets' codes where they are
-    not."""
+def batch(name, B=6, T=7, dtype=torch.double):
+    """(prediction, target, valid): about two thirds valid, of frames or of single entries."""
+    _, K, code = LOSSES[name]
     generator = torch.Generator().manual_seed(0)
-    K = WIDTH[task]
-    pred = torch.randn(B, T, K, generator=generator, dtype=dtype)
-    if task == "expr":
-        target = torch.randint(8, (B, T), generator=generator)
-        valid = torch.rand(B, T, generator=generator) < 0.65
-        return pred, target.masked_fill(~valid, -1), valid
-    valid = torch.rand(B, T, K, generator=generator) < 0.65
-    if task == "va":
-        target = torch.rand(B, T, 2, generator=generator, dtype=dtype) * 2 - 1
-        return pred, target.masked_fill(~valid, -5), valid
-    target = (torch.rand(B, T, 12, generator=generator) < 0.3).to(dtype)
-    return pred, target.masked_fill(~valid, -1), valid
+    shape = (B, T) if name in ("expr", "js") else (B, T, K)
+    valid = torch.rand(shape, generator=generator) < 0.65
+    target = torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1
+    if name == "expr":
+        target = torch.randint(8, shape, generator=generator)
+    elif name != "va":
+        target = (target > 0.4).to(dtype)
+    return torch.randn(B, T, K, generator=generator, dtype=dtype), target.masked_fill(~valid, code), valid
 
 
-def loss_and_gradient(task, pred, target, valid, *more):
+def loss_and_gradient(name, pred, *more):
     pred = pred.clone().requires_grad_()
-    loss = getattr(losses, TASKS[task].loss)(pred, target, valid, *more)
+    loss = LOSSES[name][0](pred, *more)
     loss.backward()
     return loss.detach(), pred.grad
 
 
-def everywhere(x):
-    return torch.ones(x.shape, dtype=torch.bool)
+def frames_of(name, valid):
+    """The N that a loss divides by."""
+    return (valid.any(dim=-1) if name == "emma au" else valid).sum().item()
 
 
-# ---- VA: 1 - CCC
+# ---- Closed forms and loops
 
-def ccc_of(x, y):
-    """ccc_loss of one pair of lists; the second dimension is a perfect prediction, which adds 0."""
+@pytest.mark.parametrize("x, y, expected", [
+    ([1, 2, 3], [1, 2, 3], 1), ([-1, 0, 1], [1, 0, -1], -1), ([.01, .02, .03], [.02, .04, .06], 4 / 11),
+    ([1, 2, 3], [2, 4, 6], 4 / 11), ([1, 2, 3], [2, 3, 4], 4 / 7), ([0, 0, 1, 1], [0, 1, 0, 1], 0),
+    ([0, 1], [0, 3], 3 / 7), ([5, 5, 5], [1, 2, 3], 0), ([2, 2], [2, 2], 0)])
+def test_ccc_of_known_pairs_and_the_loss_is_one_minus_it(x, y, expected):
     x, y = torch.tensor(x, dtype=torch.double), torch.tensor(y, dtype=torch.double)
-    t = torch.linspace(-1, 1, len(x), dtype=torch.double)
-    pred, target = torch.stack([x, t], -1), torch.stack([y, t], -1)
-    return 1 - ccc_loss(pred, target, everywhere(pred)).item()
-
-
-@pytest.mark.parametrize("x, y, ccc", [
-    ([1, 2, 3], [1, 2, 3], 1), ([-1, 0, 1], [1, 0, -1], -1),
-    ([1, 2, 3], [2, 4, 6], 4 / 11), ([.01, .02, .03], [.02, .04, .06], 4 / 11), ([1, 2, 3], [2, 3, 4], 4 / 7),
-    ([0, 0, 1, 1], [0, 1, 0, 1], 0), ([0, 1], [0, 3], 3 / 7), ([5, 5, 5], [1, 2, 3], 0)])
-def test_ccc_of_known_pairs(x, y, ccc):
-    assert ccc_of(x, y) == pytest.approx(ccc, abs=1e-14)
-    assert ccc_of(y, x) == pytest.approx(ccc, abs=1e-14)             # symmetric
-
-
-@pytest.mark.parametrize("a, b", [(0, 1), (0, -1), (0.3, 1), (0, 0.5), (-2, 3), (1, -0.2)])
-def test_ccc_of_a_line_has_a_closed_form(a, b):
-    torch.manual_seed(0)
-    y = torch.randn(50, dtype=torch.double)
-    mean, variance = y.mean().item(), y.var(correction=0).item()
-    expected = 2 * b * variance / ((1 + b ** 2) * variance + (a + (b - 1) * mean) ** 2)
-    assert ccc_of((a + b * y).tolist(), y.tolist()) == pytest.approx(expected, abs=1e-13)
+    assert ccc(x, y).item() == pytest.approx(expected, abs=1e-14) == ccc(y, x).item()
+    loss = ccc_loss(x[:, None], y[:, None], torch.ones(len(x), 1, dtype=torch.bool))
+    assert loss.item() == pytest.approx(1 - ccc(x, y).item(), abs=1e-14)
 
 
 def test_va_loss_is_the_sum_of_one_minus_ccc_over_valence_and_arousal_each_over_its_own_valid_frames():
     pred, target, valid = batch("va")
-    expected = 0.0
-    for k in range(2):
-        x, y = pred[..., k][valid[..., k]].tolist(), target[..., k][valid[..., k]].tolist()
-        mx, my = statistics.fmean(x), statistics.fmean(y)
-        cov = statistics.fmean((p - mx) * (q - my) for p, q in zip(x, y))
-        expected += 1 - 2 * cov / (statistics.pvariance(x) + statistics.pvariance(y) + (mx - my) ** 2)
-    assert not torch.equal(valid[..., 0], valid[..., 1])
+    expected = sum(1 - ccc(pred[..., k][valid[..., k]], target[..., k][valid[..., k]]).item() for k in (0, 1))
     assert ccc_loss(pred, target, valid).item() == pytest.approx(expected, rel=1e-13)
+    parts = [ccc_loss(pred[b], target[b], valid[b]).item() for b in range(6)]
+    assert abs(sum(parts) / 6 - expected) > 0.01                     # it is no mean over parts
 
 
-def test_repeating_every_frame_leaves_the_ccc_loss_as_it_is():
-    once = batch("va")
-    thrice = [torch.cat([x] * 3) for x in once]
-    assert ccc_loss(*thrice).item() == pytest.approx(ccc_loss(*once).item(), rel=1e-13)
-
-
-def test_the_ccc_loss_does_not_mind_how_frames_are_divided_into_segments():
-    whole = batch("va")
-    flat = [x.flatten(0, 1) for x in whole]
-    assert ccc_loss(*flat).item() == pytest.approx(ccc_loss(*whole).item(), rel=1e-13)
-
-
-def test_the_ccc_loss_of_a_batch_is_not_the_mean_of_its_parts():
-    whole = batch("va")
-    parts = [ccc_loss(*(x[b] for x in whole)).item() for b in range(3)]
-    assert abs(sum(parts) / 3 - ccc_loss(*whole).item()) > 0.01
-
-
-def test_the_ccc_loss_lies_between_0_and_4():
-    torch.manual_seed(0)
-    y = torch.randn(2, 30, 2, dtype=torch.double)
-    y -= y.mean(dim=(0, 1))
-    assert ccc_loss(y, y, everywhere(y)).item() == pytest.approx(0, abs=1e-14)
-    assert ccc_loss(-y, y, everywhere(y)).item() == pytest.approx(4)
-
-
-def test_ccc_is_accurate_in_float32_far_from_zero():
-    torch.manual_seed(0)
-    x, y = 1000 + torch.randn(2, 4, 300, 2)
-    exact = ccc_loss(x.double(), y.double(), everywhere(x)).item()
-    assert ccc_loss(x, y, everywhere(x)).item() == pytest.approx(exact, rel=1e-3)
-
-
-@pytest.mark.parametrize("valence, arousal", [(0, 7), (7, 0), (1, 7), (0, 0)])
+@pytest.mark.parametrize("valence, arousal", [(0, 7), (7, 0), (1, 7)])
 def test_a_dimension_with_no_valid_frame_counts_nothing(valence, arousal):
     pred, target, _ = batch("va", B=1)
     valid = torch.arange(7)[None, :, None] < torch.tensor([valence, arousal])
     loss, gradient = loss_and_gradient("va", pred, target, valid)
-    alone = 0.0
-    for k in range(2):
-        if valid[..., k].any():
-            alone += ccc_loss(*(x[..., k:k + 1] for x in (pred, target, valid))).item()
-    assert loss.item() == pytest.approx(alone, rel=1e-14)
+    alone = [ccc_loss(*(x[..., k:k + 1] for x in (pred, target, valid))).item() for k in range(2)]
+    assert loss.item() == pytest.approx(sum(alone), rel=1e-14) and alone.count(0) == (valence != 1)
     assert not gradient[~valid].any() and gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.double], ids=str)
-@pytest.mark.parametrize("p, y", [(0.3, None), (None, -0.7), (0.3, -0.7), (0.25, 0.25)],
-                         ids=["prediction", "target", "both", "both, the same"])
-def test_what_does_not_vary_has_ccc_0_and_a_finite_gradient(p, y, dtype):
+@pytest.mark.parametrize("p, y", [(0.3, None), (None, -0.7), (0.3, -0.7), (0.1, 0.1), (0.7, 0.7)])
+def test_what_does_not_vary_has_ccc_0_and_a_small_gradient(p, y, dtype):
     pred, target, valid = batch("va", B=10, T=30, dtype=dtype)
     pred, target = (x if c is None else torch.full_like(x, c) for x, c in ((pred, p), (target, y)))
     loss, gradient = loss_and_gradient("va", pred, target, valid)
@@ -143,155 +88,167 @@ def test_what_does_not_vary_has_ccc_0_and_a_finite_gradient(p, y, dtype):
     assert gradient.isfinite().all() and gradient.abs().sum() < 10
 
 
-def test_the_same_constant_twice_has_a_small_gradient_whatever_the_constant():
-    for constant in (0.1, 0.2, 0.3, 0.6, 0.7, 0.9):
-        pred = torch.full((1, 300, 2), constant)
-        _, gradient = loss_and_gradient("va", pred, pred.clone(), everywhere(pred))
-        assert gradient.abs().sum() < 10
+def test_ccc_is_accurate_in_float32_far_from_zero():
+    torch.manual_seed(0)
+    x, y, valid = *(1000 + torch.randn(2, 4, 300, 2)), torch.ones(4, 300, 2, dtype=torch.bool)
+    assert ccc_loss(x, y, valid).item() == pytest.approx(ccc_loss(x.double(), y, valid).item(), rel=1e-3)
 
 
-# ---- Expr and AU: cross-entropies
-
-def test_cross_entropy_by_hand():
-    log3 = math.log(3)
-    logits = torch.tensor([[[0, log3], [0, log3], [9, 9]]], dtype=torch.double)          # 1/4 and 3/4, twice
-    target, valid = torch.tensor([[0, 1, -1]]), torch.tensor([[True, True, False]])
-    expected = (math.log(4) + math.log(4 / 3)) / 2
-    assert expr_loss(logits, target, valid).item() == pytest.approx(expected, rel=1e-14)
-
-
-def test_binary_cross_entropy_by_hand():
-    log3 = math.log(3)
-    logits = torch.tensor([[[0, log3, log3, 9]]], dtype=torch.double)                    # 1/2, 3/4, 3/4
-    target, valid = torch.tensor([[[1.0, 1, 0, -1]]]), torch.tensor([[[True, True, True, False]]])
-    expected = (math.log(2) + math.log(4 / 3) + math.log(4)) / 3
-    assert au_loss(logits, target, valid).item() == pytest.approx(expected, rel=1e-14)
+def test_the_cross_entropies_are_written_out_means_of_valid_frames_and_entries():
+    z, c, valid = batch("expr")
+    p = z.exp() / z.exp().sum(dim=-1, keepdim=True)
+    terms = [-math.log(p[i, t, c[i, t]]) for i, t in valid.nonzero().tolist()]
+    assert expr_loss(z, c, valid).item() == pytest.approx(sum(terms) / len(terms), rel=1e-13)
+    x, y, valid = batch("au")
+    valid[0] = False                                                 # frames without any label
+    positive, negative = y * (1 + (-x).exp()).log(), (1 - y) * (1 + x.exp()).log()       # -log of σ, of 1 - σ
+    expected = (positive + negative)[valid].mean().item()
+    assert au_loss(x, y, valid).item() == pytest.approx(expected, rel=1e-13)
+    expected = (WEIGHT * positive + negative)[valid].sum().item() / frames_of("emma au", valid)
+    assert LOSSES["emma au"][0](x, y, valid).item() == pytest.approx(expected, rel=1e-13)
 
 
-def test_expr_loss_is_torchs_cross_entropy_of_the_valid_frames():
-    logits, target, valid = batch("expr")
-    expected = F.cross_entropy(logits[valid], target[valid]).item()
-    assert expr_loss(logits, target, valid).item() == pytest.approx(expected, rel=1e-14)
-    assert expr_loss(torch.zeros_like(logits), target, valid).item() == pytest.approx(math.log(8), rel=1e-14)
+def test_each_au_of_emma_costs_2_ln_2_times_its_share_of_negatives_at_logit_0():
+    frames = 103_316                                                 # of s-Aff-Wild2, and its positives
+    positives = torch.tensor([18713, 8745, 20342, 30605, 41337, 38286, 26783, 2460, 2980, 5003, 70584, 10756])
+    target, weight = torch.arange(frames)[:, None] < positives, (frames - positives) / positives
+    loss = weighted_au_loss(torch.zeros(target.shape), target, torch.ones_like(target), weight).item()
+    assert loss == pytest.approx(2 * math.log(2) * (12 - positives.sum().item() / frames), rel=1e-5)
+    assert loss == pytest.approx(12.92, abs=0.005)
 
 
-def test_au_loss_is_the_mean_over_valid_entries_in_a_loop():
-    logits, target, valid = batch("au")
-    terms = []
-    for x, y in zip(logits[valid].tolist(), target[valid].tolist()):
-        sigma = 1 / (1 + math.exp(-x))
-        terms.append(-(y * math.log(sigma) + (1 - y) * math.log(1 - sigma)))             # eq. 4
-    assert au_loss(logits, target, valid).item() == pytest.approx(sum(terms) / len(terms), rel=1e-13)
-    assert au_loss(torch.zeros_like(logits), target, valid).item() == pytest.approx(math.log(2), rel=1e-14)
+@pytest.mark.parametrize("V", [1, 2, 3])
+def test_js_is_the_mean_divergence_of_the_views_from_their_mean(V):
+    views = 2 * torch.randn(V, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    p = views.softmax(dim=-1)
+    expected = (p * (p / p.mean(dim=0)).log()).sum(dim=-1).mean(dim=0)
+    assert torch.allclose(js_divergence(*views), expected, rtol=1e-12, atol=1e-15)
+    assert js_divergence(*views.bfloat16()).dtype == torch.float32
+    assert (expected > 0.01).all() == (V > 1)
+    sure = 100 * F.one_hot(torch.arange(V), 6)                       # each view of another class
+    assert js_divergence(*sure.double()).item() == pytest.approx(math.log(V), rel=1e-12)
+    valid = torch.tensor([True, True, False, True, False])
+    assert js_loss(views, valid).item() == pytest.approx(expected[valid].mean().item(), rel=1e-12, abs=1e-15)
 
 
-def test_a_frame_with_eleven_labelled_action_units_trains_eleven_outputs():
-    logits, target, valid = batch("au")
-    valid = everywhere(valid)
-    valid[1, 3, 5] = False
-    _, gradient = loss_and_gradient("au", logits, target.clamp(min=0), valid)
-    assert (gradient != 0).sum() == 3 * 7 * 12 - 1 and gradient[1, 3, 5] == 0
+# ---- What all promise
+
+@each_loss
+def test_gradients_are_those_of_finite_differences(name):
+    pred, target, valid = batch(name, B=2, T=4)
+    assert torch.autograd.gradcheck(lambda x: LOSSES[name][0](x, target, valid), pred.requires_grad_())
 
 
-@pytest.mark.parametrize("task", ["expr", "au"])
-def test_huge_logits_keep_the_loss_and_gradient_finite(task):
-    logits, target, valid = batch(task, dtype=torch.float32)
-    loss, gradient = loss_and_gradient(task, 1e30 * logits, target, valid)
-    assert loss.isfinite() and gradient.isfinite().all()
+@each_loss
+@pytest.mark.parametrize("garbage", [math.nan, -math.inf, 1e300])
+def test_what_stands_in_invalid_entries_changes_nothing_and_gets_no_gradient(name, garbage):
+    pred, target, valid = batch(name)
+    loss, gradient = loss_and_gradient(name, pred, target, valid)
+    counts = valid if valid.shape == pred.shape else valid[..., None].expand_as(pred)
+    rubbish = target.masked_fill(~valid, 99 if name == "expr" else garbage)
+    other, other_gradient = loss_and_gradient(name, pred.masked_fill(~counts, garbage), rubbish, valid)
+    assert torch.equal(loss, other) and torch.equal(gradient, other_gradient)
+    assert not gradient[~counts].any() and gradient[counts].all()
 
 
-@pytest.mark.parametrize("task", ["expr", "au"])
-@pytest.mark.parametrize("pieces", [1, 2, 3, 5])
-def test_losses_and_gradients_of_pieces_add_up_to_the_whole_batchs(task, pieces):
-    whole = batch(task)
-    loss, gradient = loss_and_gradient(task, *whole)
-    count = whole[2].sum()
-    parts = [loss_and_gradient(task, *part, count) for part in zip(*(x.tensor_split(pieces) for x in whole))]
-    assert sum(part for part, _ in parts).item() == pytest.approx(loss.item(), rel=1e-14)
-    assert torch.allclose(torch.cat([part for _, part in parts]), gradient, rtol=1e-13, atol=0)
-
-
-# ---- All three
-
-@pytest.mark.parametrize("task", TASKS)
-def test_gradients_are_those_of_finite_differences(task):
-    pred, target, valid = batch(task, B=2, T=4)
-    loss = getattr(losses, TASKS[task].loss)
-    assert torch.autograd.gradcheck(lambda x: loss(x, target, valid), pred.requires_grad_())
-
-
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e300])
-def test_what_stands_in_invalid_entries_changes_nothing_and_gets_no_gradient(task, garbage):
-    pred, target, valid = batch(task)
-    loss, gradient = loss_and_gradient(task, pred, target, valid)
-    mask = valid[..., None].expand_as(pred) if task == "expr" else valid
-    rubbish = target.masked_fill(~valid, 99) if task == "expr" else target.masked_fill(~valid, garbage)
-    other_loss, other_gradient = loss_and_gradient(task, pred.masked_fill(~mask, garbage), rubbish, valid)
-    assert torch.equal(loss, other_loss) and torch.equal(gradient, other_gradient)
-    assert not gradient[~mask].any() and gradient[mask].all()
-
-
-@pytest.mark.parametrize("task", TASKS)
+@each_loss
 @pytest.mark.parametrize("B", [3, 0], ids=["all masked", "empty batch"])
-def test_nothing_valid_gives_exactly_zero_and_zero_gradients(task, B):
-    pred, target, valid = batch(task, B=B)
-    pred = torch.full_like(pred, math.nan)
-    more = [()] if task == "va" else [(), (5,)]
-    for count in more:
-        loss, gradient = loss_and_gradient(task, pred, target, torch.zeros_like(valid), *count)
+def test_nothing_valid_gives_exactly_zero_and_zero_gradients(name, B):
+    pred, target, valid = batch(name, B=B)
+    for N in [(), (5,)] if name in IN_PIECES else [()]:
+        loss, gradient = loss_and_gradient(name, pred * math.nan, target, torch.zeros_like(valid), *N)
         assert loss == 0 and gradient.shape == pred.shape and not gradient.any()
 
 
-@pytest.mark.parametrize("task", TASKS)
+@each_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_predictions_give_the_float32_loss_of_their_values(task, dtype):
-    pred, target, valid = batch(task, B=40, T=300, dtype=torch.float32)
-    loss, gradient = loss_and_gradient(task, pred.to(dtype), target, valid)
-    exact, exact_gradient = loss_and_gradient(task, pred.to(dtype).float(), target, valid)
+def test_half_precision_predictions_give_the_float32_loss_of_their_values(name, dtype):
+    pred, target, valid = batch(name, B=40, T=300, dtype=torch.float32)
+    loss, gradient = loss_and_gradient(name, pred.to(dtype), target, valid)
+    exact, exact_gradient = loss_and_gradient(name, pred.to(dtype).float(), target, valid)
     assert loss.dtype == torch.float32 and torch.equal(loss, exact)
     assert gradient.dtype == dtype and torch.equal(gradient, exact_gradient.to(dtype))
+    assert torch.equal(loss_and_gradient(name, pred.to(dtype), target.double(), valid)[0], loss)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_integer_and_double_targets_do_not_change_the_precision_of_the_loss(task):
-    pred, target, valid = batch(task, dtype=torch.float32)
-    loss = getattr(losses, TASKS[task].loss)
-    assert loss(pred, target.double(), valid).dtype == torch.float32
-    assert torch.equal(loss(pred, target.long(), valid), loss(pred, target.long().float(), valid))
+@pytest.mark.parametrize("name", ["expr", "au", "emma au", "js"])
+def test_huge_logits_keep_the_loss_and_gradient_finite(name):
+    pred, target, valid = batch(name, dtype=torch.float32)
+    loss, gradient = loss_and_gradient(name, 1e30 * pred, target, valid)
+    assert loss.isfinite() and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("task, pred, target, valid, expected", [
+@pytest.mark.parametrize("name, pred, target, valid, expected", [
     ("va", (2, 5, 2), (2, 5), (2, 5), (2, 5, 2)), ("va", (2, 5, 2), (2, 5, 2), (2, 5), (2, 5, 2)),
-    ("va", (2, 5, 2), (2, 5, 1), (2, 5, 1), (2, 5, 2)), ("au", (2, 5, 12), (2, 5, 12), (2, 5, 1), (2, 5, 12)),
-    ("au", (2, 5, 12), (5, 2, 12), (5, 2, 12), (2, 5, 12)), ("expr", (2, 5, 8), (2, 5, 8), (2, 5, 8), (2, 5)),
-    ("expr", (2, 5, 8), (2, 5), (5,), (2, 5)), ("expr", (2, 5, 8), (10,), (10,), (2, 5))])
-def test_shapes_that_do_not_fit_are_refused_with_all_three(task, pred, target, valid, expected):
-    message = f"prediction {pred}, target {target}, mask {valid}; target and mask must be {expected}"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        loss = getattr(losses, TASKS[task].loss)
-        loss(torch.zeros(pred), torch.zeros(target), torch.ones(valid, dtype=torch.bool))
+    ("au", (2, 5, 12), (2, 5, 12), (2, 5, 1), (2, 5, 12)), ("expr", (2, 5, 8), (2, 5, 8), (2, 5, 8), (2, 5)),
+    ("expr", (2, 5, 8), (2, 5), (5,), (2, 5)), ("expr", (2, 5, 8), (10,), (2, 5), (2, 5)),
+    ("emma au", (2, 5, 12), (2, 5, 12), (2, 5), (2, 5, 12)), ("js", (2, 5, 12), (2, 5), (5,), (2, 5))])
+def test_shapes_that_do_not_fit_are_refused(name, pred, target, valid, expected):
+    with pytest.raises(ValueError, match=re.escape(f"needs target and mask of {expected}, got [(")):
+        LOSSES[name][0](torch.zeros(pred), torch.zeros(target), torch.ones(valid, dtype=torch.bool))
 
 
-def test_in_a_single_process_the_sum_over_processes_is_the_thing_itself():
-    x = torch.randn(3)
-    assert all_sum(x) is x
+def test_views_and_weights_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"views of shapes \[\(6, 6\), \(5, 6\)\]; expected at least one"):
+        js_divergence(torch.zeros(6, 6), torch.zeros(5, 6))
+    with pytest.raises(ValueError, match=r"views of shapes \[\]; expected at least one"):
+        js_divergence()
+    for shape in ((11,), (1,), (), (7, 12)):
+        with pytest.raises(ValueError, match=re.escape(f"pos_weight {shape}: expected (12,), one for each")):
+            weighted_au_loss(*batch("emma au"), torch.ones(shape))
 
 
-# ---- Learning
-
-@pytest.mark.parametrize("task, goal", [("va", 0.02), ("expr", 0.05), ("au", 0.05)])
-def test_gradient_descent_reaches_a_perfect_prediction(task, goal):
-    torch.manual_seed(0)
-    _, target, valid = batch(task)
-    pred = (0.1 * torch.randn(3, 7, WIDTH[task], dtype=torch.double)).requires_grad_()
-    optimizer = torch.optim.Adam([pred], lr=0.05)
+@pytest.mark.parametrize("name, goal", [("va", 0.02), ("expr", 0.05), ("au", 0.05), ("js", 0.01)])
+def test_gradient_descent_reaches_a_perfect_prediction(name, goal):
+    pred, target, valid = batch(name)
+    pred = (0.1 if name != "js" else 1) * pred
+    optimizer = torch.optim.Adam([pred.requires_grad_()], lr=0.05)
     for _ in range(150):
-        loss = getattr(losses, TASKS[task].loss)(pred, target, valid)
+        loss = LOSSES[name][0](pred, target, valid)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss < goal
-    if task == "va":
-        # Not only correlated: of the same scale and mean.
-        assert (pred - target)[valid].abs().mean() < 0.05
+    assert name != "va" or (pred - target)[valid].abs().mean() < 0.05     # also of the same scale and mean
+
+
+# ---- Pieces and processes
+
+SHARES = {1: [6], 2: [4, 2], 3: [3, 0, 3]}                           # processes -> clips on each
+# In how many pieces; how many of the six clips are labelled: with 3, the last process has no label.
+CASES = [(name, pieces, labelled) for name in LOSSES for pieces in (1, 2, 4) for labelled in (6, 3, 0)
+         if pieces == 1 or name in IN_PIECES]
+
+
+def split_loss(team, name, pieces, labelled):
+    """The loss, added up over pieces, and its gradient, on one of the processes."""
+    pred, target, valid = batch(name)
+    valid[labelled:] = False
+    N = max(1, frames_of(name, valid))
+    # A model whose outputs for each clip are its parameters, so that their gradient is the loss's own.
+    model, total = team.parallel(nn.Embedding.from_pretrained(pred.flatten(1), freeze=False)), 0.0
+    clips = torch.arange(6).split(SHARES[team.world])[team.rank]
+    for i, piece in enumerate(clips.tensor_split(pieces)):
+        waits = i < pieces - 1 and team.world > 1
+        with model.no_sync() if waits else contextlib.nullcontext():
+            outputs = model(piece).unflatten(1, pred.shape[1:])
+            loss = LOSSES[name][0](outputs, target[piece], valid[piece], *([N] if pieces > 1 else []))
+            loss.backward()
+        total += loss.item()
+    return total, next(model.parameters()).grad
+
+
+@pytest.mark.parametrize("world", SHARES)
+def test_loss_and_gradient_are_those_of_one_process_with_the_whole_batch(world):
+    def work(team):
+        return [split_loss(team, *case) for case in CASES]
+
+    codes, found = in_team(world, work)
+    assert codes == [0] * world
+    for rank in range(world):
+        for (name, pieces, labelled), (loss, gradient) in zip(CASES, found[rank], strict=True):
+            expected, whole = split_loss(ALONE, name, 1, labelled)
+            assert abs(loss - expected) <= 4e-16 * expected, (name, pieces, labelled, rank)
+            assert (gradient - whole).norm() <= 6e-16 * whole.norm(), (name, pieces, labelled, rank)
+            assert torch.equal(gradient, found[0][CASES.index((name, pieces, labelled))][1])
+            assert (expected == 0) == (labelled == 0) == (not whole.any())

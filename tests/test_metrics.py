@@ -1,30 +1,30 @@
-"""Metrics against plain formulas and counts by hand, for any number of classes or columns, and exact over any
-split of the frames."""
+"""The metrics against counts frame by frame, sums over any split, intervals and tables against known ones."""
 
-import ast
-import runpy
+import dataclasses
+import re
 
 import numpy as np
 import pytest
 
-import metrics
-from metrics import BINARY_F1, CCC, CLASS_F1, Metric, binary_f1, ccc, class_f1
+from labels import AU, EXPR, TASKS, VA, targets
+from metrics import (BINARY_F1, CCC, CLASS_F1, binary_f1, ccc, class_f1, class_table, confusion, difference,
+                     difference_over_seeds, drawn_scores, interval, numbers, score_table)
 
 # A metric with a number of dimensions, classes or columns: those of the three tasks, and others.
-KINDS = {"CCC": (CCC, 2), "CCC of 3": (CCC, 3), "8 classes": (CLASS_F1, 8), "6 classes": (CLASS_F1, 6),
+KINDS = {"CCC": (CCC, 2), "CCC of 3": (CCC, 3), "8 classes": (CLASS_F1, 8), "2 classes": (CLASS_F1, 2),
          "12 columns": (BINARY_F1, 12), "5 columns": (BINARY_F1, 5)}
 of_each_kind = pytest.mark.parametrize("metric, K", KINDS.values(), ids=KINDS)
 
 
 def draw(metric, K, frames, seed=0):
-    """Outputs, targets and validity of `frames` frames, a fifth of the targets invalid and some whole frames
-    too. The last class never occurs."""
+    """Outputs, targets and validity, a fifth of the targets invalid and some whole frames too. Of several
+    classes the last never occurs."""
     rng = np.random.default_rng(seed)
     outputs, shape = rng.normal(size=(frames, K)), (frames,) if metric is CLASS_F1 else (frames, K)
     if metric is CCC:
         target = rng.uniform(-1, 1, shape).astype(np.float32)
     elif metric is CLASS_F1:
-        target = np.minimum(rng.geometric(0.3, shape) - 1, K - 2).astype(np.int8)
+        target = np.minimum(rng.geometric(0.3, shape) - 1, max(K - 2, 1)).astype(np.int8)
     else:
         target = (rng.random(shape) < 0.3).astype(np.int8)
     valid = rng.random(shape) > 0.2
@@ -32,21 +32,10 @@ def draw(metric, K, frames, seed=0):
     return outputs, np.where(valid, target, 0), valid
 
 
-def called_alone(metric, outputs, target, valid):
-    """What the function for predictions from elsewhere gives on the valid frames alone."""
-    K = outputs.shape[1]
-    if metric is CCC:
-        return [ccc(outputs[valid[:, d], d], target[valid[:, d], d]) for d in range(K)]
-    if metric is CLASS_F1:
-        return class_f1(outputs[valid].argmax(1), target[valid], classes=K)
-    return binary_f1(outputs > 0, np.where(valid, target, -1))
-
-
-# ---- Called alone
+# ---- Second implementations
 
 def plain_ccc(x, y):
     """2 rho sigma_x sigma_y / (sigma_x^2 + sigma_y^2 + (mu_x - mu_y)^2), the form of Lin (1989)."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
     rho = np.corrcoef(x, y)[0, 1]
     return 2 * rho * x.std() * y.std() / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
 
@@ -60,245 +49,225 @@ def counted_f1(pred, target):
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
+def plain_scores(metric, outputs, target, valid):
+    """The scores of the valid frames, frame by frame."""
+    K = outputs.shape[1]
+    if metric is CCC:
+        return [plain_ccc(outputs[valid[:, d], d], target[valid[:, d], d].astype(float)) for d in range(K)]
+    if metric is CLASS_F1:
+        said = outputs[valid].argmax(axis=1)
+        return [counted_f1(said == k, target[valid] == k) for k in range(K)]
+    return [counted_f1(outputs[valid[:, k], k] > 0, target[valid[:, k], k] == 1) for k in range(K)]
+
+
 @pytest.mark.parametrize("pred, target, value", [
     ([1, 2, 3], [1, 2, 3], 1), ([1, 2, 3], [3, 2, 1], -1), ([-1, 0, 1], [0, 1, 2], 4 / 7),
     ([-2, 0, 2], [-1, 0, 1], 4 / 5), ([0, 0, 0], [-1, 0, 1], 0), ([.5, .5], [.5, .5], 0),
-    ([.5, .5], [-.5, -.5], 0), ([1, 0, -1, 0], [0, 1, 0, -1], 0), ([.3], [.3], 0)])
-def test_ccc_of_known_cases(pred, target, value):
+    ([1, 0, -1, 0], [0, 1, 0, -1], 0), ([0, 1, 2, 3], [1, 2, 3, 4], 2 * 1.25 / (1.25 + 1.25 + 1))])
+def test_ccc_of_known_cases_with_population_statistics(pred, target, value):
     assert ccc(pred, target) == pytest.approx(value, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_ccc_is_lins_formula_and_symmetric(seed):
-    rng = np.random.default_rng(seed)
-    y = rng.uniform(-1, 1, 500)
-    x = rng.uniform(-2, 2) * y + rng.normal(rng.uniform(-1, 1), rng.uniform(0, 1), 500)
-    assert ccc(x, y) == pytest.approx(plain_ccc(x, y), abs=1e-12) == ccc(y, x)
-
-
-def test_ccc_uses_population_statistics():
-    x, y = np.arange(4), np.arange(4) + 1
-    assert ccc(x, y) == pytest.approx(2 * 1.25 / (1.25 + 1.25 + 1), abs=1e-12)
-    not_this = 2 * np.cov(x, y)[0, 1] / (x.var(ddof=1) + y.var(ddof=1) + 1)
-    assert not_this == pytest.approx(10 / 13)
-
-
-def test_f1_of_8_classes_counted_by_hand():
-    #                        TP Anger  FN Anger    FP Anger   Fear never occurs and is never predicted
-    target = np.array([1, 1, 1,        1, 1,       0, 0,      7])
-    pred = np.array([1, 1, 1,          0, 7,       1, 0,      7])
-    assert class_f1(pred, target) == pytest.approx([2 / 4, 6 / 9, 0, 0, 0, 0, 0, 2 / 3])
-
-
-def test_f1_of_6_classes_counted_by_hand():
-    target, pred = [0, 0, 5, 5, 5, 2], [0, 5, 5, 5, 0, 3]
-    assert class_f1(pred, target, classes=6) == pytest.approx([2 / 4, 0, 0, 0, 0, 4 / 6])
-
-
-def test_f1_of_12_columns_counted_by_hand():
-    target, pred = np.zeros((6, 12), int), np.zeros((6, 12), int)
-    target[:, 0], pred[:, 0] = [1, 1, 1, 0, 0, -1], [1, 1, 0, 1, 0, 1]  # TP 2, FN 1, FP 1; one does not count
-    target[:, 1], pred[:, 1] = [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]   # TP 1, FP 5
-    target[:, 2] = -1                                                   # nothing is labelled
-    target[:, 3] = 1                                                    # always there, never predicted
-    pred[:, 4] = 1                                                      # never there, always predicted
-    target[:, 11], pred[:, 11] = 1, 1
-    assert binary_f1(pred, target) == pytest.approx([4 / 6, 2 / 7] + [0] * 9 + [1])
-
-
-def test_f1_of_5_columns_counted_by_hand():
-    target = [[1, 0, 1, -1, 1], [1, 0, 0, 1, -1], [0, 1, 1, 1, 1]]
-    pred = [[1, 0, 0, 1, 1], [0, 0, 1, 1, 0], [0, 0, 1, 0, 0]]
-    assert binary_f1(pred, target) == pytest.approx([2 / 3, 0, 2 / 4, 2 / 3, 2 / 3])
-
-
+@of_each_kind
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("K", [8, 6])
-def test_f1_of_classes_equals_a_count_frame_by_frame(seed, K):
-    outputs, target, valid = draw(CLASS_F1, K, 400, seed)
-    pred, target = outputs[valid].argmax(1), target[valid]
-    expected = [counted_f1(pred == k, target == k) for k in range(K)]
-    assert class_f1(pred, target, classes=K) == pytest.approx(expected, abs=1e-12)
-    assert class_f1(pred, target, classes=K)[K - 1] == 0                    # the last class never occurs
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("K", [12, 5])
-def test_f1_of_columns_equals_a_count_frame_by_frame(seed, K):
-    outputs, target, valid = draw(BINARY_F1, K, 400, seed)
-    expected = [counted_f1(outputs[valid[:, k], k] > 0, target[valid[:, k], k] == 1) for k in range(K)]
-    pred = (outputs > 0).astype(int)
-    assert binary_f1(pred, np.where(valid, target, -1)) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64])
-def test_f1_does_not_depend_on_the_kind_of_integer(dtype):
-    pred, target = np.array([0, 1, 7, 7], dtype), np.array([0, 1, 7, 1], dtype)
-    assert class_f1(pred, target) == pytest.approx(class_f1(pred.tolist(), target.tolist()))
-    pred, target = np.eye(12, dtype=dtype), np.ones((12, 12), dtype)
-    assert binary_f1(pred, target) == pytest.approx([2 / 13] * 12)
+def test_plain_functions_and_sums_score_what_a_count_frame_by_frame_scores(metric, K, seed):
+    outputs, target, valid = draw(metric, K, 400, seed)
+    expected = pytest.approx(plain_scores(metric, outputs, target, valid), abs=1e-12)
+    sums = metric.count(outputs, target, valid)
+    assert sums.dtype == np.float64 and metric.score(sums) == expected
+    if metric is CCC:
+        assert [ccc(outputs[valid[:, d], d], target[valid[:, d], d]) for d in range(K)] == expected
+    elif metric is CLASS_F1:
+        assert class_f1(outputs[valid].argmax(axis=1), target[valid], classes=K) == expected
+    else:
+        assert binary_f1(outputs > 0, np.where(valid, target, -1)) == expected
 
 
 @pytest.mark.parametrize("metric, pred, target, message", [
-    (ccc, [1, 2], [1, 2, 3], r"two sequences of one length, got \(2,\) and \(3,\)"),
-    (ccc, [[1, 2]], [[1, 2]], r"two sequences of one length, got \(1, 2\)"),
-    (class_f1, [0, 1], [0, -1], "classes 0 to 7 of one length.*leave out frames labelled -1"),
+    (ccc, [1, 2], [1, 2, 3], r"two sequences of one length, .*; got \(2,\) and \(3,\)"),
+    (ccc, [[1, 2]], [[1, 2]], r"got \(1, 2\)"), (ccc, [.1, .2], [.1, -5], "frames labelled -5"),
+    (ccc, [np.nan, .2], [.1, .2], "without NaN"), (ccc, [.1, .2], [.1, np.inf], "infinity"),
+    (class_f1, [0, 1], [0, -1], "classes 0 to 7, without frames labelled -1"),
     (class_f1, [0, 8], [0, 1], "classes 0 to 7"), (class_f1, [0], [0, 1], r"got \(1,\) and \(2,\)"),
-    (class_f1, [0, 1.5], [0, 1], "classes 0 to 7"), (class_f1, [0, 1], [0, np.nan], "classes 0 to 7"),
-    (class_f1, np.zeros((3, 8), int), np.zeros((3, 8), int), r"classes 0 to 7.*got \(3, 8\)"),
-    (binary_f1, np.full((1, 12), .7), np.ones((1, 12)), "apply the threshold first"),
-    (binary_f1, np.ones((1, 12)), np.full((1, 12), -5), r"two arrays \(T, K\) of 0 and 1"),
-    (binary_f1, np.full((1, 12), -1), np.ones((1, 12)), r"two arrays \(T, K\) of 0 and 1"),
-    (binary_f1, np.ones((2, 11)), np.ones((2, 12)), r"got \(2, 11\) and \(2, 12\)"),
-    (binary_f1, np.ones(12), np.ones(12), r"got \(12,\)"),
-    (binary_f1, np.ones((3, 12)), np.ones((2, 12)), r"got \(3, 12\) and \(2, 12\)")])
-def test_a_metric_refuses_what_it_would_score_wrongly(metric, pred, target, message):
+    (class_f1, np.eye(8, dtype=int), np.eye(8, dtype=int), r"got \(8, 8\)"),
+    (lambda *a: class_f1(*a, classes=6), [0, 1], [0, 6], "classes 0 to 5"),
+    (binary_f1, np.full((1, 12), .7), np.ones((1, 12)), "the threshold applied"),
+    (binary_f1, np.ones((1, 2)), np.full((1, 2), -5), r"two arrays \(T, K\) of 0 and 1"),
+    (binary_f1, np.full((1, 2), -1), np.ones((1, 2)), "of 0 and 1"), (binary_f1, [1], [1], r"got \(1,\)"),
+    (binary_f1, np.ones((3, 2)), np.ones((2, 2)), r"got \(3, 2\) and \(2, 2\)")])
+def test_what_would_be_scored_wrongly_is_refused(metric, pred, target, message):
     with pytest.raises(ValueError, match=message):
         metric(pred, target)
 
 
-@pytest.mark.parametrize("pred, target", [([0, 6], [0, 1]), ([0, 1], [0, 6])], ids=["pred", "target"])
-def test_a_class_above_the_number_of_classes_is_refused(pred, target):
-    with pytest.raises(ValueError, match="classes 0 to 5 of one length"):
-        class_f1(pred, target, classes=6)
-
-
-@pytest.mark.parametrize("pred, target", [
-    ([.1, .2, .3], [.1, -5, .3]), ([np.nan, .2], [.1, .2]), ([.1, .2], [.1, np.inf])],
-    ids=["code -5", "NaN", "infinity"])
-def test_ccc_refuses_the_invalid_code_nan_and_infinity(pred, target):
-    with pytest.raises(ValueError, match="-5|NaN|finite"):
-        ccc(pred, target)
-
-
-@pytest.mark.parametrize("pred", [[0.0, 1.0], [False, True]], ids=["float", "bool"])
-def test_class_f1_takes_whole_numbers_of_another_type(pred):
-    assert class_f1(pred, [0, 1]) == pytest.approx([1, 1, 0, 0, 0, 0, 0, 0])
-
-
 # ---- Sums
-
-def test_the_metrics_have_the_names_of_the_challenge():
-    assert [metric.name for metric in (CCC, CLASS_F1, BINARY_F1)] == ["CCC", "macro F1", "mean F1"]
-    assert all(isinstance(metric, Metric) for metric in (CCC, CLASS_F1, BINARY_F1))
-
 
 def test_the_sums_are_those_that_the_documentation_names():
     x, y = np.array([[1.0], [2], [9]]), np.array([[3.0], [5], [9]])
-    valid = np.array([[True], [True], [False]])
-    assert CCC.count(x, y, valid).tolist() == [[2, 3, 8, 5, 34, 13]]             # n, Σx, Σy, Σx², Σy², Σxy
+    assert CCC.count(x, y, x < 9).tolist() == [[2, 3, 8, 5, 34, 13]]             # n, Σx, Σy, Σx², Σy², Σxy
     outputs, target = np.eye(3)[[0, 0, 2, 2]], np.array([0, 1, 1, 1])            # (labelled, predicted)
     assert CLASS_F1.count(outputs, target, target >= 0).tolist() == [[1, 0, 0], [1, 0, 2], [0, 0, 0]]
     outputs, target = np.array([[-1], [1], [1], [-1], [-1], [-1], [1], [1.0], [1], [1]]), [0] * 3 + [1] * 7
     target = np.array(target)[:, None]
-    assert BINARY_F1.count(outputs, target, target >= 0).tolist() == [[1, 2, 3, 4]]      # TN, FP, FN, TP
+    assert BINARY_F1.count(outputs, target, target >= 0).tolist() == [[[1, 2], [3, 4]]]     # TN, FP, FN, TP
+    outputs, target = np.array([[-1e-9], [0.0], [1e-9]]), np.zeros((3, 1), int)             # present: above 0
+    assert BINARY_F1.count(outputs, target, target == 0).tolist() == [[[2, 1], [0, 0]]]
 
 
 @of_each_kind
-def test_the_sums_give_what_the_metric_gives_on_the_valid_frames_alone(metric, K):
+def test_chance_is_the_best_of_all_constant_predictions_tried_one_by_one(metric, K):
     outputs, target, valid = draw(metric, K, 500)
-    sums = metric.count(outputs, target, valid)
-    assert sums.dtype == np.float64
-    assert metric.score(sums) == pytest.approx(called_alone(metric, outputs, target, valid), abs=1e-12)
+    chance, each = metric.chance(metric.count(outputs, target, valid)), [[0] * K]
+    if metric is not CCC:
+        constants = np.eye(K) if metric is CLASS_F1 else [[1] * K, [-1] * K]
+        each = [plain_scores(metric, np.tile(constant, (500, 1)), target, valid) for constant in constants]
+    assert chance == pytest.approx(max(each, key=np.mean), abs=1e-12) and chance.shape == (K,)
 
 
 @of_each_kind
-def test_any_split_over_any_number_of_processes_gives_the_same_scores(metric, K):
-    outputs, target, valid = draw(metric, K, 999)
-    whole = metric.count(outputs, target, valid)
-    rng = np.random.default_rng(1)
-    for processes in (1, 2, 3, 8):
-        total, owner = 0, rng.integers(processes, size=999)
-        for rank in range(processes):
-            mine = rng.permutation(np.flatnonzero(owner == rank))
-            cuts = np.sort(rng.integers(len(mine), size=3))
-            for batch in [*np.split(mine, cuts), mine[:0]]:                              # one of them empty
-                total = total + metric.count(outputs[batch], target[batch], valid[batch])
-        assert metric.score(total) == pytest.approx(metric.score(whole), abs=1e-12)
-        if metric is not CCC:
-            assert np.array_equal(total, whole)
-
-
-@of_each_kind
-def test_what_is_predicted_for_an_invalid_label_is_never_counted(metric, K):
-    outputs, target, valid = draw(metric, K, 300)
-    sums = metric.count(outputs, target, valid)
-    other = outputs.copy()
-    other[~valid] = 1e6
-    assert np.array_equal(sums, metric.count(other, target, valid))
-    other = np.where(valid, target, target + 1)                                  # nor the label itself
-    assert np.array_equal(sums, metric.count(outputs, other, valid))
-    counted = {CCC: sums[:, 0], CLASS_F1: sums.sum(), BINARY_F1: sums.sum(axis=1)}[metric]
-    assert np.array_equal(counted, valid.sum(axis=0))
-
-
-@of_each_kind
-def test_nothing_valid_scores_0_without_a_warning(metric, K):
+def test_nothing_valid_scores_0_without_a_warning_and_what_is_not_finite_is_refused(metric, K):
     outputs, target, valid = draw(metric, K, 4)
-    sums = metric.count(outputs, target, np.zeros_like(valid))
-    sums = sums + metric.count(outputs[:0], target[:0], valid[:0])
     with np.errstate(all="raise"):
+        sums = metric.count(outputs, target, valid & False) + metric.count(outputs[:0], target[:0], valid[:0])
         assert not sums.any() and not metric.score(sums).any() and not metric.chance(sums).any()
-
-
-@of_each_kind
-def test_chance_is_the_best_constant_prediction(metric, K):
-    outputs, target, valid = draw(metric, K, 500)
-    constants = {CCC: [[0.0] * K, [.3] * K, [-.7] * K], CLASS_F1: np.eye(K), BINARY_F1: [[1] * K, [-1] * K]}
-    each = []
-    for constant in constants[metric]:
-        each.append(metric.score(metric.count(np.tile(constant, (500, 1)), target, valid)))
-    best = np.max(each, axis=0) if metric is BINARY_F1 else max(each, key=np.mean)
-    chance = metric.chance(metric.count(outputs, target, valid))
-    assert chance == pytest.approx(best, abs=1e-12) and chance.shape == (K,)
-    assert (metric is CCC) == (best.sum() < 1e-12)
-
-
-@of_each_kind
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_outputs_that_are_not_finite_are_not_scored(metric, K, value):
-    outputs, target, valid = draw(metric, K, 20)
-    outputs[3, 1] = value
-    with pytest.raises(ValueError, match="outputs are not finite"):
-        metric.count(outputs, target, valid)
-
-
-def test_the_threshold_of_an_action_unit_is_a_logit_above_0_exactly():
-    outputs, target = np.tile([[-1e-9], [0.0], [1e-9]], 12), np.zeros((3, 12), int)
-    sums = BINARY_F1.count(outputs, target, target == 0)
-    assert sums[:, :2].tolist() == [[2, 1]] * 12
+        assert not np.any(metric.details(sums))
+    for value in (np.nan, np.inf, -np.inf):
+        outputs[3, 1] = value
+        with pytest.raises(ValueError, match="outputs are not finite"):
+            metric.count(outputs, target, valid)
 
 
 @pytest.mark.parametrize("constant", [0.1, 0.5, 1 / 3])
-def test_two_equal_constants_score_0_whatever_the_rounding_of_their_sums(constant):
+def test_equal_constants_score_0_whatever_the_rounding_but_a_tiny_spread_is_no_constant(constant):
     x = np.full((1001, 1), constant)
     assert CCC.score(CCC.count(x, x, x < 1)).tolist() == [0] == [ccc(x[:, 0], x[:, 0])]
-
-
-def test_a_spread_of_a_hundred_thousandth_is_no_constant():
     x = np.linspace(-1e-5, 1e-5, 101)[:, None]
     assert CCC.score(CCC.count(x, x, x < 1)) == pytest.approx(1) and ccc(x[:, 0], x[:, 0]) == pytest.approx(1)
 
 
-# ---- On its own
+# ---- The interval
 
-def test_the_metrics_need_nothing_but_numpy():
-    """The command that scores a file imports more, but no torch: test_prediction_files.py."""
-    with open(metrics.__file__) as file:
-        *tree, script = ast.parse(file.read()).body
-    assert isinstance(script, ast.If)
-    imported = set()
-    for node in [node for part in tree for node in ast.walk(part)]:
-        if isinstance(node, ast.Import):
-            imported |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
-    assert imported - {"argparse", "sys", "typing", "collections.abc"} == {"numpy"}
+def test_the_interval_of_a_mean_is_that_of_the_textbook():
+    """Each video has one frame, a hit or a miss with a false alarm, which adds 2 to F1's bottom. So F1
+    is the share of hits, and its deviation is that of a binomial."""
+    hits = np.arange(200) % 2                                             # F1 of each video: 0 or 1
+    sums = np.stack([[[[0, 1 - hit], [1 - hit, hit]]] for hit in hits]).astype(float)
+    value, low, high = interval(sums, BINARY_F1)[-1]
+    half = 1.96 * np.sqrt(0.5 * 0.5 / 200)
+    assert value == 0.5 and (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.01)
 
 
-def test_the_script_shows_that_constants_score_little_and_noisy_copies_much(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["metrics.py"])
-    runpy.run_path(metrics.__file__, run_name="__main__")
-    for line, limit in zip(capsys.readouterr().out.splitlines(), (0.01, 0.15, 0.4), strict=True):
-        constant, noisy = [float(part.split()[-1]) for part in line.split(",")]
-        assert constant < limit < noisy < 1
+# ---- The tables
+
+# What an earlier version wrote: new code must draw the same sets, and add in the same order.
+TEXT = {
+    "va": """\
+CCC          ours            95 %  unseen  chance  paper  baseline  frames
+valence     0.825  [0.814, 0.848]   0.814   0.000  0.538     0.240   1,447
+arousal     0.828  [0.805, 0.884]   0.861   0.000  0.622     0.200   1,447
+mean        0.827  [0.814, 0.866]   0.837   0.000  0.580     0.220
+
+            label mean  deviation  prediction mean  deviation  Pearson's r
+valence          0.187      0.308            0.191      0.365        0.837
+arousal         -0.048      0.309           -0.040      0.365        0.840""",
+    "expr": """\
+macro F1     ours            95 %  unseen  chance  paper  baseline          frames
+Neutral     0.612  [0.594, 0.721]   0.721   0.000      -         -    195 of 1,447
+Anger       0.879  [0.638, 0.889]   0.638   0.873      -         -  1,120 of 1,447
+Disgust     0.519  [0.400, 0.535]   0.400   0.000      -         -    132 of 1,447
+mean        0.670  [0.586, 0.672]   0.586   0.291  0.456     0.230
+
+label       Neutral  Anger  Disgust
+Neutral         131     41       23
+Anger            88    933       99
+Disgust          14     29       89""",
+    "au": """\
+mean F1      ours            95 %  unseen  chance  paper  baseline        frames
+AU1         0.828  [0.667, 0.849]   0.667   0.655      -         -  705 of 1,447
+AU2         0.673  [0.500, 0.696]   0.500   0.340      -         -  296 of 1,447
+mean        0.751  [0.583, 0.772]   0.583   0.497  0.576     0.390
+
+               TN   FP   FN   TP  precision  recall
+AU1           611  131  114  591      0.819   0.838
+AU2         1,017  134   78  218      0.619   0.736"""}
+OVER_SEEDS = {"va": (-0.00021497693763561365, -0.0029566974784615008, 0.020786925204685502),
+              "expr": (-0.006355161904884388, -0.06456724653298951, 0.0003549796255003512),
+              "au": (-0.006179845846572496, -0.03995438945766583, 0.0923601538480644)}
+SMALL = [VA, dataclasses.replace(EXPR, outputs=EXPR.outputs[:3]),
+         dataclasses.replace(AU, outputs=AU.outputs[:2])]
+of_each_small_task = pytest.mark.parametrize("task", SMALL, ids=TASKS)
+
+
+def some_sums(task, seed=0):
+    """Sums of four videos of random numbers, those of TEXT."""
+    rng, sums, K = np.random.default_rng(seed), [], len(task.outputs)
+    for frames in (40, 90, 60, 1500):
+        hidden = rng.normal(0, 0.3, (frames, K)) + rng.normal(0, 0.2, K)
+        labels = {"va": hidden.clip(-1, 1), "expr": hidden.argmax(axis=1), "au": hidden > 0.2}[task.name]
+        labels = labels.astype(task.dtype)
+        labels[::7] = task.invalid
+        outputs = hidden - 0.2 * (task.name == "au") + rng.normal(0, 0.2, (frames, K))
+        sums.append(task.metric.count(outputs, *targets(labels, task)))
+    return np.stack(sums)
+
+
+def columns(table: str) -> dict[str, list[str]]:
+    """{title: cells}, from titles and cells that two blanks or more part."""
+    titles, *rows = [re.split(r"\s{2,}", line) for line in table.splitlines()]
+    rows = [row + [""] * (len(titles) - len(row)) for row in rows]
+    return {title: list(cells) for title, cells in zip(titles, zip(*rows, strict=True), strict=True)}
+
+
+@of_each_small_task
+def test_the_tables_and_the_numbers_are_those_that_an_earlier_version_wrote(task):
+    a, b, c = (some_sums(task, seed) for seed in range(3))
+    table = score_table(task, a, unseen=np.array([True, False, True, False]))
+    assert f"{table}\n\n{confusion(task, a)}" == TEXT[task.name]
+    found = difference_over_seeds(np.stack([a, b]), np.stack([c, c, a]), task.metric)
+    assert found == pytest.approx(OVER_SEEDS[task.name], abs=1e-13)
+
+
+@of_each_small_task
+def test_two_systems_are_compared_on_the_same_drawn_videos(task):
+    good, bad = some_sums(task), some_sums(task, seed=1)
+    value, low, high = difference(good, bad, task.metric)
+    ours, theirs = (drawn_scores(sums, task.metric).mean(axis=1) for sums in (good, bad))
+    scores = task.metric.score(good.sum(axis=0))
+    assert [each.value for each in interval(good, task.metric)] == [*scores, scores.mean()]
+    assert value == scores.mean() - task.metric.score(bad.sum(axis=0)).mean()
+    assert (low, high) == tuple(np.quantile(ours[1:] - theirs[1:], (0.025, 0.975)))
+    with pytest.raises(ValueError, match=r"on the same videos; got sums of \(4, .* and of \(3, "):
+        difference(good, bad[:3], task.metric)
+
+
+@pytest.mark.parametrize("task, fold, column", [
+    (VA, 1, ["0.640", "0.565", "0.603"]), (VA, 4, ["0.540", "0.634", "0.587"]),
+    (EXPR, 2, ["-"] * 8 + ["0.446"]), (AU, 4, ["-"] * 12 + ["0.582"])], ids=["va", "va 4", "expr 2", "au 4"])
+def test_a_fold_is_compared_with_its_own_column_of_table_1_and_with_no_baseline(task, fold, column):
+    shown = columns(score_table(task, some_sums(task), fold=fold))
+    assert shown["paper"] == column and set(shown["baseline"]) == {"-"}
+    shown = columns(score_table(task, some_sums(task), comparable=False))
+    assert list(shown) == [task.metric.name, "ours", "95 %", "chance", "frames"]
+
+
+@of_each_small_task
+def test_the_numbers_of_metrics_json_are_those_of_the_tables_and_one_video_has_no_interval(task):
+    sums, total = some_sums(task), some_sums(task).sum(axis=0)
+    written, shown = numbers(task, sums), columns(score_table(task, sums))
+    each = [written["outputs"][name] for name in task.outputs]
+    assert [f"{written[name]:.3f}" for name in [*task.outputs, "score"]] == shown["ours"]
+    assert [f"{output['chance']:.3f}" for output in [*each, written]] == shown["chance"]
+    ends = [*(output["interval"] for output in each), written["score_interval"]]
+    assert [f"[{low:.3f}, {high:.3f}]" for low, high in ends] == shown["95 %"]
+    assert [output["frames"] for output in each] == task.metric.labelled(total).tolist()
+    cells = [[f"{cell:,}" if type(cell) is int else f"{cell:.3f}" for cell in row]
+             for row in written["confusion"]]
+    assert cells == [line.split()[1:] for line in confusion(task, sums).splitlines()[1:]]
+    assert written["confusion_columns"] == list(task.metric.titles or task.outputs)
+    if task.name == "expr":
+        assert columns(class_table(task.outputs, total)) == {
+            title: shown[title] for title in (written["metric"], "ours", "chance")}
+    alone = numbers(task, sums[:1])
+    assert {row["interval"] for row in alone["outputs"].values()} == {alone["score_interval"]} == {None}
+    assert set(columns(score_table(task, sums[:1]))["95 %"]) == {"-"}
+    assert "-" not in columns(score_table(task, sums[:2]))["95 %"]

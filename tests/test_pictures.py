@@ -7,199 +7,258 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import pictures
-from drawn import assert_texts_are_apart, found, is_colour, read
 from images import normalise, unnormalise
+from labels import AU, EXPR, TASKS
 from mae import MaskedAutoencoder
+from pictures import DARK, LABEL, LEFT, PREDICTION, RIGHT, UNKNOWN, draw_video
 
-RED, BLUE = (200, 60, 50), (40, 100, 180)
-
-
-def curves(folder, log: str, chance=None) -> np.ndarray:
-    (folder / "log.csv").write_text(log)
-    pictures.curves(folder / "log.csv", folder / "c.png", chance)
-    return read(folder / "c.png")
+FRAMES = (RIGHT - LEFT) // 4             # so many frames have four pixels each
 
 
-def reconstruction_rows(path, norm_pix_loss: bool, predict):
-    """The picture's three rows, the images, and which pixels are hidden; each two images side by side."""
-    torch.manual_seed(0)
+@pytest.fixture
+def texts(monkeypatch):
+    """All texts drawn from here on, in order: the string and the box that it fills."""
+    drawn, draw_text = [], ImageDraw.ImageDraw.text
+
+    def record(pen, xy, string, fill=None, font=None, anchor=None):
+        left, top, right, bottom = pen.textbbox(xy, string, font, anchor)
+        box = {"left": left, "top": top, "right": right, "bottom": bottom}
+        text = SimpleNamespace(string=string, x=(left + right) / 2, y=(top + bottom) / 2, **box)
+        drawn.extend([text] if string else [])
+        draw_text(pen, xy, string, fill, font, anchor=anchor)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
+    return drawn
+
+
+def found(texts, string: str) -> list:
+    return [text for text in texts if text.string == string]
+
+
+def read(picture) -> np.ndarray:
+    picture = picture if isinstance(picture, Image.Image) else Image.open(picture)
+    return np.asarray(picture).astype(int)                                 # (height, width, 3)
+
+
+def is_colour(pixels, colour) -> np.ndarray:
+    return (np.abs(pixels - np.array(colour)) <= 2).all(-1)                # (..., 3) -> (...)
+
+
+def assert_texts_are_apart(texts, pixels):
+    height, width, _ = pixels.shape
+    for i, a in enumerate(texts):
+        assert 0 <= a.left and a.right <= width and 0 <= a.top and a.bottom <= height, f"{a} is cut off"
+        for b in texts[:i]:
+            assert a.right <= b.left or b.right <= a.left or a.bottom <= b.top or b.bottom <= a.top, (a, b)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_a_reconstruction_shows_hidden_patches_as_predicted_and_visible_ones_as_they_were(
+        norm_pix_loss, tmp_path, texts):
     model = MaskedAutoencoder(32, 8, dim=16, depth=1, heads=2, decoder_dim=16, decoder_depth=1,
                               decoder_heads=2, norm_pix_loss=norm_pix_loss)
-    images = normalise(torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8))
-    mask = torch.zeros(2, 16)                                              # 4 x 4 patches of 8 x 8 pixels
-    mask[0, :12] = mask[1, 4:] = 1
-    pictures.reconstruction(images, model, predict(model.patchify(images)), mask, path, side=32)
-    left, right = read(path)[:, 110:142], read(path)[:, 146:178]
-    sheet = np.concatenate([left, right], axis=1)
-    hidden = np.kron(mask.reshape(2, 4, 4).numpy(), np.ones((8, 8))).astype(bool)
-    return ([sheet[r * 36:r * 36 + 32] for r in range(3)],
-            np.concatenate(unnormalise(images).astype(int), axis=1), np.concatenate(hidden, axis=1))
+    images, mask = normalise(torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)), torch.zeros(2, 16)
+    mask[0, :12] = mask[1, 4:] = 1                                         # 4 x 4 patches of 8 x 8 pixels
+    original = model.patchify(images)
+    shown = pred = original + 0.2
+    if norm_pix_loss:                           # the original's mean and deviation are given back to it
+        pred = (shown - original.mean(-1, keepdim=True)) / (original.var(-1, keepdim=True) + 1e-6).sqrt()
+    pictures.reconstruction(images, model, pred, mask, tmp_path / "r.png", side=32)
+    sheet, pixels = read(tmp_path / "r.png"), unnormalise(images)
+    for i, left in enumerate((110, 146)):
+        hidden = np.kron(mask[i].reshape(4, 4).numpy(), np.ones((8, 8)))[..., None]
+        predicted = unnormalise(model.unpatchify(shown))[i]
+        for r, row in enumerate([pixels[i], unnormalise(0 * images)[i], predicted]):
+            expected = np.where(hidden, row, pixels[i].astype(int))
+            assert np.abs(sheet[36 * r:36 * r + 32, left:left + 32] - expected).max() <= 1
+    assert [text.string for text in texts if text.right <= 108] == ["original", "masked", "reconstruction"]
 
 
-def test_a_reconstruction_shows_hidden_patches_as_predicted_and_visible_ones_as_they_were(tmp_path, texts):
-    rows, pixels, hidden = reconstruction_rows(tmp_path / "r.png", False, torch.ones_like)
-    mean, ones = (unnormalise(torch.full((1, 3, 1, 1), value))[0, 0, 0] for value in (0.0, 1.0))
-    assert (rows[0] == pixels).all()
-    assert (rows[1][hidden] == mean).all() and (rows[1][~hidden] == pixels[~hidden]).all()
-    assert (rows[2][hidden] == ones).all() and (rows[2][~hidden] == pixels[~hidden]).all()
-    assert [text.string for text in texts] == ["original", "masked", "reconstruction"]
-    assert all(0 <= text.left and text.right <= 108 for text in texts)
-
-
-def test_with_normalised_pixels_each_patch_gets_its_mean_and_deviation_back(tmp_path):
-    def normalised(target):
-        return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-    rows, pixels, _ = reconstruction_rows(tmp_path / "r.png", True, normalised)
-    assert np.abs(rows[2] - pixels).max() <= 1
-
-
-# What the three kinds of colour blindness leave of linear red, green and blue (Machado et al. 2009).
-BLIND = {"none": np.eye(3),
-         "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
-                    [-0.003882, -0.048116, 1.051998]],
-         "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
-                    [-0.011820, 0.042940, 0.968881]],
-         "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
-                    [0.004733, 0.691367, 0.303900]]}
-
-
-def lab(colours, kind: str) -> np.ndarray:
-    """CIELAB of colours (n, 3) as a reader sees them. 2 apart is just visible, 10 at a glance."""
-    share = np.array(colours) / 255
-    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
-    seen = (linear @ np.array(BLIND[kind]).T).clip(0, 1)
-    xyz = seen @ np.array([[.4124, .3576, .1805], [.2126, .7152, .0722], [.0193, .1192, .9505]]).T
-    xyz /= (0.9505, 1, 1.089)
-    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
-
-
-@pytest.mark.parametrize("kind", BLIND)
-def test_a_colour_blind_reader_can_tell_the_colours_apart(kind):
-    classes = [*pictures.CLASS_COLOURS, (255, 255, 255)]
-    for colours in ([*classes, pictures.UNKNOWN], [*classes, pictures.GREY],
-                    [pictures.LABEL, pictures.PREDICTION, (255, 255, 255), pictures.GREY]):
-        seen = lab(colours, kind)
-        apart = np.linalg.norm(seen[:, None] - seen, axis=-1) + 1000 * np.eye(len(seen))
-        if pictures.UNKNOWN in colours:
-            apart[-2:, -2:] = 1000                                   # white and UNKNOWN, two kinds of paper
-        assert apart.min() >= 15, f"{kind}: {colours[apart.min(0).argmin()]}"
+def curves(folder, log: str, chance={}) -> np.ndarray:
+    (folder / "log.csv").write_text(log)
+    return read(pictures.curves(folder, chance))
 
 
 def plot_of(texts, column: str):
-    """Where a column is plotted: its texts below the x axis, and a function from a value to its y."""
-    strings = [text.string for text in texts]
-    place = strings.index(column)
-    end = strings.index("epoch", place)
+    """Where a column is plotted: its epochs below the x axis, and a function from a value to its y."""
+    place = [text.string for text in texts].index(column)
+    end = [text.string for text in texts].index("epoch", place)
     low, high = texts[place + 1], texts[place + 3]                         # of the numbers on the y axis
 
     def y_of(value):
         share = (value - float(low.string)) / (float(high.string) - float(low.string))
         return round(low.y + share * (high.y - low.y))
-    return texts[place + 4:end], y_of
+    return [text for text in texts[place + 4:end] if text.string != "chance"], y_of
 
 
-def test_curves_pass_through_the_values_at_their_epochs(tmp_path, texts):
-    pixels = curves(tmp_path, "epoch,loss,score\n1,4,0\n2,2,0.5\n3,1,1\n11,2,-1\n")
-    for column, values in {"loss": [4, 2, 1, 2], "score": [0, 0.5, 1, -1]}.items():
+def test_curves_pass_through_their_values_nan_leaves_a_gap_and_chance_is_dashed(tmp_path, texts):
+    pixels = curves(tmp_path, "epoch,a,b\n1,2,0\n2,2,0.5\n3,nan,1\n4,1,1\n5,nan,0\n11,nan,-1\n", {"b": -0.5})
+    blue = is_colour(pixels, PREDICTION)
+    for column, values in {"a": [2, 2, None, 1], "b": [0, 0.5, 1, 1, 0, -1]}.items():
         epochs, y_of = plot_of(texts, column)
-        assert [text.string for text in epochs] == ["1", "3", "11"]
         first, middle, last = (text.x for text in epochs)
-        assert middle - first == pytest.approx((last - first) / 5, abs=1.5)
-        for epoch, value in zip([1, 2, 3, 11], values):
-            x, y = round(first + (epoch - 1) / 10 * (last - first)), y_of(value)
-            assert is_colour(pixels[y - 3:y + 4, x - 2:x + 3], BLUE).any()
+        step = (last - first) / 10
+        assert middle - first == pytest.approx(3 * step, abs=1.5)
+        for epoch, value in enumerate(values):
+            x = round(first + step * (epoch if epoch < 5 else 10))
+            assert value is None or blue[y_of(value) - 2:y_of(value) + 3, x - 2:x + 3].any()
+        if column == "a":                                                  # at epoch 4 stands a dot
+            drawn = np.flatnonzero(blue[:, :round(last) + 3].any(0)) - first
+            assert not ((drawn > step + 3) & (drawn < 3 * step - 4)).any() and (drawn < 3 * step + 5).all()
+            assert ((drawn > 0) & (drawn < step)).sum() >= step - 3
+            assert blue[y_of(1) - 3:y_of(1) + 4, :round(last)].sum() > 15
+    [word] = found(texts, "chance")
+    assert first < word.x < last and 0 < y_of(-0.5) - word.y < 20
+    line = is_colour(pixels[y_of(-0.5) - 1:y_of(-0.5) + 2, round(first):round(last)], DARK).any(0)
+    assert 0.4 < line.mean() < 0.75 and np.abs(np.diff(line.astype(int))).sum() > 20    # drawn and not
 
 
 @pytest.mark.parametrize("log, chance, expected", [
-    ("epoch,loss,lr\n1,4,1e-6\n2,2,5e-7\n", {}, "loss 0 2 4 1 2 epoch lr 0 5e-07 1e-06 1 2 epoch"),
-    ("epoch,score,none\n8,-1,0\n9,1,0\n", {}, "score -1 0 1 8 9 epoch none 0 0.5 1 8 9 epoch"),
-    ("epoch,loss\n1,1\n2,0.5\n", {"loss": 5.0}, "loss 0 2.5 5 1 2 epoch chance"),
-    ("epoch,loss\n1,1\n2,0.5\n", {"loss": -2.0}, "loss -2 -0.5 1 1 2 epoch chance"),
-    ("epoch,loss\n1,1\n2,0.5\n", {"loss": 0.0}, "loss 0 0.5 1 1 2 epoch chance")])
+    ("loss,lr\n1,4,1e-6\n3,2,5e-7\n11,2,0\n", {}, "loss 0 2 4 1 3 11 epoch lr 0 5e-07 1e-06 1 3 11 epoch"),
+    ("a,b,c,d\n8,-1,0,nan,1\n9,1,0,inf,1\n", {"b": np.nan},
+     "a -1 0 1 8 9 epoch b 0 0.5 1 8 9 epoch c 0 0.5 1 8 9 epoch d 0 0.5 1 8 9 epoch"),
+    ("loss\n7,-3\n", {}, "loss -3 -1.5 0 7 epoch"), ("a,b\n1,1,1\n2,1,0\n", {"a": 5.0, "b": -2.0, "c": 3},
+     "a 0 2.5 5 chance 1 2 epoch b -2 -0.5 1 chance 1 2 epoch")])
 def test_the_axes_hold_zero_all_values_and_the_chance_level(tmp_path, texts, log, chance, expected):
-    assert_texts_are_apart(texts, curves(tmp_path, log, chance))
+    assert_texts_are_apart(texts, curves(tmp_path, f"epoch,{log}", chance))
     assert " ".join(text.string for text in texts) == expected
 
 
-@pytest.mark.parametrize("value", ["0.25", "0", "-3"])
-def test_one_epoch_is_a_dot(tmp_path, texts, value):
-    dot = is_colour(curves(tmp_path, f"epoch,loss\n7,{value}\n"), BLUE)
-    [epoch], y_of = plot_of(texts, "loss")                                 # one number, of the epoch
-    x, y = round(epoch.x), y_of(float(value))
-    assert dot[y - 3:y + 4, x - 3:x + 4].sum() > 15 and dot.sum() == dot[y - 4:y + 5, x - 4:x + 5].sum()
-
-
-def test_nan_leaves_a_gap_and_a_value_between_two_gaps_is_a_dot(tmp_path, texts):
-    pixels = curves(tmp_path, "epoch,loss,empty\n1,2,nan\n2,2,nan\n3,nan,inf\n4,1,nan\n5,nan,nan\n")
-    epochs, y_of = plot_of(texts, "loss")
-    blue = is_colour(pixels, BLUE)
-    step = (epochs[-1].x - epochs[0].x) / 4
-    columns = np.flatnonzero(blue.any(0)) - epochs[0].x
-    assert not ((columns > step + 3) & (columns < 3 * step - 4)).any() and (columns < 3 * step + 5).all()
-    assert ((columns > 0) & (columns < step)).sum() >= step - 3
-    assert blue[y_of(1), round(epochs[0].x + 3 * step)]
-
-
-def test_the_chance_level_is_a_dashed_line_with_its_name(tmp_path, texts):
-    pixels = curves(tmp_path, "epoch,loss,score\n1,1,0.1\n2,1,0.4\n", {"score": 0.25, "another": 3})
-    [word] = found(texts, "chance")
-    epochs, y_of = plot_of(texts, "score")
-    assert epochs[0].x < word.x < epochs[-1].x and 0 < y_of(0.25) - word.y < 20
-    line = is_colour(pixels[y_of(0.25) - 1:y_of(0.25) + 2], (120, 120, 120)).any(0)
-    inside = line[round(epochs[0].x):round(epochs[-1].x)].astype(int)
-    assert 0.4 < inside.mean() < 0.75 and np.abs(np.diff(inside)).sum() > 20         # drawn and not, in turn
-    assert_texts_are_apart(texts, pixels)
-
-
-BROKEN = {"empty": b"", "header only": b"epoch,loss\n", "a word": b"epoch,loss\n1,low\n",
-          "short row": b"epoch,loss\n1\n", "uneven rows": b"epoch,loss\n1,2\n2\n",
-          "long row": b"epoch,loss\n1,2,3\n", "no epoch": b"step,loss\n1,2\n", "only epochs": b"epoch\n1\n",
-          "no number": b"epoch,loss\nnan,1\n", "not text": b"\xff\xfe\x00,1\n", "long": b"1" * 200_000}
-
-
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
-def test_a_broken_log_is_refused(content, tmp_path):
+@pytest.mark.parametrize("content", [
+    b"", b"epoch,loss\n1,low\n", b"1" * 200_000, b"epoch,loss\n1,2,3\n", b"step,loss\n1,2\n", b"epoch\n1\n",
+    b"epoch,loss\n1\n", b"epoch,loss\nnan,1\n"])
+def test_the_command_refuses_a_broken_log(content, tmp_path, monkeypatch, capsys):
     (tmp_path / "log.csv").write_bytes(content)
-    with pytest.raises(ValueError, match=r"log\.csv: not the log of a run; expected a line with the names"):
-        pictures.curves(tmp_path / "log.csv", tmp_path / "c.png")
-    assert not (tmp_path / "c.png").exists()
+    monkeypatch.setattr(sys, "argv", ["pictures.py", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(pictures.__file__, run_name="__main__")
+    assert "log.csv: not the log of a run; expected a line with the names" in capsys.readouterr().err
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
-    def fails(file, form):
-        file.write(b"half of")
-        raise OSError(28, "No space left on device")
-    pictures.save(Image.new("RGB", (5, 4), RED), tmp_path / "p.png")
-    with pytest.raises(OSError, match="No space left"):
-        pictures.save(SimpleNamespace(save=fails), tmp_path / "p.png")
-    assert (read(tmp_path / "p.png") == RED).all() and [file.name for file in tmp_path.iterdir()] == ["p.png"]
+def x_of(number, T: int) -> int:
+    return int(LEFT + (number - 0.5) / T * (RIGHT - LEFT))                 # the middle; frames count from 1
 
 
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["pictures.py", *map(str, arguments)])
-    runpy.run_path(pictures.__file__, run_name="__main__")
+def values_of(T: int) -> tuple[dict, dict]:
+    """Predictions of the three tasks, and labels with a gap, of T frames."""
+    rng = np.random.default_rng(T)
+    labels = {"va": rng.uniform(-1, 1, (T, 2)), "expr": 1.0 * rng.integers(8, size=T),
+              "au": 1.0 * rng.integers(2, size=(T, 12))}
+    for values in labels.values():
+        values[T // 3:T // 2] = np.nan
+    return {name: rng.uniform(0, 1, (T, len(task.outputs))) for name, task in TASKS.items()}, labels
 
 
-def test_the_command_draws_a_run_or_says_what_it_takes(tmp_path, monkeypatch, capsys):
-    (tmp_path / "log.csv").write_text("epoch,loss\n1,4\n2,2\n")
-    command(monkeypatch, tmp_path)
-    assert capsys.readouterr().out == f"{tmp_path}/curves.png\n"
-    assert is_colour(read(tmp_path / "curves.png"), BLUE).any()
-    with pytest.raises(SystemExit, match="2"):
-        command(monkeypatch)
-    assert "usage: pictures.py" in capsys.readouterr().err
+@pytest.mark.parametrize("labelled", [True, False], ids=["with labels", "alone"])
+@pytest.mark.parametrize("task", [EXPR, AU], ids=["expr", "au"])
+def test_each_output_has_a_strip_of_its_labels_above_one_of_its_probabilities(task, labelled, texts):
+    """The others are shorter than the longest, and end earlier."""
+    predictions, labels = ({task.name: values[task.name]} for values in values_of(FRAMES))
+    values = predictions[task.name] = predictions[task.name][:200 if labelled else FRAMES]
+    values[7], noface = np.nan, np.isin(np.arange(150), [0, *range(40, 60), 100])
+    pixels = read(draw_video("v", predictions, labels if labelled else {}, noface=noface))
+    label = labels[task.name] if task is AU else np.array([
+        [np.nan if np.isnan(k) else float(k == i) for i in range(8)] for k in labels["expr"]])
+    rows = {("no face", 0): (noface, DARK)}
+    for k, name in enumerate(task.outputs):
+        rows[name, 6 * labelled] = values[:, k], PREDICTION
+        rows |= {(name, -6): (label[:, k], LABEL)} if labelled else {}
+    for (name, below), (row, colour) in rows.items():
+        line = pixels[round(found(texts, name)[0].y + below)]
+        for t, value in enumerate([*row, *[np.nan] * (FRAMES - len(row))]):
+            expected = UNKNOWN if np.isnan(value) else 255 + value * (np.array(colour) - 255)
+            assert np.abs(line[x_of(t + 1, FRAMES)] - expected).max() <= 1, (name, t)
+    for word, colour in (("label", LABEL), ("prediction", PREDICTION), ("not", UNKNOWN)):  # the legend
+        marks = [text for text in texts if text.string.split()[0] == word]
+        assert len(marks) == (labelled or word != "label")
+        assert all(is_colour(pixels[int(mark.y), int(mark.left) - 12], colour) for mark in marks)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"epoch,loss\n1,?\n"])
-def test_the_command_refuses_a_run_without_a_readable_log_in_one_line(tmp_path, monkeypatch, capsys, content):
-    if content is not None:
-        (tmp_path / "log.csv").write_bytes(content)
-    with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, tmp_path)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith(f"error: {tmp_path}/log.csv: ") and said.count("\n") == 1
-    assert ("cannot be read (No such file" in said) == (content is None)
+def test_valence_and_arousal_pass_through_their_values_and_gaps_are_grey(texts):
+    labels, outputs = np.tile([0.5, -0.75], (FRAMES, 1)), np.tile([-0.25, 0.25], (FRAMES, 1))
+    outputs[200:] = 3.0                                                    # drawn at the edge, not outside
+    labels[100:150] = outputs[20:30] = np.nan
+    pixels = read(draw_video("v", {"va": outputs}, {"va": labels}))
+    for k in (0, 1):
+        top, bottom = found(texts, "1")[k].y, found(texts, "-1")[k].y          # of the numbers on its y axis
+
+        def drawn(value, t, colour):
+            y = round(bottom - (value + 1) / 2 * (bottom - top))
+            return is_colour(pixels[y - 2:y + 3, x_of(t + 1, FRAMES)], colour).any()
+
+        assert all(drawn(labels[t, k], t, LABEL) for t in (1, 98, 151, 240))
+        assert all(drawn(outputs[0, k], t, PREDICTION) for t in (1, 120, 198)) and drawn(1.0, 220, PREDICTION)
+        for first, last, colour in ((101, 150, UNKNOWN), (2, 100, (255, 255, 255))):
+            assert (pixels[int(top) + 10, x_of(first, FRAMES):x_of(last, FRAMES)] == colour).all()
+
+
+@pytest.mark.parametrize("tasks", [(), ("va",), ("expr", "au"), ("va", "au")])
+def test_only_what_is_given_is_drawn_from_top_to_bottom_and_no_frame_is_refused(tasks, texts):
+    predictions = {task: values_of(30)[0][task] for task in tasks}
+    draw_video("v", predictions, noface=np.zeros(30), fps=5, note="a note")
+    names = [name for task in tasks for name in TASKS[task].outputs]
+    rows = [text for text in texts if text.left == texts[0].left]
+    assert [row.string for row in rows] == ["v", "frames: 30; a note", "no face", *names, "frame", "seconds"]
+    assert [row.y for row in rows] == sorted(row.y for row in rows)
+    with pytest.raises(ValueError, match="a video: no frame to draw; expected predictions, labels or noface"):
+        draw_video("a video", {"va": np.zeros((0, 2))})
+
+
+def test_a_face_stands_above_its_own_frame_and_is_left_out_if_it_would_overlap_the_last(texts):
+    shown = {1: True, 10: False, 30: True, 48: False, 60: True, 210: True, 300: True}     # 24 frames wide
+    faces = [(number, np.full((30, 20, 3), (255, 10 + i, 90), np.uint8)) for i, number in enumerate(shown)]
+    line = read(draw_video("v", {"va": np.zeros((300, 2))}, faces=faces))[80]             # through the faces
+    for number, face in faces:
+        columns = np.flatnonzero((line == face[0, 0]).all(-1))
+        numbers = [text.x for text in found(texts, str(number)) if text.y < 160]
+        assert len(columns) == 80 * shown[number] == 80 * len(numbers)
+        for x in [*numbers, (columns.min() + columns.max()) / 2] if shown[number] else []:
+            assert abs(x - x_of(number, 300)) <= 1.5
+
+
+@pytest.mark.parametrize("T, fps, title, numbers", [
+    (1, 0, "frame", [1]), (240, 0, "frame", [1, *range(20, 241, 20)]),
+    (241, 9, "frame", [1, *range(50, 241, 50)]), (1, 25, "seconds", [0]), (251, 25, "seconds", range(11)),
+    (4, 10, "seconds", [i / 20 for i in range(7)]), (20_000, 29.97, "seconds", range(0, 601, 100))])
+def test_frames_from_1_and_seconds_from_0_stand_at_round_distances(T, fps, title, numbers, texts):
+    draw_video("v", {}, noface=np.zeros(T), fps=fps)
+    place = [text.string for text in texts].index(title) + 1
+    marks, after = texts[place:place + len(numbers)], texts[place + len(numbers)]
+    assert [float(text.string) for text in marks] == list(numbers) and not after.string[0].isdigit()
+    frames = [number * fps + 1 if title == "seconds" else number for number in numbers]
+    assert all(abs(text.x - x_of(frame, T)) <= 1.5 for text, frame in zip(marks, frames))
+
+
+@pytest.mark.parametrize("T", [1, 7, 300, 20_000])
+@pytest.mark.parametrize("name, note", [("", ""), ("видео\n\udcff" * 90, "é" * 300)])
+def test_no_text_overlaps_another_or_is_cut_off(T, name, note, texts):
+    faces = [(number, np.zeros((9, 9, 3), np.uint8)) for number in range(1, T + 1, max(1, T // 40))]
+    picture = draw_video(name, *values_of(T), faces, np.zeros(T, bool), 25, note)
+    assert_texts_are_apart(texts, read(picture))
+    assert picture.width == pictures.WIDTH and all(text.string.isascii() for text in texts)
+
+
+@pytest.mark.parametrize("T", [1, 999, 1000, 1001, 1999, 2000, 47_434])
+def test_a_column_of_a_long_video_has_the_least_the_mean_and_the_largest_of_its_frames(T):
+    values, n = np.random.default_rng(T).normal(size=(T, 1)), min(T, 1000)
+    values[T // 3:T // 2] = np.nan
+    columns, of_frame = pictures.columns(values, T, 1), np.arange(T) * n // T          # each frame is in one
+    assert columns.shape == (3, n, 1)
+    for i in range(0, n, 37):
+        part = [value for value in values[of_frame == i, 0] if not np.isnan(value)]
+        expected = [min(part), sum(part) / len(part), max(part)] if part else [np.nan] * 3
+        assert columns[:, i, 0] == pytest.approx(expected, nan_ok=True)
+
+
+def test_one_frame_in_20000_is_seen(texts):
+    at, values = 12_345, {"va": np.zeros((20_000, 2)), "au": np.zeros((20_000, 12))}
+    values["va"][at, 0], values["au"][at, 2] = 0.9, 1
+    pixels = read(draw_video("v", values))
+    top, bottom = found(texts, "1")[0].y, found(texts, "-1")[0].y
+    spike = pixels[round(bottom - 1.7 / 2 * (bottom - top)), LEFT:RIGHT]   # pale, far above the mean
+    assert np.flatnonzero((spike < 255).any(-1)) == pytest.approx([at // 20], abs=1.5)
+    mean = pixels[round(found(texts, "AU4")[0].y), LEFT + at // 20]
+    assert np.abs(mean - (255 + 1 / 20 * (np.array(PREDICTION) - 255))).max() <= 1
+    assert texts[1].string.startswith("frames: 20,000, 20 to a column of pixels: their mean, and pale ")

@@ -1,249 +1,303 @@
-"""All stages end to end on a very small configuration, by one command, with the same result from one process
-and from two."""
+"""pipeline.py: where a result lies, what it was made of, when it is refused, and what is made first.
 
-import re
-import shutil
-import zlib
-from functools import partial
+Stages here only pretend: `made` leaves the folder that a finished stage leaves.
+"""
 
-import numpy as np
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
-from PIL import Image
+import torch
+import yaml
 
-import tiny
-from config import load
-from frames import find_videos
-from labels import AU, label_files, read_labels
-from tiny import (ROOT, STAGES, TINY, TRAIN_AU, Job, apart, content, copied, done, log, log_numbers, metrics,
-                  run, same, weights)
+import pipeline
+from engine.checkpoints import checksum
+from engine.config import load
+from labels import TASKS
+from pipeline import (STAGES, differs, find_input, finished, folder, identity, like, make, open_run,
+                      read_record, results, settings_of, stale, tuned_on)
+from processes import ALONE
 
-TRAINED = ["pretrain", "finetune", "task_va", "task_expr", "task_au"]
-FILES = {"pretrain": {"last.pt", "log.csv", "reconstruction.png"},
-         "finetune": {"last.pt", "best.pt", "log.csv"},
-         "features": {"videos.json"},
-         "task_au": {"last.pt", "best.pt", "log.csv"}}
-
-
-def numbers(value) -> list[float]:
-    """All numbers in a value of metrics.json, in their order."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return [number for part in value for number in numbers(part)]
-    return [] if isinstance(value, str) else [float(value)]
+SETTINGS = {"vit": {"image_size": 16, "patch": 8, "dim": 8, "depth": 2, "heads": 2},
+            "pretrain": {"epochs": 2}}
 
 
-# ---- One command
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_one_command_makes_every_promised_file_from_nothing(made_by_command, world):
-    folder, _ = made_by_command[world]
-    for stage, files in FILES.items():
-        there = {path.name for path in (folder / "runs/tiny" / stage).iterdir()}
-        assert files | {"config.yaml", "made_of.json", "metrics.json"} <= there
-        assert not [name for name in there if name.endswith(".tmp")]
-        resolved = load(folder / "runs/tiny" / stage / "config.yaml")
-        assert resolved.task.batch == tiny.SETTINGS["task"]["batch"] and resolved.run.name == "tiny"
-    Image.open(folder / "runs/tiny/pretrain/reconstruction.png").verify()
-    for video, frames in find_videos([folder / "data/Aff-Wild2/cropped_aligned"]).items():
-        features = np.load(folder / f"runs/tiny/features/{video}.npy")
-        noface = np.load(folder / f"runs/tiny/features/{video}.noface.npy")
-        assert features.dtype == np.float16 and features.shape == (len(noface), 8)
-        assert np.isfinite(features).all() and noface.dtype == bool
-        with_image = {int(path.stem) - 1 for path in frames.iterdir()}
-        assert set(np.flatnonzero(~noface)) == with_image
-    for stage in ("pretrain", "finetune", "task_au"):
-        assert [row["epoch"] for row in log(folder / "runs/tiny" / stage)] == ["1", "2"]
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(yaml.safe_dump(SETTINGS))
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_what_is_missing_is_said_once_with_the_reason_and_the_command_that_makes_only_that(
-        made_by_command, world):
-    _, said = made_by_command[world]
-    for missing, command in (("data/complete.json", "synthetic.py"),
-                             ("runs/tiny/pretrain/last.pt", "train_pretrain.py"),
-                             ("runs/tiny/finetune/best.pt", "train_finetune.py"),
-                             ("runs/tiny/features/metrics.json", "extract_features.py")):
-        begins = f"{missing} is missing, so it is made first."
-        (line,) = [line for line in said.splitlines() if line.startswith(begins)]
-        assert re.search(r"about \d+ s", line)
-        assert line.endswith(f"Only this step: python {ROOT / command} --config tiny.yaml")
-    assert f"x 1 accumulation x {world} processes" in said and "effective batch 17 = " in said
-    assert "AU26" in said and "chance" in said and "Traceback" not in said
+def config_with(*overrides):
+    return load("my.yaml", overrides)
 
 
-def test_started_again_each_stage_says_that_it_is_finished_and_changes_no_byte(finished, tmp_path):
-    folder = copied(finished, tmp_path)
-    before = content(folder)
-    for stage, script in {**STAGES, "features": ["extract_features.py"]}.items():
-        assert f"runs/tiny/{stage} is finished; nothing to" in done(folder, *script, *TINY)
-    assert "mean F1" in done(folder, "evaluate.py", "--task", "au", *TINY, world=2)
-    assert content(folder) == before
+def made(stage: str, config, task=None, number: float = 1.0, data=None, metrics=None) -> Path:
+    """What a finished stage leaves: its record, weights of that number, metrics.json."""
+    setting, before = next(iter(STAGES[stage].inputs.items()), ("", ""))
+    origin = find_input(config, ALONE, setting)[1] if setting else None
+    place = folder(stage, config, task)
+    place.mkdir(parents=True, exist_ok=True)
+    record = {"stage": f"{stage}_{task.name}" if task else stage, "settings": settings_of(stage, config),
+              "data": data or {"training": "12 frames"}, "from": origin}
+    if STAGES[stage].file.endswith(".pt"):
+        torch.save({"model": {"x": torch.tensor(number)}, "made_of": record}, place / STAGES[stage].file)
+        record |= {"checkpoint": STAGES[stage].file, "checksum": checksum(place / STAGES[stage].file)}
+    else:
+        (place / STAGES[stage].file).write_text("{}")
+    (place / "made_of.json").write_text(json.dumps(record))
+    (place / "metrics.json").write_text(json.dumps(metrics or {"score": number}))
+    return place
 
 
-def test_another_task_uses_what_is_there(finished, tmp_path):
-    folder = copied(finished, tmp_path, ["task_va"])
-    before = content(folder)
-    said = done(folder, "train_task.py", "--task", "va", *TINY)
-    after = content(folder)
-    assert "is missing" not in said and {file: after[file] for file in before} == before
-    assert {file.split("/")[2] for file in after.keys() - before.keys()} == {"task_va"}
+def chain(*overrides, number: float = 1.0):
+    """The stages from the pre-training to a task, each made unless it is there."""
+    config = config_with(*overrides)
+    for stage in ("pretrain", "finetune", "features"):
+        if not finished(folder(stage, config)):
+            data = {"training videos": ["1", "2_left"]} if stage == "finetune" else None
+            made(stage, config, number=number, data=data)
+    return config, made("task", config, TASKS["au"], number)
 
 
-def test_a_fold_has_a_folder_of_its_own_and_warns_of_videos_that_the_vit_was_tuned_on(finished, tmp_path):
-    folder = copied(finished, tmp_path)
-    before = content(folder)
-    said = done(folder, *TRAIN_AU, "--set", "task.fold=1")
-    assert re.search(r"warning: \d of these \d videos show scenes on which the ViT was fine-tuned", said)
-    after = content(folder)
-    assert {file: after[file] for file in before} == before
-    assert {file.split("/")[2] for file in after.keys() - before.keys()} == {"task_au_fold1"}
-    assert metrics(folder / "runs/tiny/task_au_fold1")["validation_videos"] < 7
-    said = done(folder, "evaluate.py", "--task", "au", *TINY, "--set", "task.fold=1")
-    assert "task_au_fold1/best.pt" in said
+# ---- Folders
+
+@pytest.mark.parametrize("stage, task, overrides, name", [
+    ("pretrain", None, [], "pretrain"),
+    ("task", "au", [], "task_au"),
+    ("task", "au", ["temporal.kernels=[3,3,3]"], "task_au+temporal.kernels=3-3-3"),
+    ("task", "va", ["task.lr=1e-4", "segments.stride=50"], "task_va+segments.stride=50+task.lr=0.0001"),
+    ("task", "va", ["temporal.tcn=false"], "task_va+temporal.tcn=false"),
+    ("features", None, ["temporal.kernels=[3,3,3]"], "features"),
+    ("features", None, ["finetune.lr=1e-3"], "features+finetune.lr=0.001"),
+    ("task", "au", ["finetune.lr=1e-3", "run.seed=2"], "task_au+finetune.lr=0.001+run.seed=2"),
+    ("pretrain", None, ["finetune.lr=1e-3"], "pretrain"),
+    ("finetune", None, ["finetune.start=a/b/mae.pth"], "finetune+finetune.start=b-mae.pth"),
+    ("finetune", None, ["finetune.start=a/mae.pth", "pretrain.lr=1"], "finetune+finetune.start=a-mae.pth"),
+    ("task", "au", ["task.features=x/y z", "finetune.lr=1"], "task_au+task.features=x-y-z"),
+    ("task", "au", ["run.workers=3", "run.device=cpu", "data.labels=x", "features.batch=3"], "task_au"),
+    ("task", "au", ["task.lr=3e-5"], "task_au"),                     # the file's own value
+    ("emma", None, ["stills.epochs=3"], "emma+stills.epochs=3"),
+    ("emma", None, ["stills.epochs=3", "emma.cnn=none"], "emma+emma.cnn=none"),
+    ("cotex", None, ["stills.epochs=3", "pretrain.epochs=3"], "cotex+pretrain.epochs=3"),
+])
+def test_a_folder_is_named_after_what_counts_and_differs_from_the_file(here, stage, task, overrides, name):
+    assert folder(stage, config_with(*overrides), TASKS.get(task)) == Path("runs/my") / name
 
 
-def test_a_stage_gives_the_same_whether_it_made_its_input_or_found_it(finished, tmp_path):
-    folder = tiny.write(tmp_path)
-    shutil.copytree(finished / "data", folder / "data")
-    for stage, script in STAGES.items():
-        done(folder, *script, *TINY)
-        assert same(weights(folder / "runs/tiny" / stage), weights(finished / "runs/tiny" / stage))
+def test_a_long_name_is_hashed_and_other_settings_have_another_hash(here):
+    long = [f"temporal.{key}=[{','.join(['300'] * 12)}]" for key in ("channels", "kernels", "dilations")]
+    names = {folder("task", config_with(*long, f"task.lr={lr}"), TASKS["au"]).name for lr in (1, 2)}
+    assert len(names) == 2 and all(len(name) < 40 for name in names)
 
 
-# ---- One process and two
+# ---- What a result was made of
 
-@pytest.mark.parametrize("stage", TRAINED)
-def test_two_processes_give_the_weights_metrics_and_log_of_one(finished, finished_by_two, stage):
-    a, b = finished / "runs/tiny" / stage, finished_by_two / "runs/tiny" / stage
-    assert apart(weights(a), weights(b)) < 1e-5
-    if stage != "pretrain":
-        assert apart(weights(a, "best.pt"), weights(b, "best.pt")) < 1e-5
-    assert metrics(a).keys() == metrics(b).keys()
-    assert numbers(metrics(a)) == pytest.approx(numbers(metrics(b)), abs=1e-5)
-    assert log_numbers(a) == pytest.approx(log_numbers(b), rel=2e-5, abs=1e-6)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_last_batch_of_a_single_sample_changes_nothing(finished, tmp_path, stage):
-    """In two processes, the second has an empty share then."""
-    folder = copied(finished, tmp_path)
-    inputs = ["--set", "finetune.start=runs/tiny/pretrain/last.pt",
-              "--set", "task.features=runs/tiny/features"]
-    if stage == "pretrain":
-        samples = metrics(finished / "runs/tiny/pretrain")["images"]
-    if stage == "finetune":
-        samples = -(-metrics(finished / "runs/tiny/finetune")["train_frames"] // 3)
-    if stage == "task_au":
-        said = run(folder, *TRAIN_AU, *inputs, "--set", "run.name=count").said
-        samples = int(re.search(r"(\d+) segments", said)[1])
-    section = stage.split("_")[0]
-    command = [*STAGES[stage], *TINY, *inputs, "--set", f"{section}.batch={samples - 1}"]
-    jobs = [Job(folder, *command, "--set", f"run.name=by{world}", world=world) for world in (1, 2)]
-    assert [job.end().codes for job in jobs] == [[0], [0, 0]]
-    assert apart(weights(folder / "runs/by1" / stage), weights(folder / "runs/by2" / stage)) < 1e-5
-    assert apart(weights(folder / "runs/by1" / stage), weights(folder / "runs/tiny" / stage)) > 1e-4
+def test_a_record_holds_the_chain_and_the_videos_that_the_vit_was_tuned_on(here):
+    config, task = chain()
+    record = read_record(task)
+    stages = [link["stage"] for link in pipeline.chain(record)]
+    assert stages == ["task_au", "features", "finetune", "pretrain"]
+    assert tuned_on(record) == ["1", "2_left"]
+    assert record["from"]["settings"].keys() >= {"vit.dim", "finetune.token", "data.synthetic"}
+    assert "finetune.start" not in record["from"]["from"]["settings"]
+    assert not stale(task, config) and not differs(task, record, config)
 
 
-def keep_predictions(folder):
-    """Each video's prediction goes to a file of its own, named after the number of processes, the process
-    that made it and the video's features."""
-    def keeping(segment_outputs):
-        def function(model, features, window, stride, batch, team):
-            cut, outputs = segment_outputs(model, features, window, stride, batch, team)
-            path = folder / f"{team.world}.{team.rank}.{zlib.crc32(features.tobytes())}.npy"
-            assert not path.exists(), "predicted twice"
-            np.save(path, outputs)
-            return cut, outputs
-        return function
-    tiny.instead("scoring.segment_outputs", keeping)
+def test_results_are_the_same_by_their_weights_and_features_by_settings_and_weights(here):
+    config, task = chain()
+    features = read_record(folder("features", config))
+    assert identity(features) == identity(json.loads(json.dumps({**features, "data": 3})))
+    other = {**features, "from": {**features["from"], "checksum": 3}}
+    assert identity(other) != identity(features)
+    assert identity({**features, "settings": {}}) != identity(features)
+    assert identity(None) is None and identity({"checksum": 5, "file": "a"}) == identity({"checksum": 5})
 
 
-def test_each_video_is_predicted_once_by_any_number_of_processes_with_the_same_numbers(finished, tmp_path):
-    folder, out = copied(finished, tmp_path / "run"), tmp_path / "out"
-    out.mkdir()
-    command, hook = ["evaluate.py", "--task", "au", *TINY], partial(keep_predictions, out)
-    tables = {world: done(folder, *command, world=world, hook=hook) for world in (1, 2, 5)}
-    assert tables[1] == tables[2] == tables[5] and "mean " in tables[1]
-
-    videos = set()
-    for video, file in label_files(finished / "data/Aff-Wild2/annotations", AU)["Validation_Set"].items():
-        features = np.load(finished / f"runs/tiny/features/{video}.npy")[:len(read_labels(file, AU))]
-        videos.add(f"{zlib.crc32(features.tobytes())}")
-    made_by = {world: {} for world in tables}          # {processes: {video: the process that predicted it}}
-    for path in out.iterdir():
-        world, rank, video = path.stem.split(".")
-        made_by[int(world)][video] = rank
-    assert all(made_by[world].keys() == videos for world in tables)
-    assert set(made_by[2].values()) == {"0", "1"} and set(made_by[5].values()) == {"0", "1", "2"}
-    assert len(list(out.iterdir())) == len(tables) * len(videos)
-    for video in videos:
-        alone = np.load(out / f"1.0.{video}.npy")
-        for world in (2, 5):
-            shared = np.load(out / f"{world}.{made_by[world][video]}.{video}.npy")
-            assert shared == pytest.approx(alone, abs=1e-6)
+def changed_file(text: dict):
+    def change(config):
+        Path("my.yaml").write_text(yaml.safe_dump({**SETTINGS, **text}))
+    return change
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_batch_in_three_pieces_gives_the_weights_of_the_whole_batch(finished, tmp_path, stage, world):
-    folder, place = tiny.ready(finished, tmp_path, stage)
-    share = -(-tiny.SETTINGS[stage]["batch"] // world)
-    said = done(folder, *STAGES[stage], *TINY, "--set", f"run.largest_piece={-(-share // 3)}", world=world)
-    assert f"x 3 accumulation x {world} processes" in said
-    whole = finished / "runs/tiny" / stage
-    assert apart(weights(place), weights(whole)) < 1e-5
-    assert log_numbers(place) == pytest.approx(log_numbers(whole), rel=2e-5, abs=1e-6)
+def made_anew(stage):
+    return lambda config: made(stage, config, number=2.0)
 
 
-# ---- In a Python shell, and command lines
-
-def test_readmes_lines_for_the_python_shell_predict_a_video(finished, monkeypatch, capsys):
-    """With nothing but the checkpoint and the features; no labels, no configuration, no data."""
-    monkeypatch.chdir(finished)
-    lines = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    path = sorted((finished / "runs/tiny/features").glob("*[0-9x].npy"))[0]
-    named = re.search(r'np.load\("(.*?)"\)', lines)[1]
-    shell = {}
-    exec(lines.replace(named, str(path)).replace("runs/demo", "runs/tiny"), shell)
-    features = np.load(path)
-    assert features.dtype == np.float16 and len(lines.splitlines()) == 5
-    values = shell["va"].predict(features)
-    assert values.shape == (len(features), 2) and np.isfinite(values).all() and capsys.readouterr().out
+def removed(name):
+    return lambda config: (Path("runs/my") / name).unlink()
 
 
-
-@pytest.mark.parametrize("script", ["train_pretrain.py", "train_finetune.py", "extract_features.py",
-                                    "train_task.py", "evaluate.py", "synthetic.py", "config.py"])
-def test_every_script_explains_itself_and_refuses_wrong_settings_with_code_2(tmp_path, script):
-    tiny.write(tmp_path)
-    task = ["--task", "au"] if script in ("train_task.py", "evaluate.py") else []
-    said = done(tmp_path, script, "--help")
-    assert "--config FILE" in said and "--set SECTION.FIELD=VALUE" in said and f"python {script}" in said
-
-    wrong = ["--set", "task.learning_rate=1", "--set", "finetune.epoch=3", "--set", "task.batch=x"]
-    codes, said = run(tmp_path, script, *task, *TINY, *wrong)
-    assert codes == [2] and "Traceback" not in said
-    assert said.startswith("error: tiny.yaml: 3 problem(s) in the settings")
-    assert "task.learning_rate: no such setting; nearest:" in said
-    assert re.search("finetune.epoch: .*nearest: .*finetune.epochs", said)
-    assert "task.batch: got 'x', expected a whole number" in said
-
-    codes, said = run(tmp_path, script, *task, "--config", "configs/tyny.yaml")
-    assert codes == [2] and "Traceback" not in said
-    assert said.startswith("error: configs/tyny.yaml: cannot be read")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.yaml"]
+REFUSALS = {  # what happens after a finished chain; the message when the task's folder is opened again
+    "an own setting": (changed_file({"task": {"lr": 1e-3}}),
+                       "task.lr: was 3e-05, now 0.001 \\(of stage task_au\\)"),
+    "a setting of the ViT": (changed_file({"finetune": {"lr": 1e-2}}),
+                             "finetune.lr: was 0.0001, now 0.01 \\(of stage finetune\\)"),
+    "a setting of the MAE": (changed_file({"pretrain": {"epochs": 3}}), "pretrain.epochs: was 2, now 3"),
+    "the ViT was tuned again": (made_anew("finetune"), "was made from finetune .*is now finetune"),
+    "the MAE was trained again": (made_anew("pretrain"), "was made from pretrain \\(checksum"),
+    "drawn data is real now": (changed_file({"data": {"synthetic": True}}), "data.synthetic: was False"),
+    "no record": (removed("task_au/made_of.json"), "made_of.json is missing"),
+    "a damaged record": (lambda config: Path("runs/my/task_au/made_of.json").write_text("{}"),
+                         "not the record that a stage has written"),
+}
 
 
-@pytest.mark.parametrize("script", ["train_task.py", "evaluate.py"])
-def test_a_task_must_be_one_of_three(tmp_path, script):
-    tiny.write(tmp_path)
-    for arguments, message in (([], "arguments are required: --task"),
-                               (["--task", "aus"], "choose from 'va', 'expr', 'au'")):
-        codes, said = run(tmp_path, script, *TINY, *arguments)
-        assert codes == [2] and message in said
+@pytest.mark.parametrize("change, message", REFUSALS.values(), ids=REFUSALS)
+def test_what_does_not_agree_with_the_settings_is_refused_and_what_differs_is_named(here, change, message):
+    config, _ = chain()
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        open_run("task", config_with(), ALONE, TASKS["au"])
 
 
-def test_a_wrong_configuration_file_is_answered_with_those_that_there_are():
-    codes, said = run(ROOT, "config.py", "--config", "configs/demmo.yaml")
-    assert codes == [2] and "configs/demo.yaml" in said
+@pytest.mark.parametrize("gone", ["pretrain", "finetune", "features"])
+def test_an_earlier_stage_that_is_gone_is_told_by_its_record_here(here, gone):
+    config, task = chain()
+    (folder(gone, config) / "metrics.json").unlink()
+    assert not stale(task, config)
+    Path("my.yaml").write_text(yaml.safe_dump({**SETTINGS, "pretrain": {"epochs": 7}}))
+    assert "pretrain.epochs: was 2, now 7" in stale(task, config_with())
+
+
+def test_a_path_in_the_settings_is_compared_by_its_checksum_and_what_lies_before_it_is_its_own_affair(here):
+    mae = Path("mae.pt")
+    torch.save({"model": {"x": torch.ones(3)}}, mae)
+    config = config_with("finetune.start=mae.pt")
+    place = made("finetune", config)
+    assert not stale(place, config)
+    assert not stale(place, config_with("finetune.start=mae.pt", "pretrain.lr=1"))
+    mae.rename("moved.pt")
+    assert not stale(place, config_with("finetune.start=moved.pt"))           # asked of the same folder
+    torch.save({"model": {}}, "moved.pt")
+    assert "was made from mae.pt (checksum" in stale(place, config_with("finetune.start=moved.pt"))
+    assert "is now not given" in stale(place, config_with())
+    none = made("finetune", config_with("finetune.start=none"))
+    assert not stale(none, config_with("finetune.start=none"))
+    assert "random weights" in stale(none, config_with("finetune.start=moved.pt"))
+
+
+def test_an_experiment_shares_the_stages_that_stay_the_same_and_is_announced(here, capsys):
+    config, _ = chain()
+    idea = config_with("temporal.kernels=[3,3,3]")
+    assert find_input(idea, ALONE, "task.features")[0] == Path("runs/my/features/videos.json")
+    open_run("task", idea, ALONE, TASKS["au"])
+    assert "new, differs from the configuration in temporal.kernels" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="lr=1/last.pt not found; make it with: python train_pretrain"):
+        find_input(config_with("pretrain.lr=1"), ALONE, "finetune.start")
+
+
+def test_a_record_of_an_older_version_is_read(here):
+    """It had the input's setting and stage, a base, and of the data how many paths were given."""
+    config, task = chain()
+    for place in (task, folder("pretrain", config)):
+        record = read_record(place)
+        record |= {"input": {"setting": "x", "stage": "y"}, "base": "demo"}
+        record["settings"] |= {"data.affectnet_2017": "given", "data.folders": 2, "run.compile": False}
+        (place / "made_of.json").write_text(json.dumps(record))
+    assert not stale(task, config) and not stale(folder("pretrain", config), config)
+    assert like(read_record(folder("pretrain", config)), config, "x")[1] == {}
+
+
+# ---- Inputs
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda place: (place / "metrics.json").unlink(), "make it with: python train_finetune.py"),
+    (lambda place: (place / "best.pt").unlink(), "best.pt is gone, though its stage is finished"),
+    (lambda place: torch.save({}, place / "best.pt"), "not the file that the stage has written.*checkpoint="),
+    (lambda place: changed_file({"finetune": {"lr": 3}})(None), "finetune.lr: was 0.0001, now 3.0"),
+], ids=["not finished", "gone", "another file", "stale"])
+def test_an_input_that_cannot_be_used_is_refused_with_a_way_on(here, spoil, message):
+    config, _ = chain()
+    spoil(folder("finetune", config))
+    with pytest.raises(ValueError, match=message):
+        find_input(config_with(), ALONE, "features.checkpoint")
+
+
+def test_given_inputs_are_found_with_their_records(here):
+    config, _ = chain()
+    path, record = find_input(config_with("features.checkpoint=runs/my/finetune/best.pt"), ALONE,
+                              "features.checkpoint")
+    assert record["stage"] == "finetune" and record["checksum"] == checksum(path)
+    assert find_input(config_with("finetune.start=none"), ALONE, "finetune.start")[1]["checksum"] == 0
+    assert find_input(config, ALONE, "stills.start")[1]["checksum"] == 0
+    with pytest.raises(ValueError, match="nowhere.pt: no such checkpoint or folder"):
+        find_input(config_with("finetune.start=nowhere.pt"), ALONE, "finetune.start")
+
+
+def test_a_checkpoints_settings_take_the_place_of_those_that_were_not_typed(here):
+    _, task = chain("temporal.kernels=[3,3,3]", "vit.depth=3")
+    record = read_record(task)
+    found, changed = like(record, config_with("run.workers=0"), "best.pt")
+    assert found.temporal.kernels == [3, 3, 3] and found.vit.depth == 3
+    assert changed["vit.depth"] == ("pretrain", 3, 2) and changed["temporal.kernels"][0] == "task_au"
+    with pytest.raises(ValueError, match="(?s)vit.depth: was 3, now 1.*leave them out"):
+        like(record, config_with("vit.depth=1"), "best.pt")
+    assert like(None, found, "x") == (found, {})
+
+
+# ---- Making what is missing
+
+@pytest.fixture
+def ran(monkeypatch, here):
+    """The scripts that were run, in order; each makes its result."""
+    names = []
+    Path("my.yaml").write_text(yaml.safe_dump({**SETTINGS, "data": {"synthetic": True}}))
+    drawn = SimpleNamespace(check_paths=lambda config: None, made=[])
+    drawn.is_complete = lambda config, second: second in drawn.made
+    drawn.make = lambda config, team: (names.append("draw"), drawn.made.append(False))
+    drawn.make_second = lambda config, team: (names.append("draw the second"), drawn.made.append(True))
+    monkeypatch.setitem(sys.modules, "datasets.synthetic", drawn)
+    for stage, (script, *_) in STAGES.items():
+        def main(config, team, task=None, stage=stage):
+            names.append(stage + (f" {task.name}" if task else ""))
+            made(stage, config, task)
+        monkeypatch.setitem(sys.modules, script, SimpleNamespace(main=main))
+    return names
+
+
+FIRST = ["draw", "pretrain", "finetune", "features"]
+
+
+@pytest.mark.parametrize("stage, overrides, expected", [
+    ("pretrain", [], FIRST[:2]), ("features", [], FIRST), ("task", [], [*FIRST, "task au"]),
+    ("finetune", ["finetune.start=none"], ["draw", "finetune"]),
+    ("stills", [], ["draw", "stills"]),
+    ("emma", [], ["draw", "draw the second", "pretrain", "stills", "emma"]),
+    ("emma", ["emma.cnn=none"], ["draw", "draw the second", "pretrain", "emma"]),
+    ("cotex", ["cotex.start=none"], ["draw", "draw the second", "cotex"]),
+])
+def test_with_drawn_data_all_that_is_missing_is_made_in_order_and_once(ran, stage, overrides, expected):
+    config, task = config_with(*overrides), TASKS["au"] if stage == "task" else None
+    make(stage, config, ALONE, task)
+    assert ran == expected
+    make(stage, config, ALONE, task)
+    assert ran == expected
+
+
+def test_only_what_an_experiment_changes_is_made_again(ran):
+    make("task", config_with(), ALONE, TASKS["au"])
+    ran.clear()
+    make("task", config_with("finetune.lr=1"), ALONE, TASKS["au"])
+    assert ran == ["finetune", "features", "task au"]
+
+
+def test_with_real_data_nothing_is_made(here):
+    make("task", config_with(), ALONE, TASKS["au"])
+    assert not Path("runs").exists()
+
+
+def test_every_result_is_listed_with_its_score_and_what_is_left_with_its_command(here):
+    config, _ = chain()
+    chain("task.lr=1e-3", number=0.25)
+    made("finetune", config_with("finetune.lr=1"), metrics={"val_macro_f1": 0.5})
+    (folder("features", config) / "metrics.json").write_text("{}")
+    lines = [" ".join(line.split()) for line in results(config)]
+    assert "0.250 runs/my/task_au+task.lr=0.001" in lines and "0.500 runs/my/finetune+finetune.lr=1" in lines
+    assert "finished runs/my/features" in lines and "1.000 runs/my/task_au" in lines
+    assert "to make runs/my/emma: python -m second_paper.train_emma --config my.yaml" in lines
+    changed_file({"finetune": {"lr": 7.0}})(None)
+    text = "\n".join(results(config_with()))
+    assert "finetune.lr: was 0.0001, now 7.0" in text

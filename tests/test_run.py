@@ -1,32 +1,35 @@
-"""One run: where it is and goes on, what it prints and saves when, and how it stops."""
+"""One run, with a small regression in place of a stage: its folder, its record, where it goes on, what it
+saves when, how it stops; and that it ends with the same bits when it was killed at any moment."""
 
+import itertools
 import json
 import math
 import os
 import signal
-import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from checkpoints import read_checkpoint
-from distributed import Team
+import tiny
+from engine.checkpoints import checksum, read_checkpoint
+from engine.config import load
+from engine.distributed import Team, all_sum
+from engine.run import Run
+from engine.settings import Config
+from engine.training import adamw, clip_gradient
 from processes import ALONE, CPU, in_child, in_team
-from run import Run, Signals, clock, rate
-from settings import Config
-from training import Batches, adamw, seed_dropout, set_learning_rate
+from tiny import assert_same, content
 
-FINITE, NAN, INF = torch.tensor(0.5), torch.tensor(float("nan")), torch.tensor(float("inf"))
+HALF, NAN, INF = map(torch.tensor, (0.5, math.nan, math.inf))
+TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 
 
 class Samples:
-    """A regression of 22 samples."""
-
-    def __init__(self, n=22):
-        self.x = torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
-        self.y = self.x @ torch.tensor([[1.0], [-2.0], [0.5], [3.0]])
+    """A regression of 22 samples, of which sample 3 cannot be read."""
+    x = torch.randn(22, 4, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.tensor([[1.0], [-2.0], [0.5], [3.0]])
 
     def __len__(self):
         return len(self.x)
@@ -35,351 +38,362 @@ class Samples:
         return i
 
     def collate(self, items):
-        return self.x[items], self.y[items]
-
-    def where(self, i):
-        return f"sample {i}"
+        readable = [i for i in items if i != 3]
+        return self.x[readable], self.y[readable]
 
 
-def begun(folder, team=ALONE, model=None, optimizer=None, epochs=20, minutes=10.0) -> Run:
-    """A run with 5 steps an epoch that has begun, or goes on."""
+def opened(folder, team=ALONE, problem=lambda: "", minutes=10.0) -> Run:
     config = Config()
-    config.run.out, config.run.workers, config.run.checkpoint_minutes = str(folder), 0, minutes
-    run = Run("run", config, team, {"task.lr": 3e-5})
-    model = model or nn.Linear(4, 1)
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.25)
-    run.begin(model, optimizer, Samples(), 5, epochs, data={"samples": 22})
+    config.run.workers, config.run.checkpoint_minutes = 0, minutes
+    return Run(folder / "run", {"stage": "toy", "settings": {"a": 1}}, config, team, problem)
+
+
+def begun(folder, team=ALONE, epochs=20, data=None, minutes=10.0) -> Run:
+    """A run that has begun, or goes on, with 5 steps an epoch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.ReLU(), nn.Linear(16, 1))
+    section = SimpleNamespace(batch=5, epochs=epochs, lr=0.02, warmup_epochs=0.2, betas=[0.9, 0.99],
+                              weight_decay=0.01)
+    run = opened(folder, team, minutes=minutes)
+    run.begin(model, adamw(model, section), Samples(), section, data or {"samples": 22})
     return run
 
 
-@pytest.fixture
-def start(tmp_path):
-    """`begun` in this test's folder; the signals go back to pytest afterwards."""
-    before, runs = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}, []
+def train(folder, team=ALONE):
+    """As a stage trains, with a checkpoint after each step."""
+    run = begun(folder, team, epochs=2, minutes=0.0)
+    ddp = team.parallel(run.model)
+    for _ in run.epochs():
+        run.model.train()
+        for x, y in run.batches():
+            run.optimizer.zero_grad()
+            loss = all_sum((ddp(x) - y).square().sum() / run.count)
+            loss.backward()
+            norm = clip_gradient(run.model, 0)
+            run.optimizer.step()
+            run.end_step(loss, norm)
+        with torch.no_grad():
+            loss = (run.model.eval()(Samples.x) - Samples.y).square().mean().item()
+        run.keep_best(-loss)
+        run.end_epoch(score=-loss)
+    run.end()
+    run.finish({})
 
-    def start(*arguments, **settings):
-        runs.append(begun(tmp_path, *arguments, **settings))
-        runs[-1].lock.close()                               # another one may follow in the same folder
-        return runs[-1]
 
-    yield start
-    for run in runs:
-        run.signals.give_back()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def last(folder, name="last.pt"):
+    return read_checkpoint(folder / "run" / name)
 
 
-def last(folder):
-    return read_checkpoint(folder / "run/last.pt")
+@pytest.fixture(autouse=True)
+def signals_act_as_before():
+    before = signal.getsignal(TERM), signal.getsignal(INT)
+    yield
+    signal.signal(TERM, before[0]), signal.signal(INT, before[1])
+
+
+# ---- The folder and the record
+
+def test_a_folder_in_use_is_refused_to_another_process_until_it_is_free(tmp_path):
+    def another():
+        with pytest.raises(ValueError, match="run: another run is writing here; wait for it, or choose"):
+            opened(tmp_path)
+
+    run = opened(tmp_path)
+    assert in_child(another) == 0
+    run.lock.close()
+    assert in_child(lambda: opened(tmp_path)) == 0
+
+
+def test_a_folder_that_cannot_be_written_or_locked_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.lockf", lambda *ignored: os.listdir(tmp_path / "nowhere"))    # an OSError
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match="run: cannot be written and locked .*; choose another place "):
+            opened(folder)
+
+
+def test_all_processes_are_refused_what_the_first_is_and_told_what_it_found(tmp_path):
+    """The others neither look at the folder nor open it: it may be seen late on another machine."""
+    def work(team):
+        folder = tmp_path / "elsewhere" if team.rank else tmp_path
+        with pytest.raises(ValueError, match="^asked 0$"):
+            opened(folder, team, problem=lambda: f"asked {team.rank}")
+        return opened(folder, team).finished
+
+    opened(tmp_path).finish({})
+    assert in_team(2, work) == ([0, 0], [True, True]) and not (tmp_path / "elsewhere").exists()
+
+
+def test_half_written_files_are_removed_the_others_stay_and_other_ranks_write_nothing(tmp_path):
+    opened(tmp_path)
+    for name in (".0.123.tmp", ".1.99.tmp", "kept.tmp", "last.pt"):
+        (tmp_path / "run" / name).write_text("half")
+    run = opened(tmp_path)
+    assert set(content(run.folder)) == {"kept.tmp", "last.pt"}
+    run.log({"epoch": 2})
+    before, run.team, run.epoch = content(run.folder), Team(1, 1, CPU), 1
+    run.log({"epoch": 3}), run._cut_log(), run.write("last.pt", {}), run.remember({}, {}), run.finish({})
+    assert content(run.folder) == before
+
+
+def test_a_finished_result_has_its_data_its_input_and_the_checksum_of_its_weights(tmp_path):
+    for name in ("last.pt", "best.pt"):                    # the best ones, where there are any
+        run = opened(tmp_path)
+        run.remember({"videos": 3}, {"stage": "before"})
+        run.write(name, {"epoch": 1})
+        run.finish({"score": 0.5})
+        assert json.loads((run.folder / "made_of.json").read_text()) == {
+            "stage": "toy", "settings": {"a": 1}, "data": {"videos": 3}, "from": {"stage": "before"},
+            "checkpoint": name, "checksum": checksum(run.folder / name)}
+    assert json.loads((run.folder / "metrics.json").read_text()) == {"score": 0.5}
+    assert load(run.folder / "config.yaml").run.workers == 0
+    run = opened(tmp_path)
+    assert run.finished and run.still_finished({"videos": 3})
+    with pytest.raises(ValueError, match="run was made from other data:\n  videos: was 3, now 4\ntwo ways"):
+        run.still_finished({"videos": 4})
+    (run.folder / "best.pt").unlink()
+    with pytest.raises(ValueError, match="best.pt is gone, though its stage is finished; put a copy back"):
+        run.still_finished({"videos": 3})
+
+
+def test_other_data_than_a_run_began_with_or_than_the_first_machine_has_is_refused(tmp_path):
+    began = {"training": "5 frames", "videos": ["a", "b"]}
+    begun(tmp_path, data=began).save()
+    with pytest.raises(ValueError) as refusal:
+        begun(tmp_path, data={"training": "4 frames", "videos": ["a", "c", "d"]})
+    assert str(refusal.value).splitlines() == [
+        f"{tmp_path}/run was made from other data:", "  training: was 5 frames, now 4 frames",
+        "  videos: 1 fewer ['b'], 2 more ['c', 'd']",
+        "two ways on: bring back what it began with, or begin a run of its own, --set run.name=NEW"]
+    new = tmp_path / "new"
+    assert in_team(2, lambda team: begun(new, team, data={"frames": team.rank}))[0] == [1, 1]
+    assert not (new / "run/made_of.json").exists()
 
 
 # ---- Steps, epochs and what they leave behind
 
-def test_an_epoch_yields_its_steps_and_shares_and_becomes_a_row_and_a_curve(start, tmp_path):
-    run, steps = start(), []
-    for epoch in range(2):
-        assert (run.epoch, run.step) == (epoch, 0)
-        expected = Batches(22, 5, 0, epoch, ALONE)
-        for step, (x, y) in run.batches():
-            steps.append(step)
-            assert torch.equal(x, run.dataset.x[expected.share(step % 5)])
-            run.end_step(torch.tensor(1.0 + step), torch.tensor(2.0), unreadable=step)
-        assert run.means() == {"loss": 3 + 5 * epoch, "gradient_norm": 2, "unreadable": (10, 35)[epoch]}
-        run.end_epoch()
-    assert steps == list(range(10))
+def test_an_epoch_becomes_a_row_and_a_checkpoint(tmp_path):
+    run = begun(tmp_path, epochs=2)
+    for epoch in run.epochs():
+        for step, _ in enumerate(run.batches()):
+            run.end_step(torch.tensor(1.0 + 5 * epoch + step), torch.tensor(2.0))
+        run.end_epoch(score=epoch / 3)
     run.end()
-    run.finish({"score": 0.5}, {"loss": 2.0})
     header, *rows = (tmp_path / "run/log.csv").read_text().splitlines()
-    assert header == "epoch,lr,loss,gradient_norm,unreadable,seconds"
-    assert [row.rsplit(",", 1)[0] for row in rows] == ["1,0.25,3,2,10", "2,0.25,8,2,35"]
-    assert json.loads((tmp_path / "run/metrics.json").read_text()) == {"score": 0.5}
-    assert (tmp_path / "run/curves.png").stat().st_size > 1000
-    assert last(tmp_path)["epoch"] == 2 and last(tmp_path)["sums"] == {}
+    assert header == "epoch,lr,loss,gradient_norm,unreadable,score,seconds"
+    assert [row.split(",")[2:-1] for row in rows] == [["3", "2", "1", "0"], ["8", "2", "1", "0.333333"]]
+    assert [run.last_row(name) for name in ("epoch", "loss")] == [2, 8]
+    assert [last(tmp_path)[name] for name in ("epoch", "step", "sums")] == [2, 0, {}]
+    assert signal.getsignal(TERM) == signal.getsignal(INT) == signal.SIG_DFL       # they act as usual again
 
 
-def test_a_run_goes_on_where_it_was_saved_and_writes_the_rows_after_that_again(start, tmp_path, capsys):
-    run = start()
-    for epoch in range(2):
-        for step, batch in run.batches():
-            run.end_step(FINITE, FINITE, unreadable=1)
-            if step == 6:
-                run.keep_best(0.25)
-                run.save()
-        run.end_epoch()
-        run.cost = math.inf                                  # no checkpoint after an epoch
-    again = start()
-    assert "going on from epoch 2, step 2" in capsys.readouterr().out
-    assert (again.epoch, again.step, again.best) == (1, 2, 0.25)
-    assert again.sums == {"loss": 1.0, "gradient_norm": 1.0, "unreadable": 2}
-    assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 2
-    step, (x, y) = next(again.batches())
-    assert step == 7 and torch.equal(x, run.dataset.x[Batches(22, 5, 0, 1, ALONE).share(2)])
-    assert torch.equal(again.model.weight, run.model.weight)
+def test_a_batch_is_cut_into_pieces_of_at_most_the_largest_one(tmp_path):
+    run = begun(tmp_path)
+    run.team, run.section.batch = SimpleNamespace(world=3, agree=lambda x: x, rank=1, device=CPU), 1000
+    for cut, sizes, text in ((True, [112, 111, 111], "112 x 3"), (False, [334], "334 x 1")):
+        run.begin(run.model, run.optimizer, run.dataset, run.section, {}, cut=cut, epochs=7)
+        assert [len(x) for x, in run.pieces(run.model, torch.zeros(334, 4))] == sizes and run.all_epochs == 7
+        assert run.effective_batch() == f"effective batch 1000 = {text} accumulation x 3 processes, on cpu"
 
 
-def test_only_a_better_score_replaces_the_best_weights(start, tmp_path):
-    run = start()
-    for score, better in [(-0.5, True), (0.25, True), (0.25, False), (0.1, False), (float("nan"), False),
-                          (torch.tensor(0.75), True)]:
-        run.keep_best(score)
-        assert run.is_best == better
-    best = read_checkpoint(tmp_path / "run/best.pt")
-    assert best["score"] == 0.75 and best["epoch"] == 1
-    assert best["made_of"] == run.record and run.record["data"] == {"samples": 22}
-    assert torch.equal(best["model"]["weight"], run.model.weight)
-
-
-def test_each_tenth_of_the_epochs_the_last_and_the_best_are_told_of(start, capsys):
-    run = start(epochs=23)
-    for epoch in range(23):
-        run.sums = {"loss": 5 * 0.25, "gradient_norm": 5.0}
-        if epoch == 4:
-            run.keep_best(0.5)
-        run.end_epoch("with words")
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  epoch")]
-    assert told == [f"  epoch {n}/23  loss 0.2500  with words" + ("  (best so far)" if n == 5 else "")
-                    for n in (2, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 23)]
-
-
-def test_images_that_cannot_be_read_are_named_in_the_first_epoch_and_counted_over_all_processes(capfd):
+def test_the_readable_images_of_a_batch_are_counted_over_all_processes(tmp_path, monkeypatch):
+    """None count as one, as a mean is divided by it."""
     def work(team):
-        run = Run.__new__(Run)
-        found = []
-        for run.epoch in range(2):
-            found.append(run.count_readable(range(3 + team.rank), [f"{team.rank}.jpg"] * 2 * team.rank))
+        run, found = begun(tmp_path, team), []
+        for x, _ in run.batches():
+            found.append((run.count, run.unreadable, len(x), torch.initial_seed()))
+            run.step += 1
         return found
 
-    assert in_team(2, work) == ([0, 0], [[(7, 2), (7, 2)]] * 2)
-    assert capfd.readouterr().out == 2 * "  left out: 1.jpg\n"
+    codes, (first, second) = in_team(2, work)
+    assert codes == [0, 0] and [step[:2] for step in first] == [step[:2] for step in second]
+    for (count, unreadable, mine, seed), (*_, theirs, other), whole in zip(first, second, (5, 5, 5, 5, 2)):
+        assert count == mine + theirs == whole - unreadable and seed != other       # dropout's
+    monkeypatch.setattr(Samples, "collate", lambda *given: (Samples.x[:0], Samples.y[:0]))
+    assert work(ALONE)[0][:3] == (1, 5, 0)
 
 
-# ---- Progress
-
-@pytest.mark.parametrize("count, seconds, text", [
-    (8, 10, "0.8"), (95, 10, "9.5"), (100, 10, "10"), (12_345, 1, "12,345"), (1, 0, "1,000,000,000")])
-def test_a_rate_has_a_decimal_below_ten(count, seconds, text):
-    assert rate(count, seconds) == text
-
-
-def test_a_clock_shows_hours_minutes_and_seconds():
-    assert [clock(s) for s in (0, 59.9, 61, 3600, 100_000)] == ["0:00:00", "0:00:59", "0:01:01", "1:00:00",
-                                                                "27:46:40"]
-
-
-def test_the_progress_line_tells_step_loss_speed_and_time_left_every_five_seconds(start, capsys):
-    run = start()
-    batches = run.batches()
-    next(batches)
-    run.end_step(FINITE, FINITE)
-    assert capsys.readouterr().out == ""
-    next(batches)
-    run.printed -= 10
-    run.began -= 10
-    run.end_step(FINITE, FINITE)                              # 2 steps, 10 samples in 10 s; 98 steps to go
-    assert capsys.readouterr().out == "  step 2 of 100  loss 0.5000  1.0 images/s  0:08:10 left\n"
+def test_only_a_better_score_replaces_the_best_weights_and_it_is_told_of(tmp_path, capsys):
+    run = begun(tmp_path, epochs=23)
+    scores = {0: -0.5, 1: 0.25, 2: 0.25, 3: math.nan, 4: torch.tensor(0.75), 5: 0.5}
+    for run.epoch in range(23):
+        run.sums = {"loss": torch.tensor(5 * 0.25), "gradient_norm": torch.tensor(5.0), "unreadable": 0}
+        run.keep_best(scores.get(run.epoch, 0.0))
+        assert run.is_best == (run.epoch in (0, 1, 4))
+        assert run.is_best == (last(tmp_path, "best.pt")["epoch"] == run.epoch + 1)
+        run.end_epoch("with words")
+    best = last(tmp_path, "best.pt")
+    assert best["score"] == 0.75 and best["made_of"] == run.record and run.record["data"] == {"samples": 22}
+    assert capsys.readouterr().out.splitlines() == [
+        f"  epoch {n}/23  loss 0.2500  with words" + "  (best so far)" * (n in (1, 2, 5))
+        for n in (1, 2, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 23)]       # each tenth, the last, the best
 
 
-# ---- When a checkpoint is written
-
-def test_checkpoints_are_saved_after_the_set_minutes(start, tmp_path):
-    run = start(minutes=1)
-    batches = run.batches()
-    next(batches)
-    run.end_step(FINITE, FINITE)
-    assert not (tmp_path / "run/last.pt").exists()
-    next(batches)
-    run.saved -= 61
-    run.end_step(FINITE, FINITE)
-    assert last(tmp_path)["step"] == 2 and time.time() - run.saved < 10
-
-
-def test_saving_after_each_epoch_takes_2_percent_of_the_time_at_most(start, monkeypatch):
-    run, saved = start(epochs=40), []                         # of which the first three are not told of
-    monkeypatch.setattr(run, "write", lambda name, state: saved.append(name))
-    run.end_epoch()                                           # the first is not yet known to take any time
-    run.cost, run.saved = 3.0, time.time() - 149
-    run.end_epoch()
-    assert len(saved) == 1
-    run.saved = time.time() - 151
-    run.end_epoch()
-    assert len(saved) == 2 and run.cost < 1                   # measured anew
-    run.cost, run.saved = 3.0, time.time()
-    run.end()                                                 # the last one is always saved
-    assert saved == ["last.pt"] * 3
-
-
-# ---- A loss that is not finite
-
-@pytest.mark.parametrize("loss, norm", [(NAN, FINITE), (FINITE, NAN), (INF, FINITE), (FINITE, -INF)])
-@pytest.mark.parametrize("when", ["next step", "end of epoch", "save"])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
-        start, tmp_path, loss, norm, when):
-    run = start()
+def test_a_run_goes_on_where_it_was_saved_and_the_rows_after_that_are_dropped(tmp_path, capsys):
+    run = begun(tmp_path)
+    for epoch in range(13):
+        run.log({"epoch": epoch + 1})
+    run.optimizer.param_groups[0]["fused"] = True                          # as on a GPU
+    run.epoch, run.step, run.best, run.sums = 11, 2, 0.25, {"loss": torch.tensor(1.0)}
     run.save()
-    good = last(tmp_path)
-    run.step = 3 if when == "end of epoch" else 0
-    batches = run.batches()
-    next(batches)
-    run.end_step(FINITE, FINITE)
-    next(batches)
-    whole, at = run.order.whole(run.step), run.step + 1
-    run.end_step(loss, norm)
-    with pytest.raises(ValueError) as refused:
-        if when == "next step":
-            next(batches)
-            run.end_step(FINITE, FINITE)
-        elif when == "end of epoch":
-            next(batches)
-        else:
-            run.save()
-    text, path = str(refused.value), tmp_path / "run/not_finite.txt"
-    assert text.startswith(
-        f"the loss is {loss.item()}, the gradient norm {norm.item()} at epoch 1, step {at}, "
-        f"learning rate 2.50e-01; the {len(whole)} samples of this step are listed in {path}\n")
-    assert f"the last checkpoint in {tmp_path / 'run'} is from before and is kept. Two things to try" in text
-    assert path.read_text().splitlines() == [f"sample {i}" for i in whole]
-    assert len(whole) == (2 if when == "end of epoch" else 5)
-    assert last(tmp_path)["step"] == good["step"] == 0
+    again = begun(tmp_path)
+    assert capsys.readouterr().out == "going on from epoch 12, step 2\n"
+    assert (again.epoch, again.step, again.best, again.sums) == (11, 2, 0.25, {"loss": 1.0})
+    assert again.progress.total == 100 - 57                                # the steps of this start
+    assert again.optimizer.param_groups[0]["fused"] is None                # this device's kernels
+    assert (tmp_path / "run/log.csv").read_text().split() == ["epoch", *map(str, range(1, 12))]
 
 
-def test_the_list_of_samples_is_that_of_all_processes(tmp_path):
-    def work(team):
-        run = begun(tmp_path, team)
-        next(run.batches())
-        run.end_step(NAN, FINITE)
-        try:
-            run.check_finite()
-        except ValueError:
-            return run.order.whole(0), run.order.share(0)
+def test_checkpoints_are_saved_after_some_minutes_and_epochs_within_2_percent(tmp_path, monkeypatch, capsys):
+    def write(name, state):
+        saved.append((run.epoch, run.step))
+        clock.now += 3                                                     # what a checkpoint takes
 
-    codes, [(whole, first), (_, second)] = in_team(2, work)
-    assert codes == [0, 0] and sorted(first + second) == sorted(whole) and len(first) == 3
-    assert (tmp_path / "run/not_finite.txt").read_text().splitlines() == [f"sample {i}" for i in whole]
+    clock = SimpleNamespace(now=1e9)
+    for module in ("run", "training"):
+        monkeypatch.setattr(f"engine.{module}.time", SimpleNamespace(time=lambda: clock.now))
+    run, saved = begun(tmp_path, epochs=4), []
+    run.write = write
+    for seconds in (7, 149, 2, 601):
+        for _ in run.batches():
+            clock.now += seconds if run.step == 1 else 0
+            run.end_step(torch.tensor(float(run.step)), HALF)
+        run.end_epoch()
+    run.end()
+    assert saved == [(1, 0),        # the first is not yet known to take any time
+                     (3, 0),        # after 50 times the 3 s of the last one
+                     (3, 2),        # after 10 minutes
+                     (4, 0)]        # the last is always saved
+    assert ("  17 of 20 steps  0.02 steps/s  0:02:15 left  epoch 4, mean loss 0.5000\n"
+            in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("loss, norm", [(NAN, HALF), (HALF, INF)])
+@pytest.mark.parametrize("act", [Run.save, Run.end_epoch, lambda run: run.keep_best(1.0)])
+def test_weights_after_a_loss_that_is_not_finite_are_never_saved(tmp_path, loss, norm, act):
+    run = begun(tmp_path)
+    run.save()
+    before, batches = content(run.folder), run.batches()
+    for of_step in ((HALF, HALF), (loss, norm), (HALF, HALF)):
+        next(batches)
+        run.end_step(*of_step)
+    sums = f"the sum of the losses is {loss.item() + 1}, of the gradient norms {norm.item() + 1}, at a lear"
+    with pytest.raises(ValueError, match=f"^epoch 1, up to step 3: {sums}ning rate of 2.00e-02\n  the last"):
+        act(run)
+    assert content(run.folder) == before
 
 
 # ---- Signals
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("times", [1, 2], ids=["once", "twice, as a scheduler and torchrun do"])
-def test_a_signal_is_answered_at_once_and_obeyed_after_the_step(tmp_path, capfd, number, code, times):
+@pytest.mark.parametrize("number, times", [(INT, 1), (TERM, 2)])
+def test_a_signal_is_answered_at_once_and_obeyed_after_the_step(tmp_path, capfd, number, times):
+    """Also when it comes twice, as from a scheduler and torchrun."""
     def work():
         run = begun(tmp_path)
-        batches = run.batches()
-        next(batches)
-        for i in range(times):
-            threading.Timer(0.1 * (i + 1), os.kill, (os.getpid(), number)).start()
-        torch.linalg.matrix_power(torch.eye(2000), 16)        # a long step, during which Python does not run
-        print("the step ends", flush=True)
-        run.end_step(FINITE, FINITE)
-        next(batches)
+        for _ in run.batches():
+            for _ in range(times):
+                signal.raise_signal(number)
+            print("the step ends", flush=True)
+            run.end_step(HALF, HALF)
 
-    assert in_child(work) == code
-    said = capfd.readouterr().out.splitlines()
-    assert said == [f"{number.name} received: finishing this step, then saving; "
-                    "send it once more to end now and lose the steps since the last checkpoint",
-                    "the step ends",
-                    f"stopped by {number.name} after step 1; saved, start the same command again to go on"]
-    assert last(tmp_path)["step"] == 1
-
-
-def test_a_second_signal_later_ends_the_run_at_once(tmp_path, capfd):
-    def work():
-        begun(tmp_path)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1.2)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(20)
-
-    began = time.time()
-    assert in_child(work) == 130
-    assert time.time() - began < 15 and "saved, start" not in capfd.readouterr().out
-    assert not (tmp_path / "run/last.pt").exists()
+    assert in_child(work) == 128 + number
+    assert capfd.readouterr().out.splitlines() == [
+        f"{number.name} received: finishing this step, then saving; send it once more to end now and lose "
+        "the steps since the last checkpoint", "the step ends",
+        f"stopped by {number.name} after step 1; saved, start the same command again to go on"]
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, capfd):
     def work(team):
         run = begun(tmp_path, team)
-        for step, _ in run.batches():
-            if (team.rank, step) == (1, 2):
-                os.kill(os.getpid(), signal.SIGTERM)
-            run.end_step(FINITE, FINITE)
+        for _ in run.batches():
+            if (team.rank, run.step) == (1, 2):
+                signal.raise_signal(TERM)
+            run.end_step(HALF, HALF)
 
-    assert in_team(2, work)[0] == [143, 143]
+    assert in_team(2, work)[0] == [143, 143] and last(tmp_path)["step"] == 3
     assert capfd.readouterr().out.count("stopped by SIGTERM after step 3; saved") == 1
-    assert last(tmp_path)["step"] == 3
 
 
-def test_a_validation_ends_early_when_a_signal_comes(start):
-    run, seen = start(), []
-    for item in run.unless_stopped(range(5)):
-        seen.append(item)
-        if item == 2:
-            run.signals.received = signal.SIGTERM
-    assert seen == [0, 1, 2]
+def test_a_second_signal_later_or_one_after_the_last_step_ends_a_run_too(tmp_path):
+    def second():
+        run = begun(tmp_path / "second")
+        signal.raise_signal(TERM)
+        run.signals.first -= 1                                             # a second later
+        signal.raise_signal(INT)
 
-
-def test_a_signal_after_the_last_step_is_obeyed_and_then_signals_act_as_usual(tmp_path):
-    def late():
+    def in_validation():
         run = begun(tmp_path / "late")
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(INT)
+        assert not list(run.unless_stopped(range(3)))
         run.end()
 
-    def after():
-        begun(tmp_path / "after").end()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    assert in_child(late) == 130 and last(tmp_path / "late")["step"] == 0
-    assert in_child(after) == -signal.SIGTERM
+    assert in_child(second) == 130 and not (tmp_path / "second/run/last.pt").exists()
+    assert in_child(in_validation) == 130 and last(tmp_path / "late")["step"] == 0
 
 
-def test_bytes_of_other_signals_are_no_request_to_stop(tmp_path):
-    def work():
-        signals = Signals(Team(0, 1, CPU))
-        signal.signal(signal.SIGUSR1, lambda *ignored: None)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(0.2)
-        raise SystemExit(int(signals.received) + 7)
+# ---- Checkpoints
 
-    assert in_child(work) == 7
-
-
-# ---- All of it together
-
-def train(folder, stop_after=None):
-    """30 epochs of a small regression with dropout, as a stage trains. -> weights and final loss, or None"""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.05), nn.ReLU(), nn.Linear(32, 1))
-    optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.01)
-    run = begun(folder, model=model, optimizer=optimizer, epochs=30)
-    try:
-        for epoch in range(run.epoch, 30):
-            for step, (x, y) in run.batches():
-                set_learning_rate(optimizer, step, 30 * run.steps, 5, 3e-2)
-                seed_dropout(0, epoch, run.step, 0)
-                optimizer.zero_grad()
-                loss = nn.functional.mse_loss(model(x), y)
-                loss.backward()
-                optimizer.step()
-                run.end_step(loss, FINITE)
-                if step == stop_after:
-                    run.signals.received = signal.SIGTERM
-            run.end_epoch()
-            run.cost = math.inf                               # no checkpoint after an epoch
-        run.end()
-    except SystemExit:
-        run.signals.give_back()
-        return None
-    finally:
-        run.lock.close()
-    data = run.dataset
-    return model.state_dict(), nn.functional.mse_loss(model.eval()(data.x), data.y).item()
+def test_the_last_whole_checkpoint_is_used_and_a_damaged_one_is_named_and_not_kept(tmp_path, capsys):
+    run = opened(tmp_path)
+    for step in (1, 2, 3):
+        run.write("last.pt", {"step": step})
+        run.write("best.pt", {"step": -step})
+        assert opened(tmp_path)._last_checkpoint() == {"step": step}
+    assert last(tmp_path, "previous.pt") == {"step": 2} and last(tmp_path, "best.pt") == {"step": -3}
+    assert capsys.readouterr().out == ""
+    (run.folder / "last.pt").write_text("half")
+    run = opened(tmp_path)
+    assert run._last_checkpoint() == {"step": 2}
+    said = capsys.readouterr().out
+    assert "last.pt: not a whole, plain checkpoint" in said and "trying the one before" in said
+    run.write("best.pt", {})                                               # says nothing about last.pt
+    for step, before in ((4, 2), (5, 4)):                                  # the damaged one is not put aside
+        run.write("last.pt", {"step": step})
+        assert last(tmp_path, "previous.pt") == {"step": before}
+    (run.folder / "last.pt").unlink()                                      # as killed between two renames
+    assert opened(tmp_path)._last_checkpoint() == {"step": 4}
+    (run.folder / "previous.pt").write_text("half")
+    with pytest.raises(ValueError, match="run: no checkpoint here is whole; put a copy in its place, or beg"):
+        opened(tmp_path)._last_checkpoint()
 
 
-def test_a_run_learns_and_one_stopped_anywhere_ends_with_the_same_bits(tmp_path):
-    weights, loss = train(tmp_path / "whole")
-    assert loss < 0.3                                         # about 14 at the start
-    for stops in ([0], [4], [73], [149], [2, 3, 64, 140]):
-        folder = tmp_path / str(stops)
-        assert [train(folder, stop) for stop in stops] == [None] * len(stops)
-        again = train(folder)[0]
-        assert all(torch.equal(weights[name], again[name]) for name in weights)
+def test_a_checkpoint_that_another_process_cannot_read_is_used_by_none(tmp_path, capsys):
+    """Else the processes would go on from different steps."""
+    run, problems = opened(tmp_path), iter((["", "a broken cable"], ["", ""]))
+    for step in (1, 2):
+        run.write("last.pt", {"step": step})
+    run.team = SimpleNamespace(agree=lambda x: x, gather=lambda problem: next(problems), say=print)
+    assert run._last_checkpoint() == {"step": 1}
+    assert "warning: a broken cable; trying the one before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
+def test_killed_at_any_moment_of_a_write_a_run_ends_with_the_same_bits(tmp_path, monkeypatch, moment, stride):
+    """A checkpoint has three moments: put the one before aside, flush the new one, give it its name."""
+    def killed():
+        tiny.before(moment, count, lambda: os.kill(os.getpid(), KILL))
+        train(tmp_path / f"{count}")
+
+    monkeypatch.setattr("os.fsync", lambda number: None)
+    train(tmp_path / "whole")
+    for count in itertools.count(1, stride):
+        if in_child(killed) == 0:
+            break
+        train(tmp_path / f"{count}")
+        assert_same(tmp_path / f"{count}/run", tmp_path / "whole/run")
+    assert count > 15
+
+
+def test_several_processes_of_which_one_is_killed_end_with_the_same_bits(tmp_path):
+    """A sum of three depends on its order, so it must be the same in the first step after a restart."""
+    def killed(team):
+        if team.rank == 1:
+            tiny.before("engine.run.Run.end_step", 8, lambda: os.kill(os.getpid(), KILL))
+        train(tmp_path / "killed", team)
+
+    assert in_team(3, lambda team: train(tmp_path / "whole", team))[0] == [0] * 3
+    assert in_team(3, killed)[0][1] == -KILL
+    assert in_team(3, lambda team: train(tmp_path / "killed", team))[0] == [0] * 3
+    assert_same(tmp_path / "killed/run", tmp_path / "whole/run")

@@ -1,29 +1,24 @@
-"""Whole videos: overlapping segments averaged, and each labelled frame scored once, by one process; which
-checkpoints may be scored."""
-
-import contextlib
-import json
-from pathlib import Path
+"""scoring.py: whole videos predicted by segments, each labelled frame scored once; single images; which
+checkpoints may be scored, and what is said of a score."""
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import losses
-import scoring
-from distributed import Team
-from labels import AU, EXPR, TASKS, VA, targets
-from made_of import settings_of
+from data import Images, Video, noface_path, segments
+from engine.config import Config
+from engine.training import Progress
+from images import normalise
+from labels import AU, EXPR, TASKS, VA
 from metrics import binary_f1, ccc, class_f1
-from scoring import (check_features, check_scenes, check_task, count_as_authors, find_features, load, merged,
-                     predict, read_sums, score, shared_out, stage_of, triangle, write_sums)
-from segments import SegmentData, Video, pad, read_features, segments
-from settings import Config
+from processes import ALONE, in_team
+from scoring import (HELD_OUT, changed_by, check_features, check_scenes, count_classes, each_frame,
+                     labelled_faces, load, predict, read_predictions, reasons, report, shared_out, sums_of,
+                     to_score, tuned, write_predictions)
 from temporal import SegmentModel
 
-ALONE = Team(0, 1, torch.device("cpu"))
-SMALL = dict(channels=(8, 8), kernels=(3, 3), dilations=(1, 2), width=16, layers=1, heads=2, hidden=16,
-             head=8)
+SMALL = dict(channels=[8], kernels=[3], dilations=[1], width=8, layers=1, heads=2, hidden=8, head=8)
 of_each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
@@ -32,20 +27,13 @@ def counting(frames, dim=1):
     return np.tile(np.arange(frames, dtype=np.float16)[:, None], (1, dim))
 
 
-def video(folder, name, labels):
-    """A labelled video. Its features go on for five frames more than its labels, which must not matter."""
-    np.save(folder / f"{name}.npy", counting(len(labels) + 5))
-    return Video(name, folder / f"{name}.npy", labels)
-
-
 def drawn(task, frames, seed=0):
-    """Outputs and labels of `frames` frames, a fifth of the labels invalid."""
-    rng = np.random.default_rng(seed)
-    outputs, shape = rng.normal(size=(frames, len(task.outputs))), (frames, len(task.outputs))
-    labels = {"va": rng.uniform(-1, 1, shape), "expr": rng.integers(0, 7, frames),
-              "au": rng.random(shape) < 0.3}[task.name].astype(task.dtype)
+    """Outputs and labels of some frames, a fifth of the labels invalid."""
+    rng, K = np.random.default_rng(seed), len(task.outputs)
+    labels = {"va": rng.uniform(-1, 1, (frames, K)), "expr": rng.integers(0, 7, frames),
+              "au": rng.random((frames, K)) < 0.3}[task.name].astype(task.dtype)
     labels[rng.random(labels.shape) < 0.2] = task.invalid
-    return outputs, labels
+    return rng.normal(size=(frames, K)).astype(np.float32), labels
 
 
 def alone(task, outputs, labels):
@@ -57,371 +45,257 @@ def alone(task, outputs, labels):
     return binary_f1(outputs > 0, labels)
 
 
-# ---- Prediction
+# ---- Whole videos
 
-class Telltale:
-    """Output of a frame: its own number, and the number of its segment's first frame. Both are garbage in the
-    padding."""
+class Telltale(torch.nn.Module):
+    """Output of a frame: its own number, and that of its segment's first frame; rubbish in the padding."""
 
     def __init__(self):
-        self.seen, self.batches = [], []
+        super().__init__()
+        self.batches = []
 
-    def __call__(self, x, valid):
-        assert not x[~valid].any() and (valid.int().diff(dim=1) <= 0).all()     # padding: zeros, at the end
-        self.seen += [row[real].int().tolist() for row, real in zip(x[..., 0], valid)]
+    def forward(self, x, valid):
+        assert not x[~valid].any() and not torch.is_grad_enabled()
         self.batches.append(len(x))
         y = torch.stack([x[..., 0], x[:, :1, 0].expand(x.shape[:2])], dim=2)
         return y.masked_fill(~valid[..., None], 1e9)
 
-    def eval(self):
-        pass
 
-    train = eval
-
-
-@pytest.mark.parametrize("frames", [1, 73, 300, 301, 400, 600, 1001])
+@pytest.mark.parametrize("frames", [1, 73, 300, 301, 600, 1001])
 @pytest.mark.parametrize("batch", [1, 2, 32])
 def test_each_frame_gets_the_mean_of_the_segments_that_cover_it(frames, batch):
-    model = Telltale()
+    model, parts = Telltale(), segments(frames, 300, 200)
     y = predict(model, counting(frames), 300, 200, batch, ALONE)
-    parts = segments(frames, 300, 200)
-    assert y.shape == (frames, 2) and y.dtype == np.float32
-    assert np.array_equal(y[:, 0], np.arange(frames))
+    assert y.dtype == np.float32 and np.array_equal(y[:, 0], np.arange(frames))
     starts = [np.mean([start for start, end in parts if start <= t < end]) for t in range(frames)]
     assert y[:, 1] == pytest.approx(starts)
-    assert model.seen == [list(range(start, end)) for start, end in parts]
-    assert max(model.batches) <= batch and len(model.batches) == -(-len(parts) // batch)
+    assert max(model.batches) <= batch and sum(model.batches) == len(parts)
 
 
-def test_the_tail_segment_counts_as_much_as_a_whole_one():
-    y = predict(Telltale(), counting(301), 300, 200, 2, ALONE)[:, 1]
-    assert y[[0, 199, 200, 299, 300]].tolist() == [0, 0, 100, 100, 200]      # frames 200-299 lie in both
-
-
-def test_an_unlabelled_video_is_predicted_from_its_features_alone(tmp_path):
+def test_padding_reaches_no_frame_of_a_real_model():
     torch.manual_seed(0)
-    model = SegmentModel(3, 12, **SMALL).eval()
-    array = np.random.default_rng(0).normal(size=(27, 3)).astype(np.float16)
-    np.save(tmp_path / "test.npy", array)                                   # there is no label file anywhere
-    y = predict(model, read_features(tmp_path / "test.npy"), 10, 7, 2, ALONE)
-
-    def unpadded(start, end):
-        return model(torch.from_numpy(array[start:end]).float()[None])[0].detach().numpy()
-
+    model, features = SegmentModel(3, 12, **SMALL).eval(), counting(27, 3) / 27
+    y = predict(model, features, 10, 7, 2, ALONE)
     expected, cover = np.zeros((27, 12)), np.zeros((27, 1))
     for start, end in [(0, 10), (7, 17), (14, 24), (21, 27)]:
-        expected[start:end] += unpadded(start, end)
+        expected[start:end] += model(torch.from_numpy(features[start:end]).float()[None])[0].detach().numpy()
         cover[start:end] += 1
     assert y == pytest.approx(expected / cover, abs=1e-5)
-    shorter = predict(model, array[:5], 10, 7, 2, ALONE)                    # than the window
-    assert shorter == pytest.approx(unpadded(0, 5), abs=1e-5)
-
-
-def test_a_prediction_keeps_no_gradients():
-    seen = []
-
-    def model(x, valid):
-        seen.append(torch.is_grad_enabled())
-        return x
-    predict(model, counting(3), 3, 3, 1, ALONE)
-    assert seen == [False]
-
-
-class Littered(torch.nn.Module):
-    """A segment model with rubbish in the padded frames."""
-
-    def __init__(self, model, rubbish):
-        super().__init__()
-        self.model, self.rubbish = model, rubbish
-
-    def forward(self, x, valid):
-        return self.model(x.masked_fill(~valid[..., None], self.rubbish), valid)
-
-
-@pytest.mark.parametrize("rubbish", [1e4, float("nan"), float("inf")])
-def test_predictions_are_the_same_whatever_the_padding_holds(rubbish):
-    torch.manual_seed(0)
-    model = SegmentModel(3, 2, **SMALL).eval()
-    clean, littered = (predict(each, counting(27, 3), 10, 7, 2, ALONE)
-                       for each in (model, Littered(model, rubbish)))
-    assert np.isfinite(clean).all() and np.array_equal(clean, littered)
-
-
-def test_merging_gives_each_frame_the_weighted_mean_of_its_segments_outputs():
-    cut = [(0, 4), (3, 7), (6, 8)]
-    y = np.arange(24, dtype=np.float32).reshape(3, 4, 2) ** 2                # (S, w, K), the last one padded
-    mean, triangular = merged(cut, y, 8), merged(cut, y, 8, "triangular")
-    for t in range(8):
-        covering = [(i, t - a, min(t - a + 1, b - t)) for i, (a, b) in enumerate(cut) if a <= t < b]
-        rows, weights = [y[i, at] for i, at, _ in covering], [weight for _, _, weight in covering]
-        assert mean[t] == pytest.approx(np.mean(rows, axis=0))
-        assert triangular[t] == pytest.approx(np.average(rows, axis=0, weights=weights))
-    assert triangle(5).tolist() == [1, 2, 3, 2, 1] and triangle(4).tolist() == [1, 2, 2, 1]
-    assert triangle(1).tolist() == [1]
-
-
-def test_without_merging_a_video_is_cut_into_segments_that_follow_each_other():
-    model = Telltale()
-    y = predict(model, counting(23), 10, 7, 2, ALONE, "none")
-    assert model.seen == [list(range(a, b)) for a, b in ((0, 10), (10, 20), (20, 23))]
-    assert y[:, 0].tolist() == list(range(23)) and y[[9, 10, 22], 1].tolist() == [0, 10, 20]
-
-
-# ---- Scoring
-
-@of_each_task
-@pytest.mark.parametrize("frames", [3, 10, 24, 27])
-def test_the_authors_protocol_counts_full_segments_each_by_itself(task, frames):
-    y, labels = drawn(task, frames)
-    target, valid = targets(labels, task)
-    cut = segments(frames, 10, 7)
-    outputs = np.stack([pad(y[a:b] + i, 10) for i, (a, b) in enumerate(cut)])        # (S, 10, K)
-    expected = task.metric.count(y[:0], target[:0], valid[:0])
-    for i, (a, b) in enumerate(cut):
-        if b - a == 10:
-            expected = expected + task.metric.count(y[a:b] + i, target[a:b], valid[a:b])
-    assert count_as_authors(task, cut, outputs, target, valid) == pytest.approx(expected)
-    assert frames >= 10 or not expected.any()                               # a short video is lost
-
-
-def test_the_sums_of_a_finished_task_come_back_as_they_were(tmp_path):
-    videos = [Video(name, Path(name), np.zeros(3)) for name in ("b", "<a>")]
-    sums = np.random.default_rng(0).normal(size=(2, 12, 4))
-    write_sums(tmp_path, videos, sums, Team(1, 2, ALONE.device))
-    with pytest.raises(ValueError, match="video_sums.json not found; train_task.py writes it"):
-        read_sums(tmp_path)
-    write_sums(tmp_path, videos, sums, ALONE)
-    with pytest.raises(ValueError, match="video_sums.json not found"):         # the training has not ended
-        read_sums(tmp_path)
-    (tmp_path / "metrics.json").touch()
-    names, found = read_sums(tmp_path)
-    assert names == ["b", "<a>"] and np.array_equal(found, sums)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_every_frame_of_every_video_is_scored_once_by_one_process(tmp_path, world):
-    videos = [video(tmp_path, f"v{n}", np.tile(np.linspace(-1, 1, n, dtype=np.float32)[:, None], 2))
-              for n in (5, 40, 12, 33)]
-    total = 0
-    for rank in range(world):
-        mine = shared_out(videos, Team(rank, world, torch.device("cpu")))
-        total = total + score(Telltale(), mine, videos, VA, 10, 7, 2, ALONE)
-    assert total[:, 0, 0].tolist() == [5, 40, 12, 33]                       # frames of each video
-    total = total.sum(axis=0)
-    assert np.array_equal(total[:, 0], [90, 90])
-    frames, truth = [np.arange(n) for n in (5, 40, 12, 33)], [each.labels[:, 0] for each in videos]
-    expected = ccc(np.concatenate(frames), np.concatenate(truth))
-    assert VA.metric.score(total)[0] == pytest.approx(expected, abs=1e-9)
-
-
-def test_videos_are_shared_out_longest_first_and_in_one_order_on_all_processes():
-    def labelled(name, n):
-        return Video(name, Path(name), np.zeros(n))
-    videos = [labelled("b", 3), labelled("a", 3), labelled("long", 9), labelled("short", 1), labelled("c", 3)]
-    for order in (videos, videos[::-1]):
-        shares = [[each.name for each in shared_out(order, Team(rank, 2, None))] for rank in (0, 1)]
-        assert shares == [["long", "b", "short"], ["a", "c"]]
 
 
 @of_each_task
-def test_the_score_is_the_metric_of_the_labelled_frames_of_all_videos(tmp_path, task):
-    outputs, labels = drawn(task, 90)
-    videos, parts = [], np.split(np.arange(90), [20, 55])
-    for k, part in enumerate(parts):
-        np.save(tmp_path / f"{k}.npy", outputs[part].astype(np.float16))
-        videos.append(Video(f"{k}", tmp_path / f"{k}.npy", labels[part]))
-    sums = score(Identity(), iter(videos), videos, task, 20, 15, 2, ALONE)  # videos may come one at a time
-    expected = alone(task, outputs.astype(np.float16), labels)
-    assert task.metric.score(sums.sum(axis=0)) == pytest.approx(expected, abs=1e-6)
-    for video, part, one in zip(videos, parts, sums):
-        expected = alone(task, outputs[part].astype(np.float16), video.labels)
-        assert task.metric.score(one) == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_labelled_frame_counts_once_whatever_the_number_of_processes(tmp_path, task, world):
+    outputs, videos = {}, []
+    for name, frames in (("b", 40), ("a", 40), ("c", 7), ("d", 90)):
+        outputs[name], labels = drawn(task, frames, seed=len(videos))
+        videos.append(Video(name, tmp_path / f"{name}.npy", labels))
+
+    def work(team):
+        mine = {video.name: outputs[video.name] for video in shared_out(videos, team)}
+        return list(mine), sums_of(mine, videos, task, team)
+    _, results = in_team(world, work) if world > 1 else (0, [work(ALONE)])
+    assert sorted(sum((names for names, _ in results), [])) == ["a", "b", "c", "d"]
+    assert results[0][0][0] == "d"                                          # the longest first
+    one = task.metric.score(results[0][1].sum(axis=0))
+    everything = np.concatenate([outputs[video.name] for video in videos])
+    labels = np.concatenate([video.labels for video in videos])
+    assert one == pytest.approx(alone(task, everything, labels), abs=1e-12)
+    assert all(np.array_equal(sums, results[0][1]) for _, sums in results)
 
 
-class Identity(torch.nn.Module):
-    """The features are the outputs."""
-
-    def forward(self, x, valid):
-        return x
-
-
-@of_each_task
-def test_the_sums_of_all_processes_are_added_and_a_process_without_videos_adds_nothing(task, monkeypatch):
-    videos = [Video(name, Path(name), np.zeros(3)) for name in "ab"]
-    empty = score(Identity(), [], videos, task, 10, 7, 2, ALONE)
-    shape = {"va": (2, 2, 6), "expr": (2, 8, 8), "au": (2, 12, 4)}[task.name]
-    assert empty.shape == shape and empty.dtype == np.float64 and not empty.any()
-    monkeypatch.setattr(scoring, "all_sum", lambda sums: sums + 3)                  # another process has 3
-    assert np.array_equal(score(Identity(), [], videos, task, 10, 7, 2, ALONE), np.full(shape, 3))
+def test_predictions_are_kept_as_they_are_and_a_damaged_file_is_named(tmp_path):
+    outputs = {"1-30": np.ones((3, 2), np.float32), "video/x": np.zeros((1, 2), np.float32)}
+    write_predictions(tmp_path / "predictions.npz", outputs)
+    found = read_predictions(tmp_path / "predictions.npz")
+    assert found.keys() == outputs.keys()
+    assert all(np.array_equal(found[name], outputs[name]) for name in found)
+    (tmp_path / "predictions.npz").write_bytes(b"PK\x03\x04 no")
+    with pytest.raises(ValueError, match="predictions.npz: not the predictions that a training has written"):
+        read_predictions(tmp_path / "predictions.npz")
 
 
-def test_scoring_turns_dropout_off_and_on_again(tmp_path):
-    model = SegmentModel(1, 2, **SMALL, dropout=0.9)
-    clip = video(tmp_path, "v", np.zeros((30, 2), np.float32))
-    a, b = (score(model, [clip], [clip], VA, 10, 7, 2, ALONE) for _ in range(2))
-    assert np.array_equal(a, b) and model.training
+# ---- Single images
+
+class Files:
+    """Faces in memory, frames of a video; frame 5 cannot be read."""
+
+    def __init__(self, *numbers):
+        self.numbers = np.array(numbers)
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def where(self, i):
+        return f"{self.numbers[i]}.jpg"
+
+    def read(self, i):
+        if self.numbers[i] == 5:
+            raise ValueError("5.jpg: not a readable image")
+        return Image.new("RGB", (8, 8), (30 * int(self.numbers[i]),) * 3)
 
 
-@of_each_task
-def test_outputs_that_are_not_finite_are_not_scored(tmp_path, task):
-    outputs, labels = drawn(task, 20)
-    np.save(tmp_path / "v.npy", outputs)
-
-    def model(x, valid):
-        return x.masked_fill(x == x.max(), float("nan"))
-    model.eval = model.train = lambda: None
-    with pytest.raises(ValueError, match="outputs are not finite"):
-        clip = Video("v", tmp_path / "v.npy", labels)
-        score(model, [clip], [clip], task, 10, 7, 2, ALONE)
-
-
-@of_each_task
-def test_a_small_model_learns_a_handful_of_videos_and_the_score_shows_it(tmp_path, task):
-    rng, videos = np.random.default_rng(0), []
-    for k in range(3):
-        x = rng.normal(size=(45, 8)).astype(np.float16)
-        path = (x[:, :2].astype(np.float32) / 3).clip(-1, 1)
-        units = (x[:, [*range(8), *range(4)]] > 0).astype(np.int8)
-        labels = {"va": path, "expr": x.argmax(1).astype(np.int8), "au": units}[task.name]
-        labels[:5] = task.invalid
-        np.save(tmp_path / f"{k}.npy", x)
-        videos.append(Video(str(k), tmp_path / f"{k}.npy", labels))
-    torch.manual_seed(0)
-    model = SegmentModel(8, len(task.outputs), **SMALL, dropout=0.0)
-    clips = SegmentData(videos, task, 20, 15)
-    before = task.metric.score(score(model, videos, videos, task, 20, 15, 2, ALONE).sum(axis=0)).mean()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    x, target, valid, frames = clips.collate([clips[i] for i in range(len(clips))])
-    for _ in range(60):
-        optimizer.zero_grad()
-        getattr(losses, task.loss)(model(x.float(), frames), target, valid).backward()
-        optimizer.step()
-    after = task.metric.score(score(model, videos, videos, task, 20, 15, 2, ALONE).sum(axis=0)).mean()
-    assert before < 0.6 and after > 0.9
+@pytest.mark.parametrize("batch", [1, 3, 10])
+def test_a_frame_without_a_face_repeats_the_one_before_it_and_at_the_start_the_first(batch, capfd):
+    config, progress = Config(), Progress(9, "frames", ALONE)
+    config.vit.image_size, config.features.batch, config.run.workers = 8, batch, 0
+    files = Files(2, 3, 5, 8)
+    expected = {n: normalise(torch.full((1, 8, 8, 3), 30 * n, dtype=torch.uint8)).mean().item()
+                for n in (2, 3, 8)}
+    outputs, noface = each_frame(lambda x: x.mean(dim=(2, 3)), files, 9, 3, torch.float32, config, ALONE,
+                                 progress)
+    assert noface.tolist() == [n not in expected for n in range(1, 10)] and progress.done == 9
+    assert outputs.mean(axis=1) == pytest.approx([expected[n] for n in (2, 2, 3, 3, 3, 3, 3, 8, 8)], abs=1e-5)
+    assert capfd.readouterr().out.count("left out: 5.jpg: not a readable image") == 1
 
 
-# ---- Folders and checkpoints
-
-def test_a_task_has_a_run_folder_for_each_fold_and_reads_the_runs_features_or_given_ones(tmp_path):
-    config, made = Config(), tmp_path / "mine/features"
-    config.run.out, config.run.name, config.run.source = str(tmp_path), "mine", "my.yaml"
-    made.mkdir(parents=True)
-    with pytest.raises(ValueError, match="features/metrics.json not found; make it with: "
-                                         "python .*extract_features.py --config my.yaml"):
-        find_features(config, ALONE)
-    record = {"stage": "features", "settings": {}, "input": None, "data": {}, "from": None}
-    (made / "made_of.json").write_text(json.dumps(record))
-    (made / "metrics.json").touch()
-    assert stage_of(config, AU) == "task_au" and find_features(config, ALONE) == (made, record)
-    (tmp_path / "elsewhere").mkdir()
-    config.task.fold, config.task.features = 3, str(tmp_path / "elsewhere")
-    assert stage_of(config, VA) == "task_va_fold3"
-    assert find_features(config, ALONE) == (tmp_path / "elsewhere", {"file": str(tmp_path / "elsewhere")})
-
-
-def small_config():
+def test_without_any_face_all_outputs_are_0(capfd):
     config = Config()
-    for name, value in SMALL.items():
-        setattr(config.temporal, name, value)
-    return config
+    config.vit.image_size, config.run.workers = 8, 0
+    outputs, noface = each_frame(lambda x: 1 / 0, Files(5), 5, 3, torch.float16, config, ALONE,
+                                 Progress(5, "frames", ALONE))
+    assert noface.all() and not outputs.any() and outputs.dtype == np.float16
 
 
-@pytest.mark.parametrize("wrap", [lambda weights: {"model": weights}, lambda weights: weights],
-                         ids=["our checkpoint", "weights alone"])
-def test_the_weights_of_a_checkpoint_are_loaded_and_those_of_other_sizes_are_refused(tmp_path, wrap):
-    model = SegmentModel(5, 12, **SMALL)
-    path, config = tmp_path / "best.pt", small_config()
-    torch.save(wrap(model.state_dict()), path)
-    loaded = load(path, config, AU, ALONE)
-    pairs = zip(model.state_dict().values(), loaded.model.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs) and loaded.model.dim == 5 and not loaded.model.training
-    assert (loaded.task, loaded.record, loaded.changed) == (AU, None, {})
-    with pytest.raises(ValueError, match=r"(?s)best.pt: a checkpoint of another archi.*model \(2, 8\)"):
-        load(path, config, VA, ALONE)
-    config.temporal.channels = [8, 9]
-    with pytest.raises(ValueError, match=r"(?s)another architecture.*file \(8, 8, 3\), model \(9, 8, 3\)"):
-        load(path, config, AU, ALONE)
-    with pytest.raises(ValueError, match="best.pt: does not tell what it was made of; give its config"):
-        load(path)
+@pytest.mark.parametrize("world", [1, 2])
+def test_each_image_is_counted_once_by_its_class_and_what_cannot_be_read_is_counted_apart(world, capfd):
+    config = Config()
+    config.vit.image_size, config.features.batch, config.run.workers = 8, 2, 0
+    labels = np.array([0, 1, 1, -1])
+
+    def work(team):
+        images = Images(Files(1, 2, 5, 7), 8, [labels])
+        return count_classes(lambda x: x.mean(dim=(2, 3))[:, :1] * torch.tensor([1.0, 0.0, -1.0]), images, 3,
+                             config, team)
+    _, results = in_team(world, work) if world > 1 else (0, [work(ALONE)])
+    sums, unreadable = results[0]
+    bright = [normalise(torch.full((1, 8, 8, 3), 30 * n, dtype=torch.uint8)).mean() > 0 for n in (1, 2)]
+    expected = np.zeros((3, 3))
+    for label, light in zip((0, 1), bright):
+        expected[label, 0 if light else 2] += 1
+    assert np.array_equal(sums, expected) and unreadable == 1
 
 
-@pytest.mark.parametrize("parts", [dict(), dict(tcn=False), dict(transformer=False, causal=False),
-                                   dict(tcn=False, transformer=False)], ids=["all", "no TCN", "TCN", "head"])
-def test_a_checkpoint_alone_is_enough_to_predict_from_features_as_they_lie_on_disk(tmp_path, parts):
+# ---- Checkpoints
+
+def checkpoint(folder, task, record=True, **changes):
     torch.manual_seed(0)
-    model, config = SegmentModel(5, 8, **SMALL, **parts).eval(), small_config()
-    for name, value in parts.items():
-        setattr(config.temporal, name, value)
-    config.segments.window, config.segments.stride = 10, 7
-    record = {"stage": "task_expr_fold2", "settings": settings_of(config, "temporal", "segments"),
-              "input": None, "data": {}, "from": None}
-    torch.save({"model": model.state_dict(), "made_of": record}, tmp_path / "best.pt")
-    features = np.random.default_rng(0).normal(size=(27, 5)).astype(np.float16)
-    trained = load(tmp_path / "best.pt")
-    assert trained.task is EXPR and trained.record == record
-    assert np.array_equal(trained.predict(features), predict(model, features, 10, 7, 2, ALONE))
-    for wrong in (features[:, :4], features[0], features[:0]):
-        with pytest.raises(ValueError, match=r"expected the features of a video, \(T, 5\), got \("):
-            trained.predict(wrong)
-    features[3, 2] = np.nan
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        trained.predict(features)
+    model = SegmentModel(3, len(task.outputs), **SMALL)
+    state = {"model": model.state_dict()}
+    if record:
+        settings = {f"temporal.{name}": value for name, value in SMALL.items()}
+        state["made_of"] = {"stage": f"task_{task.name}", "data": {"training videos": ["a_left"]},
+                            "from": None, "settings": settings | {"segments.window": 10,
+                                                                  "segments.stride": 7}} | changes
+    torch.save(state, folder / "best.pt")
+    return folder / "best.pt", model.eval()
 
 
-def test_a_checkpoint_of_no_task_is_no_segment_model(tmp_path):
-    torch.save({"model": {}, "made_of": {"stage": "finetune", "settings": {}, "from": None}},
-               tmp_path / "best.pt")
-    with pytest.raises(ValueError, match="best.pt: of stage finetune, not of a task"):
-        load(tmp_path / "best.pt")
+@of_each_task
+def test_a_checkpoint_alone_predicts(tmp_path, task):
+    path, model = checkpoint(tmp_path, task)
+    trained = load(path)
+    assert trained.task is task and trained.config.segments.window == 10
+    assert trained.changed["segments.window"] == (f"task_{task.name}", 10, 300)
+    assert np.array_equal(trained.predict(counting(27, 3)), predict(model, counting(27, 3), 10, 7, 32, ALONE))
+    old, _ = checkpoint(tmp_path, task, stage=f"task_{task.name}_fold1")        # of older versions
+    assert load(old).task is task
 
 
-def test_a_checkpoint_of_another_task_is_refused_and_one_that_does_not_tell_is_not():
-    for stage in ("task_au", "task_au_fold2"):
-        record = {"stage": stage}
-        check_task("best.pt", record, AU)
-        with pytest.raises(ValueError, match=f"best.pt: trained for {stage}, not for --task va"):
-            check_task("best.pt", record, VA)
-    check_task("best.pt", None, VA)
+@pytest.mark.parametrize("record, task, message", [
+    ({}, VA, "of stage task_au, not a segment model for --task va"),
+    ({"stage": "finetune"}, None, "of stage finetune, not a segment model"),
+    (None, None, "does not tell what it was made of; give its configuration and its task"),
+    ({"settings": {"temporal.width": 16}}, None, "a checkpoint of another architecture.*mismatch for tcn"),
+])
+def test_what_is_no_segment_model_of_this_task_is_refused(tmp_path, record, task, message):
+    path, _ = checkpoint(tmp_path, AU, record is not None, **record or {})
+    with pytest.raises(ValueError, match=f"(?s)best.pt: {message}"):
+        load(path, task=task)
 
 
-def trained(on, fold=0, vit=7):
-    """The record of a checkpoint that was trained on these videos, with features of a ViT of this
-    checksum."""
-    return {"stage": "task_au", "settings": {"task.fold": fold}, "from": features_of(vit),
-            "data": {"training videos": on}}
+@pytest.mark.parametrize("features, message", [
+    (np.zeros((4, 5)), "expected the features of a video, .T, 3., got .4, 5."),
+    (np.zeros((0, 3)), "got .0, 3."), (np.zeros(3), "got .3,."),
+    (np.full((4, 3), np.nan), "NaN or infinity")])
+def test_features_that_do_not_fit_are_not_predicted(tmp_path, features, message):
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint(tmp_path, VA)[0]).predict(features)
 
 
-def features_of(vit):
-    return {"stage": "features", "settings": {}, "from": {"stage": "finetune", "checksum": vit}}
+def test_a_model_is_not_scored_on_other_features_nor_on_scenes_that_it_was_trained_on(tmp_path):
+    vit = {"stage": "finetune", "checksum": 5}
+    features = {"stage": "features", "settings": {"a": 1}, "from": vit}
+    record = {"from": features, "data": {"training videos": ["a_left"], HELD_OUT: ["b"]}}
+    check_features("best.pt", record, {**features, "data": 3})
+    check_features("best.pt", None, features)
+    with pytest.raises(ValueError, match="of another ViT, features from finetune .checksum 5., not "):
+        check_features("best.pt", record, {**features, "from": {**vit, "checksum": 6}})
+
+    def named(*names):
+        return [Video(name, tmp_path, None) for name in names]
+    check_scenes("best.pt", record, named("c", "bb"))
+    check_scenes("best.pt", None, named("a"))
+    with pytest.raises(ValueError, match="trained on 2 of the 3 videos that would be scored .a_right, b."):
+        check_scenes("best.pt", record, named("a_right", "b", "c"))
 
 
-@pytest.mark.parametrize("given, fits", [(features_of(7), True), (features_of(8), False),
-                                         ({"file": "x"}, False)], ids=["same", "other", "unknown"])
-def test_a_model_takes_features_of_the_vit_it_was_trained_on_and_no_others(given, fits):
-    refused = pytest.raises(ValueError, match=r"of another ViT, features from finetune \(checksum 7\), not "
-                                              r"(features from finetune \(checksum 8\)|x), .*--set task.feat")
-    with contextlib.nullcontext() if fits else refused:
-        check_features("best.pt", trained(["a"]), given)
+# ---- What is said
+
+def scored_video(folder, name, frames, faces=None):
+    labels = np.zeros(frames, np.int8)
+    labels[0] = -1
+    if faces is not None:
+        np.save(noface_path(folder / f"{name}.npy"), np.arange(frames + 2) >= faces)
+    return Video(name, folder / f"{name}.npy", labels)
 
 
-def test_features_of_the_same_vit_with_another_setting_are_named_by_it():
-    other = {**features_of(7), "settings": {"finetune.token": "cls"}}
-    record = trained(["a"])
-    record["from"] = {**features_of(7), "settings": {"finetune.token": "mean"}}
-    with pytest.raises(ValueError, match=r"\n  finetune.token: was 'mean', now 'cls' \(of stage features\)"):
-        check_features("best.pt", record, other)
+def test_the_papers_numbers_stand_only_beside_drawn_data_and_a_complete_copy(tmp_path, monkeypatch):
+    videos, config = [scored_video(tmp_path, "a", 12, faces=8), scored_video(tmp_path, "b", 5)], Config()
+    assert labelled_faces(videos[0], EXPR) == 7 and labelled_faces(videos[1], EXPR) == 4
+    few = to_score(videos[:1], {}, videos[1:], EXPR, None, config)
+    assert not few.comparable and "11 labelled frames with a face" in few.data
+    task = type("Task", (), {**vars(EXPR), "labelled_faces": 11, "width": 1})()
+    complete = to_score(videos[:1], {}, videos[1:], task, None, config)
+    assert complete.comparable and complete.data == "Aff-Wild2"
+    config.data.synthetic = True
+    assert to_score(videos, {}, [], EXPR, None, config).comparable
 
 
-def test_a_model_is_not_scored_on_scenes_that_it_was_trained_on():
-    def on(*names):
-        return [Video(name, Path(name), np.zeros(3)) for name in names]
-    check_scenes("best.pt", trained(["a", "b_left"]), on("c", "d"))
-    with pytest.raises(ValueError, match=r"best.pt: trained on 2 of the 3 videos that would be scored "
-                                         r"\(a, b_right\); give the labels that it was trained"):
-        check_scenes("best.pt", trained(["a", "b_left"], 1), on("a", "b_right", "c"))
-    check_features("best.pt", None, features_of(7))
-    held = trained(["a"])
-    held["data"]["held-out videos"] = ["d_right"]                            # chose its epoch
-    with pytest.raises(ValueError, match=r"trained on 1 of the 2 videos .*\(d\)"):
-        check_scenes("best.pt", held, on("c", "d"))
-    check_scenes("best.pt", None, on("a"))                                     # nothing is known of it
+@pytest.mark.parametrize("tuned_on, text, unseen", [
+    ([], "", False), (["a_left"], "1 of these 2 videos show scenes", True),
+    (["a", "b"], "so the score is too high", False)])
+def test_videos_whose_scenes_the_vit_has_seen_are_told(tmp_path, tuned_on, text, unseen):
+    videos = [scored_video(tmp_path, "a", 9), scored_video(tmp_path, "b_right", 9)]
+    origin = {"stage": "features", "from": {"stage": "finetune", "data": {"training videos": tuned_on}}}
+    scored = to_score(videos, {"c": "no features", "d": "no features"}, [], EXPR, origin, Config())
+    outputs = {video.name: drawn(EXPR, 9)[0] for video in videos}
+    said = report(EXPR, sums_of(outputs, videos, EXPR, ALONE), scored, "best.pt", 0)
+    assert text in said and ("unseen" in said) == unseen
+    assert said.startswith("best.pt\n2 validation videos, 18 frames")
+    assert said.endswith("left out: c, d (no features)")
+    assert reasons({"a": "x", "b": "y", "c": "x"}) == "a, c (x); b (y)"
+
+
+@of_each_task
+def test_smoothing_and_thresholds_are_the_best_of_those_tried(tmp_path, task):
+    outputs, videos = {}, []
+    for seed in range(3):
+        noise, labels = drawn(task, 60, seed)
+        signal = np.eye(8)[np.where(labels < 0, 0, labels)] if task.one_class else labels - 0.9 * (task is AU)
+        outputs[str(seed)] = (2 * np.where(signal < -1, 0, signal) + noise).astype(np.float32)
+        videos.append(Video(str(seed), tmp_path, labels))
+
+    def score(k, thresholds):
+        sums = sums_of(outputs, videos, task, ALONE, changed_by(task, k, thresholds))
+        return task.metric.score(sums.sum(axis=0)).mean()
+    k, thresholds = tuned(task, outputs, videos, ALONE)
+    assert score(k, thresholds) >= max(score(other, ()) for other in (0, 1, 2, 5, 10, 20, 50)) - 1e-12
+    assert len(thresholds) == (12 if task is AU else 0)
+    if task is AU:
+        for i in range(12):
+            for t in (0.05, 0.3, 0.5, 0.7, 0.95):
+                changed = thresholds[:i] + (t,) + thresholds[i + 1:]
+                assert score(k, changed) <= score(k, thresholds) + 1e-12
+    assert score(0, ()) == pytest.approx(np.mean(alone(task, np.concatenate(list(outputs.values())),
+                                                       np.concatenate([video.labels for video in videos]))))

@@ -1,36 +1,34 @@
-"""Submissions: each row of a template against its own frame's values, with every gap and in every order, from
-a run and from a table; what is refused."""
+"""Submissions: each row of a template against its own frame's values, from a table and from a run; and the
+checker, against files that are right and broken ones."""
 
-import argparse
-import contextlib
+import dataclasses
 import json
-import shutil
-from dataclasses import asdict
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import scoring
-import stages
-import submission_values
-from checkpoints import read_checkpoint
-from distributed import Team
-from labels import AU, EXPR, TASKS, VA
-from made_of import read_record
-from postprocessing import in_units
-from stages import settings
-from submission_check import check
-from submission_file import answers, every_frame, header, read_template, write_rows
-from submission_values import matched
+import tiny
+from engine.config import load
+from engine.distributed import Team
+from labels import AU, EXPR, TASKS, VA, in_units, smoothed
 from temporal import SegmentModel
+from tools import submission
+from tools.predictions import header_of
+from tools.submission import check, main, matched, read_template
 
-ALONE = Team(0, 1, torch.device("cpu"))
+ROOT = Path(__file__).parent.parent
+TABLE = "video,frame,valence,arousal"
 of_each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
-def put(path, *lines):
-    path.write_text("".join(f"{line}\n" for line in lines))
+def put(path, *lines, end="\n"):
+    path.write_bytes("".join(f"{line}{end}" for line in lines).encode())
     return path
 
 
@@ -38,377 +36,225 @@ def names_of(video, *frames):
     return [f"{video}/{frame:05d}.jpg" for frame in frames]
 
 
-# ---- Rows, from values that tell of which video and frame they are
-
-def telltale(frames, video=0):
-    """Valence of frame t: t / 1000. Arousal: the video's number / 10."""
-    return np.array([[t / 1000, video / 10] for t in frames])
-
-
-def submitted(folder, names, of_video) -> list[tuple[str, int, int]]:
-    """A submission for these names, from {video: (numbers, values)}. -> (name, frame, video) of each row, as
-    its values tell"""
-    template = read_template(put(folder / "t.txt", header(VA), *(f"{name}," for name in names)), VA)
-    with open(folder / "p.txt", "wb") as file:
-        write_rows(file, template, VA, {video: answers(every_frame(np.array(numbers), values), VA)[0]
-                                        for video, (numbers, values) in of_video.items()})
-    assert "is right" in check(folder / "p.txt", template, VA)
-    rows = [line.split(",") for line in (folder / "p.txt").read_text().splitlines()[1:]]
-    return [(name, round(1000 * float(a)), round(10 * float(b))) for name, a, b in rows]
+def start(folder, task, config=None, **options):
+    """The command's main, with what it is given. -> the lines of the submission"""
+    given = {"template": folder / "t.txt", "out": folder / "p.txt", "check": "", "predictions": ""}
+    options = Namespace(**given | {"smooth": 0} | options)
+    print(*main(config, task, options), sep="\n")
+    return Path(options.out).read_text().splitlines()
 
 
-def frames_of(folder, names, numbers) -> list[int]:
-    """Of which frame the values in each row are, if a video has values for these numbers."""
-    rows = submitted(folder, names, {"1-30-1280x720": (numbers, telltale(numbers, 3))})
-    assert [name for name, _, _ in rows] == names and {video for _, _, video in rows} == {3}
-    return [frame for _, frame, _ in rows]
-
-
-def of_one(*frames):
-    return names_of("1-30-1280x720", *frames)
-
-
-def test_a_gap_in_the_templates_numbers_does_not_shift_what_follows(tmp_path):
-    assert frames_of(tmp_path, of_one(1, 2, 5, 6, 9), range(1, 10)) == [1, 2, 5, 6, 9]
-
-
-def test_a_frame_without_values_gets_those_of_the_frame_before_it_and_nothing_shifts(tmp_path):
-    assert frames_of(tmp_path, of_one(1, 2, 3, 4, 5, 6, 7), [1, 2, 5, 7]) == [1, 2, 2, 2, 5, 5, 7]
-
-
-def test_a_gap_at_the_start_gets_the_first_values_and_one_at_the_end_the_last(tmp_path):
-    assert frames_of(tmp_path, of_one(1, 2, 3, 4, 5, 6), [3, 4]) == [3, 3, 3, 4, 4, 4]
-    assert frames_of(tmp_path, of_one(0, 500), [3, 4]) == [3, 4]               # some copies count from 0
-
-
-def test_gaps_are_not_filled_across_the_border_of_two_videos(tmp_path):
-    names = names_of("136", 1, 2, 3, 4) + names_of("137", 1, 2, 3, 4)
-    rows = submitted(tmp_path, names, {"136": ([1, 2], telltale([1, 2], 6)),
-                                       "137": ([3, 4], telltale([3, 4], 7))})
-    assert [(frame, video) for _, frame, video in rows] == [
-        (1, 6), (2, 6), (2, 6), (2, 6), (3, 7), (3, 7), (3, 7), (4, 7)]
-
-
-def test_videos_whose_names_differ_in_their_end_or_hold_dots_are_kept_apart(tmp_path):
-    videos = ["2-30-640x360", "2-30-640x360_left", "2-30-640x360_right", "2-30-640x360-2", "2.30", "2.31",
-              "video86_3", "video86", "left", "_right"]
-    of_video = {video: ([1, 2], telltale([1, 2], number)) for number, video in enumerate(videos)}
-    rows = submitted(tmp_path, [name for video in videos for name in names_of(video, 1, 2)], of_video)
-    expected = [(t, k) for k in range(len(videos)) for t in (1, 2)]
-    assert [(frame, video) for _, frame, video in rows] == expected
-
-
-@pytest.mark.parametrize("order", ["descending", "interleaved", "by position", "at random"])
-def test_rows_keep_the_templates_order_whatever_it_is(tmp_path, order):
-    a, b = names_of("5_left", *range(1, 12)), names_of("5_right", *range(1, 12))
-    names = {"descending": a[::-1] + b[::-1], "interleaved": [name for pair in zip(a, b) for name in pair],
-             "by position": sorted(a + b, key=lambda name: name.split("/")[1]),
-             "at random": [(a + b)[i] for i in np.random.default_rng(0).permutation(22)]}[order]
-    numbers = range(1, 12)
-    rows = submitted(tmp_path, names, {"5_left": (numbers, telltale(numbers, 1)),
-                                       "5_right": (numbers, telltale(numbers, 2))})
-    assert rows == [(name, int(name[-9:-4]), 1 + ("right" in name)) for name in names]
-
-
-def test_a_video_without_any_frame_is_neutral_and_no_row_is_left_at_minus_5(tmp_path):
-    for task, zeros in ((VA, "0.000000,0.000000"), (EXPR, "0"), (AU, ",".join("0" * 12))):
-        path = put(tmp_path / "t.txt", header(task), *(name + ",-5" * task.width for name in of_one(2, 1)))
-        template = read_template(path, task)
-        with open(tmp_path / "p.txt", "wb") as file:
-            after = write_rows(file, template, task, {"137": np.ones((3, task.width), task.dtype)})
-        assert not after and (tmp_path / "p.txt").read_text().splitlines() == [
-            header(task), *(f"{name},{zeros}" for name in of_one(2, 1))]
-
-
-def test_the_expression_header_has_9_fields_and_its_rows_have_2(tmp_path):
-    template = read_template(put(tmp_path / "t.txt", *of_one(1, 2)), EXPR)
-    with open(tmp_path / "p.txt", "wb") as file:
-        write_rows(file, template, EXPR, {"1-30-1280x720": np.array([[4], [7]], np.int8)})
-    assert (tmp_path / "p.txt").read_bytes() == (
-        b"image_location,Neutral,Anger,Disgust,Fear,Happiness,Sadness,Surprise,Other\n"
-        b"1-30-1280x720/00001.jpg,4\n1-30-1280x720/00002.jpg,7\n")
-
+# ---- From a table
 
 @pytest.mark.parametrize("seed", range(10))
 def test_any_template_gets_what_a_plain_search_for_each_frame_gives(tmp_path, seed):
-    rng, of_video, names = np.random.default_rng(seed), {}, []
-    for k, video in enumerate(["1", "1_left", "1_right", "a.b_c"]):
-        numbers = np.sort(rng.choice(30, rng.integers(1, 20), replace=False) + 1)
-        of_video[video] = numbers, telltale(numbers, k)
-        names += names_of(video, *(rng.choice(40, 15, replace=False) + 1))
+    """Valence is the frame / 1000, arousal the video's place / 10; the table has gaps, the template too."""
+    rng, names = np.random.default_rng(seed), []
+    videos = ["2-30", "2-30_left", "2-30_right", "2-30-2", "2.30", "2.31", "video86_3", "left", "_right"]
+    known = {video: sorted(rng.choice(30, rng.integers(1, 20), replace=False) + 1) for video in videos}
+    for video in videos:
+        names += names_of(video, *rng.choice(40, 5, replace=False))            # some copies count from 0
     names = [names[i] for i in rng.permutation(len(names))]
-    for name, frame, video in submitted(tmp_path, names, of_video):
+    put(tmp_path / "t.txt", header_of(VA), *(f"{name}," for name in names))
+    put(tmp_path / "table.csv", TABLE,
+        *(f"{video},{t},{t / 1000},{k / 10}" for k, video in enumerate(videos) for t in known[video]))
+    top, *lines = start(tmp_path, VA, predictions=tmp_path / "table.csv")
+    for line, name in zip(lines, names, strict=True):
         own, number = name.split("/")[0], int(name.split("/")[1][:5])
-        numbers = of_video[own][0]
-        assert frame == max((n for n in numbers if n <= number), default=numbers[0])
-        assert list(of_video)[video] == own
+        frame = max((n for n in known[own] if n <= number), default=known[own][0])
+        assert line == f"{name},{frame / 1000:.6f},{videos.index(own) / 10:.6f}"
+    assert top == header_of(VA)
 
 
-# ---- Answers
-
-def test_valence_and_arousal_are_clipped_and_counted():
-    values, clipped = answers(np.array([[-1.2, 0.3], [1, -1], [7, 1.0001]]), VA)
-    assert values == pytest.approx(np.array([[-1, 0.3], [1, -1], [1, 1]])) and clipped == 3
-
-
-def test_the_most_probable_class_and_units_above_one_half_are_told():
-    assert answers(np.eye(8)[[3, 0, 7]] + 0.1, EXPR)[0].tolist() == [[3], [0], [7]]
-    units = np.linspace(0, 1, 12)[None]
-    assert answers(units, AU)[0].tolist() == [[0] * 6 + [1] * 6]
-    assert answers(np.full((1, 12), 0.5), AU)[0].sum() == 0
-
-
-# ---- Templates
-
-@of_each_task
-def test_both_kinds_of_template_with_any_line_ends_are_read_alike(tmp_path, task):
-    names = ["1.2_left/00002.png", "1.2_left/00001.JPG", "cropped/7/00001.jpg", "video86_3/00010.jpg"]
-    dummy = [f"{name}{',0' * task.width}" for name in names]
-    sample = [f"{name}," for name in names]
-    found = set()
-    for rows in (dummy, sample, names, [f"{name},-5" + ",-5" * (task.width - 1) for name in names]):
-        for top in ([header(task)], ["image_location,"], ["Image_Location"], []):
-            for end, mark in (("\n", ""), ("\r\n", "\ufeff")):
-                text = mark + end.join([*top, *rows, "", ""])
-                (tmp_path / "t.txt").write_bytes(text.encode())
-                template = read_template(tmp_path / "t.txt", task)
-                assert template.first_line == 1 + len(top) and template.rows == dict(zip(names, range(4)))
-                found.add((*template.names, *template.videos.items()))
-    assert found == {(*names, ("1.2_left", 2), ("cropped/7", 1), ("video86_3", 1))}
-
-
-# ---- From a run
-
-ROWS = {"1": 47, "2_left": 27, "2_right": 24, "9": 4, "8": 3, "95": 2, "96": 5}       # of each video
-FEATURES = {"1": 45, "2_left": 27, "2_right": 24, "9": 4}                 # 9 is shorter than the window
-OPTIONS = {"template": "va.txt", "out": "p.txt", "smooth": 0, "predictions": ""}
-
-
-def write_task(folder, task):
-    """A finished training of a task on the features of `folder`."""
-    config, runs = settings(folder), folder / "runs/tiny"
-    model = SegmentModel(stages.FEATURE_WIDTH, len(task.outputs), **asdict(config.temporal))
-    stages.write_result(runs / f"task_{task.name}", ["segments", "temporal", "task", "run.seed"], config,
-                        {"setting": "task.features", "stage": "features"}, read_record(runs / "features"),
-                        {"best.pt": model}, {"training videos": ["1"]})
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Three trained tasks and random features. 8 and 95 have no frames, 96 has no face. -> the folder"""
-    folder = stages.write(tmp_path_factory.mktemp("submission"))
-    features = folder / "runs/tiny/features"
-    (features / "96.npy").unlink()
-    extracted = {**{video: {"frames": frames, "faces": 1} for video, frames in FEATURES.items()},
-                 "96": {"frames": 4, "faces": 0}}
-    (features / "videos.json").write_text(json.dumps(extracted))
-    names = [name for video, rows in ROWS.items() for name in names_of(video, *range(1, rows + 1))]
-    for task in TASKS.values():
-        write_task(folder, task)
-        put(folder / f"{task.name}.txt", header(task), *(f"{name}," for name in names))
-    return folder
-
-
-def start(folder, task, *overrides, world=1, **options):
-    """The main of the command. -> the lines of the submission"""
-    given = argparse.Namespace(**OPTIONS | {"template": f"{task.name}.txt"} | options)
-    with contextlib.chdir(folder):
-        submission_values.main(settings(folder, *overrides), Team(0, world, torch.device("cpu")), task, given)
-    return (folder / given.out).read_text().splitlines()
-
-
-def expected(folder, task, smooth=0) -> list[str]:
-    """The lines of the submission for the template of `trained`, from definitions."""
-    config, lines = settings(folder), [header(task)]
-    model = SegmentModel(stages.FEATURE_WIDTH, len(task.outputs), **asdict(config.temporal)).eval()
-    model.load_state_dict(read_checkpoint(folder / f"runs/tiny/task_{task.name}/best.pt")["model"])
-    for video, rows in ROWS.items():
-        values = np.zeros((1, len(task.outputs)))
-        if video in FEATURES:
-            features = np.load(folder / f"runs/tiny/features/{video}.npy")
-            assert len(features) == FEATURES[video]
-            outputs = torch.from_numpy(scoring.predict(model, features, 20, 12, 4, ALONE)).double()
-            in_units = {"va": lambda x: x, "expr": lambda x: x.softmax(1), "au": torch.sigmoid}[task.name]
-            values = in_units(outputs)
-            values = np.stack([values.numpy()[max(0, t - smooth):t + smooth + 1].mean(axis=0)
-                               for t in range(len(values))])
-        for frame in range(rows):
-            row = values[min(frame, len(values) - 1)]
-            told = {"va": lambda: [f"{x:.6f}" for x in row.clip(-1, 1)], "expr": lambda: [f"{row.argmax()}"],
-                    "au": lambda: [f"{int(x > 0.5)}" for x in row]}[task.name]()
-            lines.append(f"{video}/{frame + 1:05d}.jpg,{','.join(told)}")
-    return lines
-
-
-@of_each_task
-@pytest.mark.parametrize("smooth", [0, 3])
-def test_each_row_is_what_the_trained_task_makes_of_the_videos_features(trained, task, smooth, capsys):
-    assert start(trained, task, smooth=smooth, out=f"{task.name}_p.txt") == expected(trained, task, smooth)
-    neutral = {"va": "0, 0", "expr": "Neutral", "au": "no action unit"}[task.name]
-    assert capsys.readouterr().out.splitlines() == [
-        f"{task.name}.txt: 112 rows of 7 videos",
-        f"values from runs/tiny/task_{task.name}/best.pt on the features in runs/tiny/features",
-        f"  neutral values ({neutral}) for 10 rows of 8 (no frames among the features), "
-        "95 (no frames among the features), 96 (no readable face)",
-        "  after a video's last frame, with its values: 2 rows of 1 (2)",
-        f"{task.name}_p.txt is right: 112 rows of 7 videos, in the order of {task.name}.txt"]
-
-
-def test_outputs_beyond_1_are_clipped_and_counted(trained, monkeypatch, capsys):
-    def predicted(self, features):
-        return np.full((len(features), 2), [[1.5, -0.25]], np.float32)
-    monkeypatch.setattr(scoring.Trained, "predict", predicted)
-    lines = start(trained, VA, out="clipped.txt")
-    assert set(line.split(",", 1)[1] for line in lines[1:]) == {"1.000000,-0.250000", "0.000000,0.000000"}
-    assert "  clipped to -1 to 1: 100 of 200 numbers\n" in capsys.readouterr().out
-
-
-def test_a_row_that_the_template_has_again_is_written_again_and_said(trained, capsys):
-    names = names_of("9", 2, 1, 2)
-    put(trained / "again.txt", *names)
-    lines = start(trained, VA, template="again.txt", out="again_p.txt")
-    assert [line.split(",")[0] for line in lines[1:]] == names and lines[1] == lines[3]
-    assert "  rows that the template has again: 1, the first is 9/00002.jpg\n" in capsys.readouterr().out
-
-
-def test_folders_above_a_video_do_not_matter_unless_they_tell_two_videos_apart(trained):
-    put(trained / "deep.txt", *(f"cropped/{name}" for name in names_of("2_left", 1, 9)))
-    lines = start(trained, VA, template="deep.txt", out="deep_p.txt")
-    assert [line.removeprefix("cropped/") for line in lines[1:]] == [
-        line for line in expected(trained, VA) if line.startswith(("2_left/00001", "2_left/00009"))]
-    put(trained / "deep.txt", *names_of("a/9", 1), *names_of("b/9", 1))
-    with pytest.raises(ValueError, match="features: 9 may be the template's a/9 or b/9"):
-        start(trained, VA, template="deep.txt", out="deep_p.txt")
+def test_what_is_not_as_usual_is_counted_and_said(tmp_path, capsys):
+    names = names_of("a", 2, 1, 2, 9, 8) + names_of("b", 1, 5) + names_of("gone", 1, 2, 3)
+    put(tmp_path / "t.txt", *names)
+    put(tmp_path / "table.csv", TABLE, "a,1,2,0", "a,2,0,-3", "b,1,0,0")
+    lines = start(tmp_path, VA, predictions=tmp_path / "table.csv")
+    assert [line.split(",")[0] for line in lines[1:]] == names
+    assert lines[1] == lines[3] == "a/00002.jpg,0.000000,-1.000000"
+    assert lines[-1] == "gone/00003.jpg,0.000000,0.000000"
+    assert capsys.readouterr().out.replace(f"{tmp_path}/", "") == """\
+values from table.csv
+  neutral values, because no face is known: 3 rows of gone (3)
+  after a video's last frame, with its values: 3 rows of a (2), b (1)
+p.txt is right: 10 rows of 3 videos, in the order of t.txt
+"""
 
 
 def test_a_video_is_found_by_its_whole_name_first_then_by_its_last_part():
     known = ["a/1", "1", "b/2", "3_left"]
     assert matched(["1", "a/1", "2", "c/3_left", "3", "3_right"], known, "t.csv") == {
         "1": "1", "a/1": "a/1", "2": "b/2", "c/3_left": "3_left"}
-    with pytest.raises(ValueError, match="t.csv: a/1 and 1 may both be the template's c/1"):
+    with pytest.raises(ValueError, match="t.csv: the template's c/1 may be a/1 or 1, and"):
         matched(["c/1"], known, "t.csv")
-    with pytest.raises(ValueError, match="t.csv: b/2 may be the template's 2 or c/2"):
+    with pytest.raises(ValueError, match="t.csv: the template's c/2 may be b/2, and each may be"):
         matched(["2", "c/2"], known, "t.csv")
 
 
-def test_features_that_were_made_elsewhere_serve_too(trained, tmp_path, capsys):
-    for video in ("2_left", "9"):
-        shutil.copy(trained / f"runs/tiny/features/{video}.npy", tmp_path)
-    shutil.copy(trained / "runs/tiny/features/made_of.json", tmp_path)
-    (tmp_path / "videos.json").write_text(json.dumps({video: {"faces": 1} for video in ("2_left", "9")}))
-    lines = start(trained, VA, f"task.features={tmp_path}", out="elsewhere.txt")
-    own = [line for line in expected(trained, VA) if line.startswith(("2_left/", "9/"))]
-    assert [line for line in lines if line.startswith(("2_left/", "9/"))] == own
-    assert "for 81 rows of 1 (no frames among the features), 2_right (no" in capsys.readouterr().out
+@pytest.mark.parametrize("options, message", [
+    ({"out": ""}, "give either --out or --check"), ({"check": "b.txt"}, "give either --out or --check"),
+    ({"smooth": -1}, "--smooth 0 or more"),
+    ({"template": "other.txt"}, "none of its videos, 137, has values in table.csv"),
+    ({"out": "t.txt"}, "--out: t.txt exists and is no submission"),
+    ({"out": "notes.txt"}, "notes.txt exists and is no submission of --task va; delete it")])
+
+def test_nothing_is_written_where_it_should_not_be(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "table.csv", TABLE, "9,1,0,0")
+    put(tmp_path / "t.txt", header_of(VA), "9/1.jpg,0,0"), put(tmp_path / "other.txt", "137/1.jpg")
+    put(tmp_path / "notes.txt", "my notes")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        start(Path(), VA, **{"predictions": "table.csv"} | options)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-# ---- From a table
+def test_a_submission_is_made_again_whole_and_a_kill_leaves_the_former_one(tmp_path, monkeypatch):
+    put(tmp_path / "table.csv", TABLE, "9,1,0,0"), put(tmp_path / "t.txt", "9/1.jpg")
+    for content in (f"{header_of(VA)}\nold/00001.jpg,-5,-5\n", ""):
+        (tmp_path / "p.txt").write_text(content)
+        with monkeypatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr(Path, "replace", None)                               # the last step of writing
+            start(tmp_path, VA, predictions=tmp_path / "table.csv")
+        assert (tmp_path / "p.txt").read_text() == content
+        made = start(tmp_path, VA, predictions=tmp_path / "table.csv")
+        assert made == [header_of(VA), "9/1.jpg,0.000000,0.000000"] and len(list(tmp_path.iterdir())) == 3
+
+
+# ---- From a run
+
+@pytest.fixture
+def run(tmp_path):
+    """Three tasks with random weights, features made elsewhere, and a template. -> the configuration"""
+    tiny.write(tmp_path, task={"features": f"{tmp_path}/features"}, run={"out": str(tmp_path)})
+    config, rng = load(tmp_path / "tiny.yaml"), np.random.default_rng(0)
+    (tmp_path / "features").mkdir()
+    for video, frames in (("1", 45), ("2_left", 7)):
+        np.save(tmp_path / f"features/{video}.npy", rng.normal(size=(frames, 6)).astype(np.float16))
+    (tmp_path / "features/videos.json").write_text(json.dumps(
+        {"1": {"faces": 45}, "2_left": {"faces": 1}, "3": {"faces": 0}}))
+    put(tmp_path / "t.txt", *names_of("1", *range(1, 48)), *names_of("a/2_left", 7, 1), "3/1.jpg", "4/1.jpg")
+    for task in TASKS.values():
+        folder = tmp_path / f"tiny/task_{task.name}"
+        folder.mkdir(parents=True)
+        model = SegmentModel(6, len(task.outputs), **dataclasses.asdict(config.temporal))
+        torch.save({"model": model.state_dict()}, folder / "best.pt")
+        (folder / "metrics.json").write_text("{}")
+    return config
+
+
+@pytest.mark.parametrize("task, smooth", [(VA, 0), (EXPR, 0), (AU, 0), (VA, 3)], ids=[*TASKS, "va, smooth"])
+def test_each_row_is_what_the_trained_task_makes_of_the_videos_features(run, tmp_path, task, smooth, capsys):
+    lines, rows = start(tmp_path, task, run, smooth=smooth), []
+    path = tmp_path / f"tiny/task_{task.name}/best.pt"
+    trained = scoring.load(path, run, task, Team(0, 1, torch.device("cpu")))       # test_scoring.py
+    for video, frames in (("1", [*range(45), 44, 44]), ("2_left", [6, 0])):
+        outputs = trained.predict(np.load(tmp_path / f"features/{video}.npy").astype(np.float32))
+        rows += list(smoothed(in_units(outputs, task), smooth)[frames])
+    for line, row in zip(lines[1:], [*rows, *np.zeros((2, len(task.outputs)))], strict=True):
+        expected = {"va": row.clip(-1, 1), "expr": [row.argmax()], "au": (row > 0.5) * 1.0}[task.name]
+        assert np.array(line.split(",")[1:], float) == pytest.approx(np.array(expected), abs=2e-6)
+    assert f"values from {path} on the features in {tmp_path}/features" in capsys.readouterr().out
+
+
+def test_a_run_that_is_not_finished_or_has_other_features_is_refused(run, tmp_path, monkeypatch):
+    def refuse(path, record, origin):
+        raise ValueError(f"{path}: trained on others than {origin['file']}")
+    monkeypatch.setattr(submission, "check_features", refuse)
+    with pytest.raises(ValueError, match="best.pt: trained on others than .*/features"):
+        start(tmp_path, VA, run)
+    (tmp_path / "tiny/task_va/metrics.json").unlink()
+    with pytest.raises(ValueError, match="task_va/best.pt not found; .*: python .*train_task.py --task va"):
+        start(tmp_path, VA, run)
+    assert not (tmp_path / "p.txt").exists()
+
+
+# ---- Templates, and files that are right
 
 @of_each_task
-def test_the_table_of_predictions_gives_the_submission_of_the_run(trained, task, tmp_path, capsys):
-    columns, rows = [name for each in TASKS.values() for name in each.outputs], []
-    for video in FEATURES:
-        cells = []
-        for each in TASKS.values():
-            trained_task = scoring.load(trained / f"runs/tiny/task_{each.name}/best.pt")
-            features = np.load(trained / f"runs/tiny/features/{video}.npy")
-            cells.append(in_units(trained_task.predict(features), each))
-        for frame, values in enumerate(np.concatenate(cells, axis=1)):
-            rows.append(f"{video},{frame + 1}," + ",".join(f"{value:.9f}" for value in values))
-    put(tmp_path / "table.csv", "video,frame," + ",".join(columns), *rows, "96,1" + "," * len(columns))
-    lines = start(trained, task, out=f"from_table_{task.name}.txt", predictions=str(tmp_path / "table.csv"))
-    assert lines == expected(trained, task)
-    said = capsys.readouterr().out
-    assert "10 rows of 8 (not in the table), 95 (not in the table), 96 (not in the table)\n" in said
+def test_both_kinds_of_template_with_any_line_ends_are_read_alike(tmp_path, task):
+    names = ["1.2_left/00002.png", "1.2_left/00001.JPG", "cropped/7/00001.jpg", "video86_3/00010.jpg"]
+    for tail in (",0" * task.width, ",", "", ",-5" * task.width):
+        for top in ([header_of(task)], ["image_location,"], ["Image_Location"], []):
+            for end, mark in (("\n", ""), ("\r\n", "\ufeff")):
+                text = mark + end.join([*top, *(name + tail for name in names), "", ""])
+                (tmp_path / "t.txt").write_bytes(text.encode())
+                assert read_template(tmp_path / "t.txt", task) == names
 
 
-def test_gaps_in_a_table_are_filled_from_its_own_video_by_number(trained, tmp_path):
-    put(tmp_path / "table.csv", "video,frame,valence,arousal", "9,3,0.3,0", "9,2,0.2,0", "10,1,.9,0",
-        "7,9,.9,0")
-    put(tmp_path / "t.txt", *names_of("9", 1, 2, 3, 4, 9))
-    lines = start(trained, VA, template=str(tmp_path / "t.txt"), out=str(tmp_path / "p.txt"),
-                  predictions=str(tmp_path / "table.csv"))
-    assert [line.split(",")[1] for line in lines[1:]] == [f"0.{t}00000" for t in (2, 2, 3, 3, 3)]
+@pytest.mark.parametrize("lines, message", [
+    ([header_of(VA)], "no rows; expected a line for each frame"),
+    (["136/1.jpg" + ",-1" * 12], "line 1: '136/1.jpg,.* with 2 dummy values for va or none, below"),
+    (["136/1.jpg", "image_location,", "2/1.jpg"], "line 2: 'image_location,', expected a frame")])
+def test_a_broken_template_is_refused_with_its_line(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        read_template(put(tmp_path / "t.txt", *lines), VA)
 
 
-def test_a_submission_may_serve_as_a_table_for_another_template(trained):
-    lines = start(trained, EXPR, out="first.txt")
-    put(trained / "fewer.txt", *(f"{line.split(',')[0]}," for line in lines[:0:-7]))
-    again = start(trained, EXPR, template="fewer.txt", out="second.txt",
-                  predictions=str(trained / "first.txt"))
-    assert again == [lines[0], *lines[:0:-7]]
+NAMES = [*names_of("1-30-1280x720", 1, 2, 3, 6, 7), *names_of("video86_3_left", 2, 3),
+         *names_of("video86_3_right", 1, 3), *names_of("2.5", 4, 1)]
 
 
-# ---- What is refused, and what is kept
-
-def test_nothing_is_written_without_a_trained_task_fresh_features_or_a_known_video(trained, tmp_path):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    put(tmp_path / "other.txt", *names_of("137", 1), *names_of("96", 1))
-    runs = tmp_path / "runs/tiny"
-
-    def refused(message, *overrides, **options):
-        with pytest.raises(ValueError, match=message):
-            start(tmp_path, VA, *overrides, out="none.txt", **options)
-        assert not (tmp_path / "none.txt").exists()
-    refused(r"other\.txt: none of its videos can be predicted: 137 \(no frames among the features\), 96 \(no "
-            r"readable face\); is it the template of other videos\? .* runs/tiny/features",
-            template="other.txt")
-    refused("smooth: got -1, expected 0 frames or more", smooth=-1)
-    refused("written by one process; start it with python", world=2)
-    refused(r"(?s)made with other settings.*segments\.window: was 20, now 15", "segments.window=15")
-    other = tmp_path / "features_of_another_vit"
-    shutil.copytree(runs / "features", other)
-    record = json.loads((other / "made_of.json").read_text())
-    record["from"]["checksum"] = 1
-    (other / "made_of.json").write_text(json.dumps(record))
-    refused(r"best\.pt: trained on features of another ViT", f"task.features={other}")
-    (runs / "features/9.npy").unlink()
-    refused(r"features/9\.npy is gone; run extract_features\.py")
-    shutil.copy(other / "made_of.json", runs / "features/made_of.json")
-    refused(r"runs/tiny/features was made from finetune \(checksum 1\), but .*finetune is now")
-    (runs / "features/metrics.json").unlink()
-    refused(r"features/metrics\.json not found; make it with: python .*extract_features\.py")
-    (runs / "task_va/best.pt").unlink()
-    refused(r"task_va/best\.pt is gone, though its stage is finished")
-    (runs / "task_va/metrics.json").unlink()
-    refused(r"task_va/best\.pt not found; make it with: python .*train_task\.py --task va")
+def right(task, names=NAMES) -> list[str]:
+    """The lines of a submission that is right, each row with other values."""
+    value = {"va": lambda i: f"{i / 20:.6f},{-i / 20:.6f}", "expr": lambda i: f"{i % 8}",
+             "au": lambda i: ",".join(f"{i:012b}")}[task.name]
+    return [header_of(task), *(f"{name},{value(i)}" for i, name in enumerate(names))]
 
 
-def test_a_submission_is_made_again_whole_and_any_other_file_is_left_alone(trained, tmp_path):
-    out = tmp_path / "p.txt"
-    first = start(trained, VA, out=str(out))
-    put(out, header(VA), "old/00001.jpg,-5,-5")
-    assert start(trained, VA, out=str(out)) == first
-    out.write_text("")
-    assert start(trained, VA, out=str(out)) == first
-    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
-    for content in (f"{header(EXPR)}\n".encode(), b"my notes\n", b"\xff\xfe", b"valence,arousal\n0,0\n"):
-        out.write_bytes(content)
-        with pytest.raises(ValueError, match=r"p\.txt exists and is no submission of --task va; delete"):
-            start(trained, VA, out=str(out))
-        assert out.read_bytes() == content
+def told(folder, task, lines, names=NAMES, end="\n"):
+    """What the checker says of these lines, the first of which is line 1."""
+    put(folder / "t.txt", header_of(task), *(f"{name}," for name in names))
+    return check(put(folder / "p.txt", *lines, end=end), folder / "t.txt", task).replace(f"{folder}/", "")
 
 
-def test_a_kill_in_the_middle_of_writing_leaves_the_former_submission(trained, tmp_path, monkeypatch):
-    out = tmp_path / "p.txt"
-    start(trained, VA, out=str(out))
-    before = out.read_bytes()
-
-    def broken(file, *arguments):
-        file.write(b"half")
-        raise OSError("disk")
-    monkeypatch.setattr(submission_values, "write_rows", broken)
-    with pytest.raises(OSError, match="disk"):
-        start(trained, VA, out=str(out))
-    assert out.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+@of_each_task
+def test_a_submission_that_is_right_is_called_so_in_any_order_of_the_template(tmp_path, task):
+    for names in (NAMES, NAMES[::-1], [*NAMES, NAMES[2]]):
+        for end in ("\n", "\r\n"):
+            assert told(tmp_path, task, [*right(task, names), "", " "], names, end) == (
+                f"p.txt is right: {len(names)} rows of 4 videos, in the order of t.txt")
 
 
-@pytest.mark.parametrize("out, message", [
-    ("", "got '', expected the name of a file, like predictions.txt"), ("new/", "got 'new/', expected"),
-    ("runs", "got 'runs', expected"), ("va.txt", "va.txt is the template itself; give another name"),
-    ("./va.txt", "./va.txt is the template itself")])
-def test_an_output_that_is_no_file_or_the_template_is_refused(trained, out, message):
-    before = (trained / "va.txt").read_bytes()
-    with pytest.raises(ValueError, match=f"--out: {message}"):
-        start(trained, VA, out=out)
-    assert (trained / "va.txt").read_bytes() == before and not (trained / "new").exists()
+# ---- Broken submissions
+
+REST = {"va": ["", ",0.5", ",0,0,", ",0.1,-5.0", ",0,happy", ",0_1,0", ",nan,0", ",0,-1.0001"],
+        "expr": [",-1", ",8", ",1.0", ",1_0", ",0" * 8, ","], "au": [",0" * 11 + ",.7", ",0" * 11, ",0" * 13]}
+ROWS = {f"{name} {rest}": (TASKS[name], [*lines[:5], NAMES[4] + rest, *lines[6:]], 6, 0)
+        for name, each in REST.items() for lines in [right(TASKS[name])] for rest in each}
+GOOD = right(VA)
+TOP, ROW_4 = GOOD[0], GOOD[3]
+BROKEN = {                                       # task, lines, the first wrong one, how many more are wrong
+    "no header": (VA, GOOD[1:], 1, 11), "an empty file": (VA, [], 1, 11),
+    "a byte-order mark": (VA, ["\ufeff" + TOP, *GOOD[1:]], 1, 0),
+    "a blank line on top": (VA, ["", *GOOD], 1, 12), "a row after the end": (VA, [*GOOD, ROW_4], 13, 0),
+    "too few zeros": (VA, [TOP, GOOD[1].replace("00001", "1"), *GOOD[2:]], 2, 0),
+    "a row twice": (VA, [*GOOD[:9], ROW_4, *GOOD[9:]], 10, 3), "the end missing": (VA, GOOD[:9], 10, 2),
+    "several": (VA, [*GOOD[:2], NAMES[1] + ",-5,-5", ROW_4, GOOD[4], NAMES[4] + ",x,0", *GOOD[6:11]], 3, 2)}
+
+
+@pytest.mark.parametrize("task, lines, line, more", (ROWS | BROKEN).values(), ids=ROWS | BROKEN)
+def test_a_broken_submission_is_refused_with_its_first_wrong_line(tmp_path, task, lines, line, more):
+    found = repr(lines[line - 1][:80]) if line <= len(lines) else "the file ends"
+    wanted = [repr(header_of(task)), *(f"{name!r} and {task.a_row}" for name in NAMES), "the file's end"]
+    with pytest.raises(ValueError) as refusal:
+        told(tmp_path, task, lines)
+    assert str(refusal.value) == (
+        f"{tmp_path}/p.txt, line {line}: {found}, expected {wanted[line - 1]}\n"
+        f"  more lines that are wrong or out of place: {more} of {len(lines)}")
+
+
+# ---- The command
+
+def test_the_exit_code_tells(tmp_path):
+    def called(*arguments):
+        command = [sys.executable, "-m", "tools.submission", "--task", "va", "--template", tmp_path / "t.txt"]
+        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+    put(tmp_path / "t.txt", "9/1.jpg", "9/2.jpg"), put(tmp_path / "table.csv", TABLE, "9,1,0,0")
+    code, out, err = called("--out", tmp_path / "p.txt", "--predictions", tmp_path / "table.csv")
+    assert (code, err) == (0, "") and "p.txt is right: 2 rows of 1 videos" in out
+    put(tmp_path / "p.txt", *(tmp_path / "p.txt").read_text().splitlines()[:-1])
+    code, out, err = called("--check", tmp_path / "p.txt")
+    assert (code, out) == (2, "") and f"error: {tmp_path}/p.txt, line 3: the file ends, expected" in err

@@ -1,0 +1,217 @@
+"""The processes of a run: one under `python`, several under `torchrun`, on one machine or many.
+
+A batch is split over the processes. Losses and metrics are functions of sums over all of them, so two
+processes train and score as one would. There is one way to sum, `all_sum`, and one rule: a loss is summed
+over the processes before `backward`. DDP then does the rest (see `all_sum`).
+"""
+
+import dataclasses
+import datetime
+import errno
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import uuid
+import warnings
+
+import torch
+import torch.distributed as dist
+
+# PyTorch's words when a DataLoader's worker finds no room in shared memory, or dies of that.
+OUT_OF_SHARED_MEMORY = ("unable to allocate shared memory", "Bus error")
+# What adds up over processes: on GPUs NCCL, and gloo what lies on the CPU, since NCCL cannot.
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+# Rank 0 says what was refused. torchrun ends the others within these seconds, before they repeat it.
+SECONDS_FOR_RANK_0 = 2.0
+# How long a process may wait for the others, as for the last long video. PyTorch's 10 or 30 minutes would end
+# a run that is well; a process that has died is noticed at once, by its closed connection or by torchrun.
+LONGEST = datetime.timedelta(days=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+    """The processes of this run: this one is number `rank` of `world`. Rank 0 writes files and prints."""
+    rank: int
+    world: int
+    device: torch.device
+
+    def say(self, text=""):
+        """Print once, not once per process."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def agree(self, value):
+        """Rank 0's value on every process: for decisions that depend on what lies on disk."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def gather(self, value) -> list:
+        """Every process's value, on every process, in the order of the ranks."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def wait(self):
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def autocast(self):
+        """bf16 where the GPU has it, else float32. bf16 has float32's range, so no loss scaling is needed."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device))
+
+    def parallel(self, model):
+        """The model under DDP, which averages gradients over processes; in a single process, the model."""
+        model = model.to(self.device)
+        if self.world == 1:
+            return model
+        # The gradient of a 1 x 1 convolution has other strides than its weight, though the same memory.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        # gloo adds up three or more processes in an order that depends on the place in what is sent
+        # together, and DDP rearranges that after its first step, unless it looks for unused parameters: a run
+        # that starts again would differ in the last bits.
+        fixed = self.world > 2 and self.device.type == "cpu"
+        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                                         find_unused_parameters=fixed)
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def several() -> bool:
+    """Does this run have more than one process?"""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_sum(x: torch.Tensor) -> torch.Tensor:
+    """S = Σ_r x_r over the W processes; x itself in a single process. Any shape, the same on each process.
+
+    Backward: each process has the same loss L(S), so the sum of their gradients of S is W · L'(S). With it,
+    process r finds W · L'(S) · ∂x_r/∂θ, and DDP's average over the processes is the whole gradient,
+    Σ_r L'(S) · ∂x_r/∂θ. The same holds inside a network, as in BatchNorm.
+    Every process must call it. What lies on the CPU is summed on the CPU, without waiting for a GPU.
+    """
+    return _AllSum.apply(x) if several() else x
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Does this device multiply bf16 numbers? NVIDIA's GPUs since 2020 do (compute capability 8.0). On older
+    ones PyTorch only imitates it, more slowly than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """run.device as a device: "auto" is CUDA where there is a GPU, else the CPU. A GPU per process.
+
+    Raises ValueError if it is not there, or if this machine has fewer GPUs than processes.
+    """
+    local, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "mps" and (processes > 1 or not torch.backends.mps.is_available()):
+        raise ValueError("run.device: mps is one Apple GPU, for one process; PyTorch sees none, or there "
+                         "are several processes; start with python, or try --set run.device=cpu")
+    if wanted == "cuda" and not gpus:
+        raise ValueError("run.device: got cuda, but PyTorch sees no GPU here; try --set run.device=cpu")
+    if wanted in ("cpu", "mps") or not gpus:
+        return torch.device("cpu" if wanted == "auto" else wanted)
+    if processes > gpus:
+        raise ValueError(f"{processes} processes, but this machine has {gpus} GPU(s); start with "
+                         f"torchrun --nproc_per_node={gpus}, or --set run.device=cpu")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def join(device: str = "auto") -> Team:
+    """Join the processes that torchrun started, or be the only one. gloo sums on CPUs, NCCL on GPUs."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = choose_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group(BACKENDS[chosen.type], store=_fresh_store(), rank=rank, world_size=world,
+                                timeout=LONGEST)
+    return Team(rank, world, chosen)
+
+
+def _fresh_store():
+    """The store by which processes find each other, without what processes before a restart have left there.
+
+    torchrun keeps one store over all restarts, and PyTorch puts the same keys into it each time. A
+    restarted process would read the address of a dead one. So rank 0 draws a new prefix and answers each
+    process that asks for it, under a name that the process has just drawn. The question may be one of a
+    process that has died since; rank 0 therefore repeats its answer until the new process confirms it.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    if rank == 0:
+        prefix = uuid.uuid4().hex
+        for other in range(1, world):
+            while not store.check([f"{prefix}/confirmed/{other}"]):
+                store.set("answer/" + store.get(f"question/{other}").decode(), prefix)
+                time.sleep(0.01)
+    else:
+        name = uuid.uuid4().hex
+        store.set(f"question/{rank}", name)
+        prefix = store.get(f"answer/{name}").decode()
+        store.set(f"{prefix}/confirmed/{rank}", "")
+    return dist.PrefixStore(prefix, store)
+
+
+def launch(main, config, *arguments):
+    """Run `main(config, team, *arguments)` with all processes of this run.
+
+    Exit code 2 and one line for a refusal (ValueError, OSError); 1 and one line when another process has
+    died, a GPU's memory is full, or a worker has run out of shared memory.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):               # file names may hold bytes of no encoding
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main(config, join(config.run.device), *arguments)
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(SECONDS_FOR_RANK_0)
+        way_on = ""
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            way_on = "; free some space and start the same command again, the last checkpoint is intact"
+        print(f"error: {error}{way_on}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except RuntimeError as error:
+        said = f"{error} {error.__cause__}"                  # "exited unexpectedly", from "Bus error"
+        if any(words in said for words in OUT_OF_SHARED_MEMORY):
+            sys.exit("error: a worker that reads data ran out of shared memory; start the container with a "
+                     "larger --shm-size, or read without workers: --set run.workers=0")
+        if isinstance(error, torch.OutOfMemoryError):
+            what = str(error).partition(". GPU")[0]          # CUDA out of memory. Tried to allocate 2.00 GiB
+            sys.exit(f"error: {what}; cut the batch into smaller pieces with --set run.largest_piece=N, or "
+                     "make the batch smaller where it is not cut: task.batch, emma.batch, stills.batch, "
+                     "features.batch")
+        if "by peer" not in str(error):                      # gloo: "Connection closed by peer"
+            raise
+        sys.exit("error: another process of this run has ended; see its message or exit code")
+    finally:
+        # After an error, workers may still be there. They ignore SIGTERM (`training.loader`), so they are
+        # killed; and a DataLoader's handler of SIGCHLD would raise an error of its own about that.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        if dist.is_initialized():
+            # A DDP model that outlives its process group now and then aborts the process at exit
+            # ("terminate called without an active exception"). Models and loops refer to each other, so
+            # collect them first.
+            gc.collect()
+            dist.destroy_process_group()

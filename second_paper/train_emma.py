@@ -1,0 +1,128 @@
+"""EMMA learns expressions, action units, valence and arousal of single frames together, from partial labels.
+
+    python -m second_paper.train_emma                                          # the demo, from nothing
+    torchrun --nproc_per_node=2 -m second_paper.train_emma --config my.yaml    # from configs/emma.yaml
+    python -m second_paper.train_emma --set emma.cnn=none                      # without the CNN, to compare
+    python -m second_paper.train_emma --set emma.weights=[0,0,1]               # one task alone
+
+The ViT starts from an MAE; the CNN, of train_cnn.py, stays as it is (emma.py). Writes to runs/<config>/emma:
+best.pt (vit.*, head.*, va_head.*, cnn.* under the key `model`, of the epoch with the best `score`), last.pt,
+log.csv, curves.png, scores.txt, metrics.json. log.csv, one row per epoch: `loss` the sum of three terms;
+`score` of the validation frames, P_MTL, the sum of `va` (mean CCC), `expr` (macro F1) and `au` (mean F1);
+`val_unreadable` of these frames; the rest as in train_pretrain.py. A task of weight 0 is neither trained nor
+counted. The batch is not cut into pieces: CCC is not a sum over pieces.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import pictures
+from data import Images
+from datasets.s_aff_wild2 import FILES, LabelledFrames, pos_weight, read_annotations
+from engine.checkpoints import load_vit, load_weights, read_checkpoint, write_text
+from engine.config import from_command_line
+from engine.training import adamw, clip_gradient
+from images import find_videos, normalise
+from labels import TASKS
+from metrics import score_table
+from pipeline import find_input, folder, open_run, start
+from scoring import count_images
+from second_paper.cnn import load_cnn
+from second_paper.emma import EMMA, SUMS, by_task, count, emma_losses, scores
+from vit import VisionTransformer
+
+
+def main(config, team):
+    """Train EMMA, or go on with it, until runs/<config>/emma is finished."""
+    e, seed, size, root = config.emma, config.run.seed, config.vit.image_size, config.data.s_aff_wild2
+    tasks = [task for task, weight in zip(TASKS.values(), e.weights) if weight]
+    run = open_run("emma", config, team)
+    stored, cnn_file = run.folder / "scores.txt", Path(e.cnn or folder("stills", config) / "best.pt")
+    if run.finished and e.cnn != "none" and not team.agree(cnn_file.exists()):     # best.pt holds the CNN too
+        return team.say(f"{run.folder} is finished; its CNN is gone\n\n{stored.read_text()}")
+
+    # data
+    if not root:
+        raise ValueError(f"data.s_aff_wild2 is not given; it holds {' and '.join(FILES)}")
+    files, videos = [read_annotations(f"{root}/{name}") for name in FILES], find_videos(config.data.frames)
+    both = sorted(set(files[0].videos) & set(files[1].videos))
+    if both:
+        raise ValueError(f"{files[1].path}: {len(both)} of its videos are in {files[0].path} too, such as "
+                         f"{', '.join(both[:5])}; a score on them says nothing")
+    frames, val_frames = (LabelledFrames(file, videos) for file in files)
+    cnn_file, cnn_record = find_input(config, team, "emma.cnn")
+    found = {"training": frames.fingerprint(), "validation": val_frames.fingerprint(),
+             "training videos": frames.used, "cnn": f"checksum {cnn_record.get('checksum') or 'none'}"}
+    if run.still_finished(found):
+        return team.say(f"\n{stored.read_text()}")
+    train = Images(frames, size, [frames.labels], seed, e.smallest_crop)
+    val = Images(val_frames, size, [val_frames.labels, val_frames.video])
+
+    # model and optimiser
+    path, origin = find_input(config, team, "emma.start")
+    torch.manual_seed(seed)
+    cnn, cnn_said = (None, "none") if e.cnn == "none" else load_cnn(cnn_file)
+    model = EMMA(VisionTransformer(**dataclasses.asdict(config.vit), drop_path=e.drop_path), cnn)
+    said = "random weights, as asked" if e.start == "none" else f"{path}; {load_vit(model.vit, path)}"
+    ddp = team.parallel(model)
+    optimizer = adamw(nn.ModuleDict({"vit": model.vit, "head": model.head}), e)
+    optimizer.add_param_group({"params": model.va_head.parameters(), "weight_decay": 0.0, "fixed": e.va_lr})
+    run.begin(model, optimizer, train, e, found, origin)
+    team.say(f"  training: {frames.summary()}\n  validation: {val_frames.summary()}\n"
+             f"  CNN: {cnn_said}\n  the ViT starts from {said}\n"
+             f"EMMA on {', '.join(task.name for task in tasks)}, {e.epochs} epochs; {run.effective_batch()}")
+
+    # loop
+    weights = torch.tensor(e.weights, device=team.device)
+    positives = pos_weight(frames.labels).to(team.device)                # of each AU: negatives / positives
+    for epoch in run.epochs():
+        model.train()
+        for batch in run.batches():
+            images, labels = run.on_device(batch)
+            optimizer.zero_grad(set_to_none=True)
+            with team.autocast():
+                outputs = ddp(normalise(images))                         # (B, 3, height, width) -> (B, 22)
+            loss = (weights * emma_losses(outputs.float(), labels, positives)).sum()     # of the whole batch
+            loss.backward()
+            norm = clip_gradient(model, e.clip)
+            optimizer.step()
+            run.end_step(loss, norm)
+        sums, unreadable = validate(model, val, config, team, run)
+        of_task = scores(sums.sum(axis=0), tasks)
+        run.keep_best(sum(of_task.values()))
+        text = ", ".join(f"{name} {score:.3f}" for name, score in of_task.items())
+        run.end_epoch(text, score=sum(of_task.values()), **of_task, val_unreadable=unreadable)
+    run.end()
+
+    # finish: the best epoch's weights on every validation frame
+    load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
+    sums, unreadable = validate(model, val, config, team)
+    of_task, parts = scores(sums.sum(axis=0), tasks), by_task(sums)
+    chance = {task.name: task.metric.chance(parts[task.name].sum(axis=0)).mean() for task in tasks}
+    total, at_chance = sum(of_task.values()), sum(chance.values())
+    text = "\n\n".join([*(score_table(task, parts[task.name], comparable=False) for task in tasks),
+                        f"{'P_MTL' if len(tasks) == 3 else 'score'} {total:.3f}, chance {at_chance:.3f}; "
+                        f"{len(val):,} validation frames, {unreadable:,} of them cannot be read"])
+    if team.rank == 0:
+        write_text(stored, f"{text}\n")
+        pictures.curves(run.folder, {"score": at_chance, **chance})
+    run.finish({"score": total, **of_task, "chance": chance, "val_frames": len(val),
+                "val_unreadable": unreadable, "videos": val_frames.videos, "video_sums": sums.tolist()})
+    team.say(f"\n{text}\nwritten to {run.folder}")
+
+
+def validate(model, val: Images, config, team, run=None) -> tuple[np.ndarray, int]:
+    """Over all processes: the sums of each video (videos, 124), and how many frames could not be read."""
+    def add(sums, outputs, labels, video):
+        for v in np.unique(video):
+            sums[v] += count(outputs[video == v], labels[video == v])
+    zeros = np.zeros((len(val.files.videos), SUMS))
+    return count_images(model.eval(), val, zeros, add, config, team, run)
+
+
+if __name__ == "__main__":
+    start("emma", main, from_command_line(__doc__)[0])

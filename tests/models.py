@@ -1,0 +1,22 @@
+"""Small models for the tests of the method."""
+
+import torch
+
+VIT = dict(image_size=(8, 12), patch=4, channels=3, dim=16, depth=2, heads=2)             # 6 patches
+MAE = VIT | dict(decoder_dim=12, decoder_depth=1, decoder_heads=3, mask_ratio=0.5)        # 3 of them visible
+TCN = dict(dim=6, channels=(5, 4), kernels=(3, 3), dilations=(1, 2), dropout=0.0)
+SEGMENT = TCN | dict(outputs=3, width=8, layers=2, heads=2, hidden=7, head=5)
+
+
+def small(kind, sizes, **change):
+    torch.manual_seed(0)
+    return kind(**(sizes | change))
+
+
+def shuffled(module):
+    """Random values for all parameters, in double: zero biases and unit LayerNorms would hide mistakes."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=0.4)
+    return module.double()

@@ -1,0 +1,213 @@
+"""Tables of many runs, each by one command: Table 1 of the paper, its ablation, ideas, the second paper.
+
+    python -m tools.experiments ablation --dry-run        # the demo: which commands would run, which are done
+    python -m tools.experiments folds --config my.yaml    # or ablation, ideas, systems, all; again to go on
+
+A row is the configuration with other settings, trained with the seeds run.seed, run.seed + 1, ..., those of
+everything from pre-training on (folds: one). Each stage runs as a command of its own, if it is not finished.
+Writes runs/<config>/<table>.txt, in Markdown, and .json: mean ± deviation over the seeds (divided by n - 1),
+then the difference to the first row with its 95 % interval over the same drawn videos.
+"""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from engine.checkpoints import read_json, write_text
+from engine.config import Config, from_command_line, load, print_all, value_of
+from engine.distributed import Team, choose_device
+from evaluate import emma_sums
+from labels import FOLDS, TASKS, has_labels, scene
+from metrics import difference_over_seeds
+from pipeline import STAGES, command, finished, folder, read_record, stale, tuned_on
+from second_paper import emma
+
+PARTS = {"folds": ["folds"], "folds_shared": ["folds_shared"], "ablation": ["ablation"], "ideas": ["ideas"],
+         "systems": ["EMMA", "CoTEX", "time"]}                       # {table: its parts}
+HEADS = {"va": "VA mean CCC", "expr": "Expr macro F1", "au": "AU mean F1", "faces": "F1 on real faces"}
+HELD_OUT, FRAMES = "epoch chosen on held-out videos, au", "EMMA, each frame by itself"
+STAGE = {"EMMA": "emma", "CoTEX": "cotex", FRAMES: "emma"}           # of a part, or a row; the others': task
+# By how many numbers a cell has: mean ± deviation, a score with its interval, with that of a difference.
+CELLS = {0: "-", 1: "{:.3f}", 2: "{:.3f} ± {:.3f}", 3: "{:.3f} [{:.3f}, {:.3f}]",
+         5: "{:.3f} ± {:.3f}, {:+.3f} [{:+.3f}, {:+.3f}]"}
+
+
+def rows_of(part: str, c: Config) -> dict[str, str]:
+    """{title: settings, words of --set} of a part of a table. A row is of all tasks, unless its title ends
+    with one. The first row is the whole system, whose configuration, with one seed, is `c`."""
+    mae = shlex.quote(str(c.finetune.start or folder("pretrain", c) / "last.pt"))
+    vit = shlex.quote(str(c.features.checkpoint or folder("finetune", c) / "best.pt"))
+    w, s, x, N = c.segments.window, c.segments.stride, c.cotex, (c.vit.image_size // c.vit.patch) ** 2
+    # In these epochs a plain ViT sees as many tokens, 1 + N a face, as the masked views see in theirs.
+    epochs = max(1, round(x.epochs * x.views * (1 + int(N * (1 - x.mask_ratio))) / (1 + N)))
+    return {
+        "folds": {f"{k}": f"finetune.fold={k} task.fold={k}" for k in FOLDS},
+        "folds_shared": {f"{k}": f"task.fold={k}" for k in FOLDS},
+        "ablation": {
+            "nothing": "", "Expr fine-tuning": f"features.checkpoint={mae}", "TCN": "temporal.tcn=false",
+            "Transformer encoder": "temporal.transformer=false",
+            "both: single frames": "temporal.tcn=false temporal.transformer=false",
+            "pre-training": "finetune.start=none", "causality: centred TCN": "temporal.causal=false",
+            "the future: causal TCN": "temporal.causal=true"},
+        "ideas": {
+            "nothing": "", "kernels of 3 frames, va": f"'temporal.kernels={[3] * len(c.temporal.kernels)}'",
+            "centred TCN, va": "temporal.causal=false", "no position in time, va": "temporal.tcn=false",
+            "segments a third as long, va": f"segments.window={w // 3} segments.stride={s // 3}",
+            "no overlap of segments, va": f"segments.stride={w}", "no dropout, au": "temporal.dropout=0",
+            "learning rate times 3, au": f"task.lr={3 * c.task.lr:g}", HELD_OUT: "task.held_out=0.15",
+            "cls token as feature, expr": f"finetune.token=cls features.checkpoint={vit}",
+            "mask ratio 0.5, expr": "pretrain.mask_ratio=0.5"},
+        "EMMA": {"EMMA": "", "without the CNN": "emma.cnn=none", "a task alone, va": "emma.weights=[1,0,0]",
+                 "a task alone, expr": "emma.weights=[0,1,0]", "a task alone, au": "emma.weights=[0,0,1]"},
+        "CoTEX": {
+            "masked CoTEX": "", "one masked view": "cotex.views=1",
+            "one plain ViT, as many epochs": "cotex.views=1 cotex.mask_ratio=0",
+            "one plain ViT, as many tokens": f"cotex.views=1 cotex.mask_ratio=0 cotex.epochs={epochs}",
+            **{f"λ = {weight}": f"cotex.js_weight={weight}" for weight in (0, 2, 16.7)},
+            **{f"r = {ratio}": f"cotex.mask_ratio={ratio}" for ratio in (0, 0.5, 0.75, 0.9)}},
+        "time": {"segment models": "", FRAMES: ""}}[part]
+
+
+def add(jobs: dict, stage: str, config: Config, task: str = ""):
+    """Add a result to `jobs`, {folder: (is it done?, its command)}, after what it needs. -> its folder"""
+    place = folder(stage, config, TASKS[task] if stage == "task" else None)
+    if place not in jobs:
+        done = finished(place) and not stale(place, config)          # a stale one is refused by its stage
+        for setting, before in STAGES[stage].inputs.items():
+            if before and not done and not value_of(config, setting):
+                add(jobs, before, config)
+        jobs[place] = done, command(STAGES[stage].script + f" --task {task}" * (stage == "task"), config)
+    return place
+
+
+def plan(part: str, config: Config, seeds, jobs: dict):
+    """Add what a part of a table needs to `jobs`, seed after seed. Yields title, task, configuration, folder
+    of each result. Left out: what there is no data for, and rows that change nothing here."""
+    data, (path, *given) = config.data, shlex.split(config.words)
+    labelled = [name for name in TASKS if data.synthetic or has_labels(data.labels, TASKS[name])]
+    tasks = {"EMMA": data.s_aff_wild2 and TASKS, "time": data.s_aff_wild2 and labelled,
+             "CoTEX": data.drawn_faces and ["faces"]}.get(part, labelled)
+    for seed in seeds[:1] if "folds" in part else seeds:
+        ours = given[1::2] + [f"run.seed={seed}"] * (seed != config.run.seed)
+        whole = load(path, ours)
+        for title, settings in rows_of(part, whole).items():
+            words, stage = shlex.split(settings), STAGE.get(title) or STAGE.get(part, "task")
+            changed, only = load(path, ours + words), title.rpartition(", ")[2]
+            for name in tasks if not words or changed != whole or "folds" in part else []:
+                if name == only or only not in TASKS:
+                    yield title, name, changed, add(jobs, stage, changed, name)
+
+
+def run(line: str):
+    """Run a command of torchrun. A signal is passed on. Raises ValueError unless it ends well."""
+    print(f"\n$ {line}", flush=True)
+    words, stopped = shlex.split(line)[1:], []
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words])
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(process.terminate()))
+    signal.signal(signal.SIGINT, lambda *_: stopped.append(None))    # a terminal sends it to the command too
+    code = process.wait()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if code or stopped:
+        raise ValueError(f"this command ended with code {code}; start again to go on:\n  {line}")
+
+
+def compared(part: str, planned: list) -> dict:
+    """{part: {row: {task: mean, deviation, difference to the first row and its interval}}}. Raises ValueError
+    if rows were scored on other videos. EMMA may have been trained on some: `time` leaves them out."""
+    found, sums = {}, {}                          # sums: {task: {row: [{video: its sums} of each seed]}}
+    for title, name, config, place in planned:
+        metrics = read_json(place / "metrics.json")              # CoTEX's faces count as one video
+        names, values = metrics.get("videos", ["all"]), metrics.get("video_sums", [metrics.get("confusion")])
+        if title == FRAMES:
+            trained = emma.load(place / "best.pt", config, Team(0, 1, choose_device(config.run.device)))
+            videos, values, _ = emma_sums(trained, [TASKS[name]])[name]
+            names = [video.name for video in videos]
+        elif part == "EMMA":
+            values = emma.by_task(np.array(values))[name]
+        sums.setdefault(name, {}).setdefault(title, []).append(dict(zip(names, values)))
+    for name, rows in sums.items():
+        every, first, metric = sum(rows.values(), []), next(iter(rows)), TASKS.get(name, TASKS["expr"]).metric
+        videos = [video for video in every[0] if all(video in of_seed for of_seed in every)]
+        if part != "time" and max(map(len, every)) > len(videos):
+            raise ValueError(f"{part}, {name}: the rows were scored on different videos, so they cannot be "
+                             "compared; begin another --set run.name=NEW")
+        for title in rows:
+            rows[title] = np.array([[of_seed[video] for video in videos] for of_seed in rows[title]])
+            scores = [metric.score(of_seed.sum(axis=0)).mean() for of_seed in rows[title]]
+            cell = found.setdefault(title, {})[HEADS[name]] = [np.mean(scores), np.std(scores, ddof=1)]
+            if title != first and len(videos) > 1:
+                cell += difference_over_seeds(rows[title], rows[first], metric)
+    return {part: found}
+
+
+def folds(part: str, planned: list) -> dict:
+    """{task: {fold: {column: numbers}}}, and a row with mean and deviation over the folds."""
+    found = {}
+    for fold, name, _, place in planned:
+        metrics, task, seen = read_json(place / "metrics.json"), TASKS[name], tuned_on(read_record(place))
+        new = ~np.isin([scene(video) for video in metrics["videos"]], [scene(video) for video in seen])
+        unseen, comparable = np.array(metrics["video_sums"])[new].sum(axis=0), metrics["comparable"]
+        found.setdefault(f"{name} fold", {})[fold] = {
+            "score": [metrics["score"], *(metrics["score_interval"] or [])],
+            "unseen": [task.metric.score(unseen).mean()] if new.any() else [], "chance": [metrics["chance"]],
+            "paper": [task.paper["mean"][int(fold)]] if comparable else [],
+            "baseline": [task.baseline["mean"]] if comparable and fold == "0" else []}
+    for rows in found.values():
+        columns = {name: [row[name][0] for row in rows.values() if row[name]] for name in rows["0"]}
+        rows["mean"] = {name: [np.mean(numbers), np.std(numbers, ddof=1)]
+                        for name, numbers in columns.items() if len(numbers) == len(FOLDS)}
+    return found
+
+
+def markdown(heading: str, rows: dict) -> str:
+    """{row: {column: numbers}} as a table with cells like ".694 ± .012, +.016 [+.006, +.025]"."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name, cell in row.items() if cell))
+    lines = [[heading, *columns], ["---"] * (1 + len(columns))]
+    for title, row in rows.items():
+        cells = [row.get(name, []) for name in columns]
+        lines.append([title, *[CELLS[len(cell)].format(*cell).replace("0.", ".") for cell in cells]])
+    return "\n".join(map(" | ".join, lines))
+
+
+def main(config: Config, table: str, options):
+    """Yield the commands; or run those that are left, write the tables, and yield them."""
+    tables = [name for name in PARTS if name == table or table == "all" and name != "folds_shared"]
+    jobs, seeds = {}, range(config.run.seed, config.run.seed + options.seeds)
+    planned = {part: list(plan(part, config, seeds, jobs)) for name in tables for part in PARTS[name]}
+    if not jobs or options.seeds < 2:
+        raise ValueError(f"got {table!r}, --seeds {options.seeds}; expected {', '.join(PARTS)} or all, data "
+                         "for it, and 2 seeds or more, as one has no deviation")
+    for done, line in jobs.values():
+        line = line.replace("python", f"torchrun --nproc_per_node={options.processes}", 1)
+        if options.dry_run:
+            yield f"{'done' if done else 'to do':7s}{line}"
+        elif not done:
+            run(line)
+    for name in [] if options.dry_run else tables:
+        path, found = folder("task", config).parent / f"{name}.txt", {}
+        for part in [part for part in PARTS[name] if planned[part]]:
+            found |= (folds if "folds" in part else compared)(part, planned[part])
+        text = "\n\n".join(markdown(*item) for item in found.items())
+        for _, task, changed, place in [row for row in planned.get(name, []) if row[0] == HELD_OUT]:
+            tune = command(f"evaluate --task {task} --tune --against {shlex.quote(str(place))}", changed)
+            said = subprocess.check_output([sys.executable, *shlex.split(tune)[1:]], text=True).splitlines()
+            text += f"\n\nsmoothing and thresholds tuned on these, seed {changed.run.seed}: {said[-1]}"
+        write_text(path, f"{text}\n")
+        write_text(path.with_suffix(".json"), json.dumps(found, indent=1))
+        yield f"\n{text}\n\nwritten to {path} and .json"
+
+
+if __name__ == "__main__":
+    table = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else ""
+    config, options = from_command_line(__doc__, **{
+        "seeds": {"type": int, "default": 3, "metavar": "N", "help": "how many (default: %(default)s)"},
+        "processes": {"type": int, "default": torch.cuda.device_count() or 2, "metavar": "N"},
+        "shared-encoder": {"action": "store_true", "help": "folds: one for all, less clean"},
+        "dry-run": {"action": "store_true", "help": "only say what would run"}})
+    print_all(main(config, table + "_shared" * options.shared_encoder, options))
