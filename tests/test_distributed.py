@@ -55,10 +55,9 @@ def test_each_process_takes_its_own_gpu_and_a_device_that_is_not_there_is_refuse
     ("cpu", 9, False), ("cuda", 7, False), ("cuda", 8, True)])         # 7 = V100 or T4, 8 = A100
 def test_only_a_gpu_that_has_bf16_computes_in_it(monkeypatch, kind, capability, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    card = SimpleNamespace(major=capability)
+    card, asked = SimpleNamespace(major=capability), []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    asked = []
     monkeypatch.setattr(torch, "autocast", lambda *kind, enabled: asked.append((*kind, enabled)))
     Team(0, 1, torch.device(kind)).autocast()
     assert asked == [(kind, torch.bfloat16, expected)]

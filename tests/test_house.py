@@ -24,12 +24,12 @@ CODE = {name: tree for name, tree in TREES.items() if not name.startswith("tests
 
 
 def imports(tree) -> dict:
-    """{a module of ours: whether all imports of it stand at the top of the file}"""
-    found = {}
+    """{a module of ours: whether all imports of it stand at the top of the file, in a `try` or not}"""
+    found, top = {}, tree.body + sum([node.body for node in tree.body if isinstance(node, ast.Try)], [])
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [
             node.module] if isinstance(node, ast.ImportFrom) else []
-        found |= {name: found.get(name, True) and node in tree.body for name in names if name in CODE}
+        found |= {name: found.get(name, True) and node in top for name in names if name in CODE}
     return found
 
 

@@ -245,11 +245,18 @@ def test_a_broken_submission_is_refused_with_its_first_wrong_line(tmp_path, task
         f"  more lines that are wrong or out of place: {more} of {len(lines)}")
 
 
-# ---- The command
+# ---- The command, where torch is not installed
 
-def test_the_exit_code_tells(tmp_path):
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None
+runpy.run_module("tools.submission", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_writing_from_a_table_and_checking_need_no_torch_and_the_exit_code_tells(tmp_path):
     def called(*arguments):
-        command = [sys.executable, "-m", "tools.submission", "--task", "va", "--template", tmp_path / "t.txt"]
+        command = [sys.executable, "-c", WITHOUT_TORCH, "--task", "va", "--template", tmp_path / "t.txt"]
         done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
     put(tmp_path / "t.txt", "9/1.jpg", "9/2.jpg"), put(tmp_path / "table.csv", TABLE, "9,1,0,0")
@@ -258,3 +265,5 @@ def test_the_exit_code_tells(tmp_path):
     put(tmp_path / "p.txt", *(tmp_path / "p.txt").read_text().splitlines()[:-1])
     code, out, err = called("--check", tmp_path / "p.txt")
     assert (code, out) == (2, "") and f"error: {tmp_path}/p.txt, line 3: the file ends, expected" in err
+    code, out, err = called("--out", tmp_path / "q.txt")
+    assert (code, out) == (2, "") and err.startswith("error: the values of a run need torch")

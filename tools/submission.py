@@ -16,14 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from data import extracted_videos, read_features
 from engine.config import from_command_line, print_all
-from engine.distributed import Team, choose_device
-from engine.training import Progress
 from labels import TASKS, Task, in_units, read_lines, smoothed
-from pipeline import finished, folder, lines_of, missing
-from scoring import check_features, find_features, load
 from tools.predictions import FRAME, header_of, read_predictions, some, split_name
+
+try:
+    from data import extracted_videos, read_features
+    from engine.distributed import Team, choose_device
+    from engine.training import Progress
+    from pipeline import finished, folder, lines_of, missing
+    from scoring import check_features, find_features, load
+except ModuleNotFoundError:         # --check and --predictions serve where torch is not installed
+    load = None
 
 
 # ---- Templates, and what is checked
@@ -105,6 +109,8 @@ def of_table(path, task: Task, videos):
 def of_run(config, task: Task, videos):
     """From the run's trained task on its features; no frame is read again. Raises ValueError if one of the
     two is missing, stale, or does not fit the other."""
+    if load is None:
+        raise ValueError("the values of a run need torch; install it, or give --predictions")
     team = Team(0, 1, choose_device(config.run.device))
     path = folder("task", config, task) / "best.pt"
     if not finished(path.parent):
