@@ -18,7 +18,7 @@ import tiny
 from data import SegmentData, Video
 from engine.config import load
 from images import normalise, random_crop, read_image, resize
-from labels import AU, EXPR, TASKS, VA, read_labels
+from labels import EXPR, TASKS, VA, read_labels
 from mae import MaskedAutoencoder
 from metrics import binary_f1, ccc, class_f1
 from processes import ALONE
