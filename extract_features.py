@@ -15,22 +15,20 @@ a frame with ViT-B, and the images that the workers (`run.workers`) read ahead: 
 `features.batch` each.
 """
 
-import dataclasses
 import json
 import zlib
 
 import numpy as np
 
 from data import VideoFrames, noface_path
-from engine.checkpoints import load_vit, read_json, write_array, write_text
+from engine.checkpoints import read_json, write_array, write_text
 from engine.config import from_command_line
 from engine.run import OTHER_RUN
 from engine.training import Progress
 from images import list_frames, sizes, video_folders
 from labels import TASKS, has_labels, label_files, read_labels
-from pipeline import begun, find_input, open_run, start
-from scoring import video_features
-from vit import VisionTransformer
+from pipeline import begun, open_run, start
+from scoring import extractor, video_features
 
 
 def main(config, team):
@@ -52,10 +50,7 @@ def main(config, team):
         return team.say(f"{run.folder} is finished; nothing to do")
 
     # model
-    checkpoint, origin = find_input(config, team, "features.checkpoint")
-    vit = VisionTransformer(**dataclasses.asdict(config.vit))
-    keys = load_vit(vit, checkpoint)
-    vit = vit.to(team.device).eval()
+    vit, origin, said = extractor(config, team)
     known |= {video: table[video] for video in left}
     take_away(run, known, left, origin)
 
@@ -63,7 +58,7 @@ def main(config, team):
     mine = left[team.rank::team.world]
     team.say("\n".join([*lines, f"extracting {config.vit.dim} numbers per frame from {len(left)} of "
                         f"{len(table)} videos, {sum(table[video]['frames'] for video in left):,} frames, on "
-                        f"{team.device}", f"  ViT from {checkpoint}; {keys}"]))
+                        f"{team.device}", f"  ViT from {said}"]))
     progress = Progress(sum(table[video]["frames"] for video in mine), "frames", team)
     for video in mine:
         frames, path = VideoFrames(videos[video]), run.folder / f"{video}.npy"

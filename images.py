@@ -89,9 +89,8 @@ def random_crop(image, size: tuple[int, int], rng: np.random.Generator, smallest
 
 @functools.cache
 def _mean_and_std(device):
-    """(1, 3, 1, 1) each. Kept: making them anew in each step would make the CPU wait for the GPU."""
-    mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
-    return mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)                  # (3,) -> (1, 3, 1, 1)
+    """(3, 1, 1) each. Kept: making them anew in each step would make the CPU wait for the GPU."""
+    return torch.tensor([MEAN, STD], device=device)[..., None, None]
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
@@ -100,9 +99,9 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std   # (B, H, W, 3) -> (B, 3, H, W)
 
 
-def unnormalise(images: torch.Tensor) -> np.ndarray:
+def unnormalise(images: torch.Tensor, mean=MEAN, std=STD) -> np.ndarray:
     """The way back, for pictures: float (B, 3, H, W) -> uint8 (B, H, W, 3), clipped to a pixel's range."""
-    mean, std = _mean_and_std(images.device)
+    mean, std = torch.tensor([mean, std], device=images.device)[..., None, None]     # two of (3, 1, 1)
     pixels = ((images.float() * std + mean) * 255).round().clamp(0, 255)
     return pixels.permute(0, 2, 3, 1).byte().cpu().numpy()           # (B, 3, H, W) -> (B, H, W, 3)
 

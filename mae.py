@@ -10,7 +10,7 @@ and give the same numbers. Read `vit.py` first; `train_pretrain.py` trains this.
 import torch
 from torch import nn
 
-from vit import Block, VisionTransformer, init_weights, sincos_positions
+from vit import IMAGENET, Block, VisionTransformer, init_weights, sincos_positions
 
 
 def keep_some(x, noise, kept: int):
@@ -42,8 +42,8 @@ class MaskedAutoencoder(VisionTransformer):
 
     def __init__(self, image_size=224, patch: int = 16, channels: int = 3, dim: int = 768, depth: int = 12,
                  heads: int = 12, decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16,
-                 mask_ratio: float = 0.75, norm_pix_loss: bool = False):
-        super().__init__(image_size, patch, channels, dim, depth, heads)
+                 mask_ratio: float = 0.75, norm_pix_loss: bool = False, mean=IMAGENET[0], std=IMAGENET[1]):
+        super().__init__(image_size, patch, channels, dim, depth, heads, mean=mean, std=std)
         self.grid, self.patch, self.channels = self.patch_embed.grid, patch, channels
         N, self.norm_pix_loss = self.grid[0] * self.grid[1], norm_pix_loss
         self.visible = int(N * (1 - mask_ratio))                               # patches the encoder sees
@@ -113,7 +113,7 @@ class MaskedAutoencoder(VisionTransformer):
         The paper compares "the complete image" (§3.1). As in the original MAE, all are predicted here, but
         only the hidden ones count: copying what it has seen would teach the encoder little.
         """
-        target = self.patchify(images)                                         # (B, N, P·P·C)
+        target = self.patchify(self.own(images))                               # (B, N, P·P·C)
         if self.norm_pix_loss:
             mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)   # two of (B, N, 1)
             target = (target - mean) / (variance + 1e-6).sqrt()

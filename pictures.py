@@ -77,7 +77,7 @@ def reconstruction(images, model, pred, mask, path, side: int = 112):
     this picture: visible patches are shown as they were. With `norm_pix_loss` the model predicts patches
     without their mean and deviation. Those of the original are put back, or the picture would be noise.
     """
-    original = model.patchify(images)                        # (B, 3, H, W) -> (B, N, P·P·3)
+    original = model.patchify(model.own(images))             # (B, 3, H, W) -> (B, N, P·P·3)
     if model.norm_pix_loss:
         deviation = (original.var(-1, keepdim=True) + 1e-6).sqrt()
         pred = pred * deviation + original.mean(-1, keepdim=True)
@@ -88,7 +88,8 @@ def reconstruction(images, model, pred, mask, path, side: int = 112):
     sheet = Image.new("RGB", (left + len(images) * step, len(rows) * step), "white")
     for r, (title, patches) in enumerate(rows.items()):
         write(sheet, 6, r * step + side // 2, title, 14, anchor="lm")
-        for c, pixels in enumerate(unnormalise(model.unpatchify(patches))):    # (B, N, P·P·3) -> (B, H, W, 3)
+        shown = unnormalise(model.unpatchify(patches), model.mean, model.std)  # (B, N, P·P·3) -> (B, H, W, 3)
+        for c, pixels in enumerate(shown):
             tile = Image.fromarray(pixels).resize((side, side), Image.NEAREST)
             sheet.paste(tile, (left + c * step, r * step))
     save(sheet, path)

@@ -54,8 +54,8 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "pretrain": Stage("train_pretrain", {}, ("vit", "pretrain", "run.seed", "data.affectnet_crop"),
-                      "last.pt"),
+    "pretrain": Stage("train_pretrain", {"pretrain.start": ""},
+                      ("vit", "pretrain", "run.seed", "data.affectnet_crop"), "last.pt"),
     "finetune": Stage("train_finetune", {"finetune.start": "pretrain"}, ("vit", "finetune", "run.seed")),
     "features": Stage("extract_features", {"features.checkpoint": "finetune"}, ("vit", "finetune.token"),
                       "videos.json"),

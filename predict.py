@@ -23,7 +23,6 @@ a video lie in predictions.csv.parts, whole or not there, until all are made.
 
 import codecs
 import csv
-import dataclasses
 import json
 import math
 import os
@@ -41,8 +40,7 @@ import torch
 
 import pictures
 from data import Frames, VideoFrames, some_faces
-from engine.checkpoints import (checksum, load_vit, load_weights, read_checkpoint, read_json, write_file,
-                                write_text)
+from engine.checkpoints import checksum, load_weights, read_checkpoint, read_json, write_file, write_text
 from engine.config import from_command_line
 from engine.distributed import all_sum, launch
 from engine.run import changes
@@ -51,9 +49,8 @@ from engine.training import Progress
 from images import FrameFiles, below, find_images, has_frames, listed, sizes
 from labels import EXPR, TASKS, in_units, smoothed
 from pipeline import command, find_input, finished, folder, like, lines_of, missing, settings_of
-from scoring import check_features, each_frame, expr_classifier, load, video_features
+from scoring import check_features, each_frame, expr_classifier, extractor, load, video_features
 from second_paper import emma
-from vit import VisionTransformer
 
 TOGETHER = 1000            # with --still, images that are written together
 
@@ -70,10 +67,8 @@ class Models(NamedTuple):
 
 def segment_models(config, team) -> Models:
     """Videos: the run's ViT and its trained tasks. Raises ValueError if no task is trained."""
-    path, origin = find_input(config, team, "features.checkpoint")
-    vit = VisionTransformer(**dataclasses.asdict(config.vit))
-    team.say(f"  ViT from {path}; {load_vit(vit, path)}")
-    vit = vit.to(team.device).eval()
+    vit, origin, said = extractor(config, team)
+    team.say(f"  ViT from {said}")
     heads, record = {}, {"vit": {"checksum": origin["checksum"], "token": config.finetune.token}}
     features = {"stage": "features", "settings": settings_of("features", config), "from": origin}
     for task in TASKS.values():

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import BatchSampler
 
 from data import Images, Video, noface_path, pad, read_features, segments
-from engine.checkpoints import check_names, load_weights, read_checkpoint, write_file
+from engine.checkpoints import find_weights, load_vit, load_weights, read_checkpoint, write_file
 from engine.config import Config
 from engine.distributed import Team, all_sum
 from engine.training import loader
@@ -92,11 +92,25 @@ def count_classes(network, images: Images, classes: int, config: Config, team: T
     return count_images(network, images, np.zeros((classes, classes)), add, config, team, run)
 
 
+def extractor(config: Config, team: Team) -> tuple[VisionTransformer, dict, str]:
+    """The ViT that gives the features, on the device; its record; what is to be said of it. Raises ValueError
+    if its checkpoint is missing or does not fit, also if its training used another token than finetune.token.
+    """
+    path, record = find_input(config, team, "features.checkpoint")
+    vit = VisionTransformer(**dataclasses.asdict(config.vit))
+    said, stage, token = load_vit(vit, path), record.get("stage"), config.finetune.token
+    trained = "cls" if stage in ("emma", "cotex") else record.get("settings", {}).get("finetune.token", token)
+    if trained != token:
+        raise ValueError(f"{path}: of stage {stage}, which trained its {trained} token; give --set "
+                         f"finetune.token={trained}")
+    return vit.to(team.device).eval(), record, said
+
+
 @torch.no_grad()
 def each_frame(network, frames, length: int, width: int, dtype, config: Config, team: Team, progress):
     """What a network gives for each frame of one video of `length` frames, every frame by itself.
     -> outputs of `dtype` (PyTorch's) as NumPy (T, width), noface bool (T,): True where there was no readable
-    face image. Row i belongs to frame i + 1.
+    face image. Row i belongs to frame i + 1. Raises ValueError if an output is NaN or infinite.
 
     network: images (B, 3, height, width) -> (B, width). frames: data.VideoFrames. A frame without a face has
     the outputs of the frame before it; at the start, of the first that has one. Without any face, all outputs
@@ -109,6 +123,9 @@ def each_frame(network, frames, length: int, width: int, dtype, config: Config, 
             with team.autocast():
                 of_batch = network(normalise(x.to(team.device, non_blocking=True)))         # (B, width)
             outputs[rows] = of_batch.to(dtype).cpu().numpy()
+            if not np.isfinite(outputs[rows]).all():
+                raise ValueError(f"{frames.where(0)} and what follows: the network's outputs are not finite; "
+                                 "its checkpoint is of a training that has diverged")
             noface[rows] = False
         progress.add(len(rows))
     progress.add(length - int((~noface).sum()))                      # the frames without a readable image
@@ -232,8 +249,7 @@ def load(path, config: Config | None = None, task: Task | None = None, team: Tea
         task = fitting[0]
     config, changed = like(record, config or Config(), path)
     team = team or Team(0, 1, torch.device("cpu"))
-    weights = saved.get("model", saved)
-    check_names(weights, path)
+    weights, _ = find_weights(saved, FIRST_WEIGHTS, path)
     width = next((weights[name].shape[1] for name in FIRST_WEIGHTS if name in weights), 1)
     model = SegmentModel(width, len(task.outputs), **dataclasses.asdict(config.temporal))
     load_weights(model, weights, path)

@@ -57,7 +57,7 @@ def main(config, team):
     path, origin = find_input(config, team, "finetune.start")
     torch.manual_seed(seed)
     model = expr_classifier(config)
-    said = "random weights, as asked" if f.start == "none" else f"{path}; {load_vit(model.vit, path)}"
+    said = load_vit(model.vit, path)
     ddp = team.parallel(model)
     optimizer = adamw(model, f)
     run.begin(model, optimizer, train, f, found, origin, cut=True)

@@ -21,12 +21,13 @@ import torch
 import pictures
 from data import Images
 from datasets.faces import joined, load_faces
+from engine.checkpoints import load_vit
 from engine.config import from_command_line
 from engine.distributed import all_sum
 from engine.training import adamw, clip_gradient, generator
 from images import normalise, resize
 from mae import MaskedAutoencoder
-from pipeline import open_run, start
+from pipeline import find_input, open_run, start
 
 
 def build(config) -> MaskedAutoencoder:
@@ -52,15 +53,17 @@ def main(config, team):
         team.say(f"  {face_set.name:24s}{len(face_set):9,d} images{left_out}")
 
     # model and optimiser
+    path, origin = find_input(config, team, "pretrain.start")
     torch.manual_seed(seed)
     model = build(config)
+    said = load_vit(model, path) if p.start else "random weights"
     N = model.pos_embed.shape[1] - 1                         # patches, of which the noise chooses the visible
     faces = Images(joined(sets), config.vit.image_size, seed=seed, smallest=p.smallest_crop, noise=(N,))
-    grey = sample(faces, 32).square().mean().item()          # the loss of a picture in ImageNet's mean colour
+    grey = model.own(sample(faces, 32)).square().mean().item()          # the loss of a picture in mean colour
     ddp = team.parallel(model)
     optimizer = adamw(model, p)
-    run.begin(model, optimizer, faces, p, found, cut=True)
-    team.say(f"MAE of {sum(weights.numel() for weights in model.parameters()):,} parameters on "
+    run.begin(model, optimizer, faces, p, found, origin, cut=True)
+    team.say(f"MAE of {sum(weights.numel() for weights in model.parameters()):,} parameters from {said}, on "
              f"{len(faces):,} faces, {p.epochs} epochs; {run.effective_batch()}")
 
     # loop

@@ -9,11 +9,14 @@ Shape letters, here and everywhere: B images or clips, T frames, N patch tokens,
 P patch side, C channels.
 """
 
+import functools
 import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]      # mean and deviation, RGB, of values in [0, 1]
 
 
 def attention(q, k, v):
@@ -157,6 +160,14 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
+@functools.cache
+def from_imagenet(mean, std, device):
+    """Scale and shift, two of (3, 1, 1), that turn an x of ImageNet's mean m and deviation s into
+    (s x + m - mean) / std. Kept: making them anew in each step would make the CPU wait for the GPU."""
+    m, s, mean, std = torch.tensor([*IMAGENET, mean, std], device=device)[..., None, None]
+    return s / std, (m - mean) / std
+
+
 class VisionTransformer(nn.Module):
     """The ViT, by default the paper's ViT-B/16 (§3.1). Image size 224 is the MAE's; the paper gives none.
 
@@ -165,12 +176,15 @@ class VisionTransformer(nn.Module):
     the cls token (the paper does not say which).
     drop_path: the rate at which the last block's branches are left out in training; it rises in a line from 0
     in the first block, as in the MAE's fine-tuning. Pre-training has none.
+    mean, std: with which the images of its training were normalised, ImageNet's by default. Images come with
+    ImageNet's in any case (images.py); `own` puts this ViT's in their place.
     Raises ValueError for sizes that do not divide, for a rate outside [0, 1) and for images of another shape.
     """
 
     def __init__(self, image_size=224, patch: int = 16, channels: int = 3, dim: int = 768, depth: int = 12,
-                 heads: int = 12, drop_path: float = 0.0):
+                 heads: int = 12, drop_path: float = 0.0, mean=IMAGENET[0], std=IMAGENET[1]):
         super().__init__()
+        self.mean, self.std = list(mean), list(std)
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path={drop_path}: expected 0 or more, and below 1; try drop_path=0.1")
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -186,9 +200,16 @@ class VisionTransformer(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(dim, -1))   # as the one matrix that it is
         nn.init.zeros_(self.patch_embed.proj.bias)
 
+    def own(self, images):
+        """Images of ImageNet's mean and deviation -> of this ViT's. Shape: (B, 3, H, W), unchanged."""
+        if (self.mean, self.std) == IMAGENET:
+            return images
+        scale, shift = from_imagenet(tuple(self.mean), tuple(self.std), images.device)
+        return images * scale + shift
+
     def embed(self, images):
         """Patch tokens with their positions, without cls. Shape: (B, C, height, width) -> (B, N, D)."""
-        return self.patch_embed(images) + self.pos_embed[:, 1:]
+        return self.patch_embed(self.own(images)) + self.pos_embed[:, 1:]
 
     def encode(self, x):
         """Put the cls token in front and run the blocks. Shape: (B, N, D) -> (B, 1 + N, D).

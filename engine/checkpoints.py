@@ -8,14 +8,34 @@ code.
 
 import argparse
 import json
+import math
 import os
+import re
 import zipfile
 import zlib
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn import functional as F
+
+# What a checkpoint may hold besides tensors and plain values: the arguments of a training, and paths in them.
+SAFE = [argparse.Namespace, *[(PurePath, f"pathlib{module}.{system}Path") for module in ("", "._local")
+                              for system in ("Posix", "Windows")]]
+# What other files begin with.
+SIGNS = {b"<": "a web page", b"version https://git-lfs": "a pointer of Git LFS (git lfs pull gets the file)",
+         b"\x1f\x8b": "a gzip archive", b"\xfd7zXZ": "an xz archive", b"7z": "a 7z archive",
+         b"Rar!": "a rar archive", b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file"}
+# Under which keys others keep weights; and what no encoder needs: decoders, heads, projectors.
+WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "model_ema", "teacher")
+NOT_NEEDED = re.compile("decoder|mask_token|head|fc|proj|predict|classifier")
+# Public ViTs that expect images of other mean and deviation than ImageNet's (docs/weights.md), by a part of
+# the file's name or of a weight's.
+FAMILIES = {"mae_face": ("MAE-Face", [.49895, .41044, .36561], [.29708, .26990, .26526]),
+            "rep_decoder": ("FSFM", [.54822, .42341, .36547], [.27892, .24385, .23493]),
+            "augreg": ("timm's augreg", [.5, .5, .5], [.5, .5, .5])}
 
 
 # ---- Writing
@@ -80,47 +100,87 @@ def checksum(path) -> int:
 def read_checkpoint(path) -> dict:
     """A checkpoint as written by `torch.save`, tensors on the CPU.
 
-    Raises ValueError naming the file if it is missing, truncated, damaged (each entry's checksum is
-    compared), or holds anything but tensors and plain values: a pickle can run any program when it is
-    loaded, so `weights_only=True` refuses it.
+    Raises ValueError naming the file and saying what it is if it is missing, truncated, damaged (each entry's
+    checksum is compared) or of another kind, or if it holds objects that are not SAFE: a pickle can run any
+    program when it is loaded, so `weights_only=True` refuses it.
     """
-    damaged = None
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 # A flag that no checksum covers and that PyTorch would obey: "a folder".
                 flagged = [entry.filename for entry in archive.infolist() if entry.external_attr & 16]
                 damaged = flagged[0] if flagged else archive.testzip()
-        if not damaged:
-            # The reference MAE saves its arguments as a Namespace.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if damaged:
+                raise ValueError(f"damaged (wrong checksum in {damaged}); use another copy")
+        with torch.serialization.safe_globals(SAFE):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"expected a dictionary of tensors, found {type(checkpoint).__name__}")
+        return checkpoint
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as error:        # a foreign file is unpickled as far as it goes; that can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a whole, plain checkpoint ({reason})") from None
-    if damaged:
-        raise ValueError(f"{path}: damaged (wrong checksum in {damaged}); use another copy")
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path}: expected a dictionary of tensors, found {type(checkpoint).__name__}")
-    return checkpoint
+        raise ValueError(f"{path}: {what_is_wrong(path, error)}") from None
+
+
+def what_is_wrong(path, error: Exception) -> str:
+    """What a file is that is no checkpoint, and what to do."""
+    with open(path, "rb") as file:
+        start = file.read(262)
+    entries = []
+    with suppress(OSError, ValueError, zipfile.BadZipFile):
+        entries = zipfile.ZipFile(path).namelist()
+    script = any(name.endswith("/constants.pkl") for name in entries)
+    found = next((kind for sign, kind in SIGNS.items() if start.startswith(sign)), "")
+    if script or start[8:10] == b'{"':
+        found = "a TorchScript file" if script else "a safetensors file"
+        load = "torch.jit.load('{}').state_dict()" if script else "safetensors.torch.load_file('{}')"
+        return f"{found}; save its weights once: torch.save({load.format(path)}, 'weights.pt')"
+    if entries and not any(name.endswith("data.pkl") for name in entries):
+        found = f"a zip archive of {', '.join(entries[:3])}"
+    elif start[257:] == b"ustar":
+        found = "a tar archive"
+    refused = re.search(r"GLOBAL (\S+) ", str(error))
+    if refused and not found:
+        return (f"holds a {refused[1]}, and to load that may run a program; if you trust it, save its "
+                f"weights once: python -c \"import torch; x = torch.load('{path}', weights_only=False); "
+                "x = x.get('model', x) if type(x) is dict else x; "
+                "torch.save(getattr(x, 'state_dict', lambda: x)(), 'weights.pt')\"")
+    if type(error) is ValueError and not found:
+        return str(error)
+    return f"not a whole, plain checkpoint, but {found or f'a file that begins with {start[:24]}'}"
 
 
 # ---- Weights
 
-def check_names(weights, source):
-    """Raises ValueError unless `weights` are a dictionary of names and tensors."""
-    named_tensors = isinstance(weights, dict) and all(
-        isinstance(name, str) and torch.is_tensor(value) for name, value in weights.items())
-    if not named_tensors:
-        raise ValueError(f"{source}: holds no weights; expected a dictionary of names and tensors")
+def find_weights(checkpoint: dict, known, source) -> tuple[dict, dict]:
+    """The tensors of a checkpoint: what has the prefix that all names of the model have there, by its own
+    names; and what has not. `known`: the first name of the model, or several that are tried in turn.
+    Raises ValueError if there is no tensor."""
+    for inner in [checkpoint.get(wrapper) for wrapper in WRAPPERS]:
+        if isinstance(inner, dict) and any(map(torch.is_tensor, inner.values())):
+            checkpoint = inner
+            break
+    weights = {name: value for name, value in checkpoint.items() if torch.is_tensor(value)}
+    if not weights:
+        raise ValueError(f"{source}: holds no weights, only {', '.join(map(str, [*checkpoint][:9]))}")
+    for first in known:
+        prefixes = {name.removesuffix(first) for name in weights if f".{name}".endswith(f".{first}")}
+        if len(prefixes) == 1:
+            prefix = prefixes.pop()
+            inside = {name.removeprefix(prefix): value for name, value in weights.items()
+                      if name.startswith(prefix)}
+            return inside, {name: value for name, value in weights.items() if not name.startswith(prefix)}
+    return weights, {}
 
 
 def load_weights(model, weights, source):
-    """Load by name, all of them. Raises ValueError with the first missing and unexpected names and shapes
-    that differ; the model must not be used then."""
-    check_names(weights, source)
+    """Load by name, all of them. Raises ValueError for NaN and infinity, and with the first missing and
+    unexpected names and shapes that differ; the model must not be used then."""
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"{source}: NaN or infinity in {', '.join(broken[:3])}; use another copy, or one "
+                         "from before its training diverged")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -130,23 +190,55 @@ def load_weights(model, weights, source):
 
 
 def load_vit(vit, path) -> str:
-    """Fill a ViT from our pre-training or fine-tuning, or the reference MAE's. -> which names were not used.
+    """Fill a ViT, or a whole MAE, from our checkpoints or public ones (docs/weights.md); "none" leaves it
+    random. -> what it starts from, and what was left out, made to fit or assumed.
 
-    Raises ValueError if the file is not a whole checkpoint, or its ViT has other names or shapes (which are
-    listed).
+    Raises ValueError if the file is not a whole checkpoint, if its ViT has other names or shapes (which are
+    listed), or if its record tells of other heads, or other means of its images, than `vit` has.
     """
-    weights = read_checkpoint(path)
-    weights = weights.get("model", weights)
-    check_names(weights, path)
-    ours = {name.removeprefix("vit."): value for name, value in weights.items() if name.startswith("vit.")}
-    weights = ours or weights                          # fine-tuning puts the ViT's names under "vit."
-    # MAE files bring a decoder; the reference's fine-tuned ViTs bring a head, and fc_norm in place of norm.
-    left_out = {name for name in weights if name.startswith(("decoder", "mask_token", "head", "fc_norm"))}
-    missing = {}
-    if "fc_norm.weight" in weights:
-        missing = {name: value for name, value in vit.state_dict().items()
-                   if name.startswith("norm.") and name not in weights}
-    kept = {name: value for name, value in weights.items() if name not in left_out}
-    load_weights(vit, kept | missing, path)
-    return (f"missing keys: {', '.join(missing) or 'none'}; unexpected keys, left out: "
-            + (", ".join(sorted({name.split(".")[0] for name in left_out})) or "none"))
+    if str(path) == "none":
+        return "random weights, as asked"
+    checkpoint, ours = read_checkpoint(path), vit.state_dict()
+    record = checkpoint.get("made_of", {})
+    weights, outside = find_weights(checkpoint, ["cls_token"], path)
+    not_needed = [name for name in weights if name not in ours and NOT_NEEDED.search(name.split(".")[0])]
+    # The reference MAE's fine-tuned ViTs have fc_norm in place of norm.
+    missing = [name for name in ours if name.startswith("norm.") and "fc_norm.weight" in weights
+               and name not in weights]
+    left_out = sorted({name.split(".")[0] for name in [*not_needed, *outside]})
+    said = (f"{path}; missing keys: {', '.join(missing) or 'none'}; unexpected keys, left out: "
+            + (", ".join(left_out) or "none"))
+    kept = {name: value for name, value in weights.items() if name not in not_needed}
+    kept |= {name: ours[name] for name in missing}
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name in ours and name in kept and kept[name].shape != ours[name].shape:
+            said += f"; {name} of {kept[name].shape[1] - 1} patches made to fit {ours[name].shape[1] - 1}"
+            kept[name] = resized(kept[name], vit.patch_embed.grid)
+    load_weights(vit, kept, f"{path} (of stage {record['stage']})" if record else path)
+
+    # What no shape tells.
+    told, heads = record.get("settings", {}), vit.blocks[0].attn.heads
+    head = vit.norm.normalized_shape[0] // heads
+    for name, value in (("vit.heads", heads), ("vit.mean", vit.mean), ("vit.std", vit.std)):
+        if told.get(name, value) != value:
+            raise ValueError(f"{path}: its ViT was trained with {name}={told[name]}, and here it is {value}; "
+                             f"give --set {name}={str(told[name]).replace(' ', '')}, or another checkpoint")
+    if not record and head != 64:
+        said += f"; assumed: {heads} heads of {head} numbers, as the file does not tell"
+    for sign, (family, mean, std) in FAMILIES.items():
+        if sign in f"{path} {' '.join(weights)}" and not record and [mean, std] != [vit.mean, vit.std]:
+            numbers = f"--set vit.mean={mean} --set vit.std={std}".replace(" 0", "0")
+            said += f"; warning: {family} expects images of another mean and deviation, {numbers}"
+    return said
+
+
+def resized(positions, grid):
+    """Position embeddings of a square grid for another one, as in the reference MAE's fine-tuning; the cls
+    token's stays. (1, 1 + M, D) -> (1, 1 + N, D). If M is no square they stay, and are refused."""
+    M, D = positions.shape[1] - 1, positions.shape[2]
+    side = math.isqrt(M)
+    if side * side != M:
+        return positions
+    patches = positions[:, 1:].reshape(1, side, side, D).permute(0, 3, 1, 2)           # -> (1, D, side, side)
+    patches = F.interpolate(patches, grid, mode="bicubic", align_corners=False)        # -> (1, D, h, w)
+    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)    # -> (1, 1 + N, D)

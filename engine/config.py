@@ -23,15 +23,16 @@ import yaml
 
 from engine.settings import SECTIONS, SETTINGS, Config
 
-MAY_BE_ZERO = ("seed", "workers", "fold", "weight_decay", "warmup_epochs", "dropout", "drop_path", "clip",
-               "held_out", "synthetic.faces", "task.epochs", "emma.weights", "cotex.mask_ratio", "js_weight")
+MAY_BE_ZERO = ("seed", "workers", "fold", "mean", "weight_decay", "warmup_epochs", "dropout", "drop_path",
+               "clip", "held_out", "synthetic.faces", "task.epochs", "emma.weights", "cotex.mask_ratio",
+               "js_weight")
 HIGHEST = {"smallest_crop": 1, "layer_decay": 1, "fold": 4}
 BELOW_ONE = ("mask_ratio", "dropout", "drop_path", "held_out", "betas")
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number",
          str: "text; put numbers in quotes"}
 # Where `~` becomes the home folder: in these settings and in all that begin with "data.".
-PATHS = ("finetune.start", "features.checkpoint", "task.features", "stills.start", "emma.start", "emma.cnn",
-         "cotex.start", "synthetic.root", "run.out")
+PATHS = ("pretrain.start", "finetune.start", "features.checkpoint", "task.features", "stills.start",
+         "emma.start", "emma.cnn", "cotex.start", "synthetic.root", "run.out")
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)     # ValueError: not UTF-8, or a date like 2024-13-45
 
 
@@ -95,8 +96,9 @@ def problems_of(config):
                 yield f"{name}: got {number}, expected a number below 1"
             if number > HIGHEST.get(key, math.inf):
                 yield f"{name}: got {number}, expected at most {HIGHEST[key]}"
-        if key == "betas" and len(value) != 2:
-            yield f"{name}: got {value}, expected two numbers"
+        wanted = {"betas": 2, "mean": 3, "std": 3, "weights": 3}.get(key)
+        if wanted and len(value) != wanted:
+            yield f"{name}: got {value}, expected {wanted} numbers"
     s, v, p, t = config.segments, config.vit, config.pretrain, config.temporal
     if s.stride > s.window:
         yield (f"segments.stride: got {s.stride} > segments.window={s.window}, "
@@ -111,9 +113,8 @@ def problems_of(config):
         yield "temporal.channels, kernels and dilations: expected lists of one length, one entry per level"
     if not t.causal and any(kernel % 2 == 0 for kernel in t.kernels):
         yield f"temporal.kernels: got {t.kernels}, expected odd sizes with causal=false"
-    if len(config.emma.weights) != 3 or not any(config.emma.weights):
-        yield (f"emma.weights: got {config.emma.weights}, expected three numbers, of VA, Expr and AU, "
-               "not all 0")
+    if not any(config.emma.weights):
+        yield f"emma.weights: got {config.emma.weights}, of VA, Expr and AU; expected one that is not 0"
 
 
 def read(path) -> dict:

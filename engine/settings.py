@@ -51,6 +51,8 @@ class Vit:
     dim: int = 768                    # width of a token: ViT-Base (§3.1)
     depth: int = 12                   # blocks: ViT-Base (§3.1)
     heads: int = 12                   # attention heads: ViT-Base (§3.1)
+    mean: list[float] = list_of(0.485, 0.456, 0.406)     # of the images that it learned from, RGB in [0, 1].
+    std: list[float] = list_of(0.229, 0.224, 0.225)      # silent: ImageNet's. Public weights: docs/weights.md
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Training:
 @dataclass
 class Pretrain(Training):
     """MAE pre-training (§3.1, §4.1.1). "MAE's" is the value of the original MAE's authors."""
+    start: str = ""                   # "" = random; or a whole MAE, ours or a public one, to go on with
     decoder_dim: int = 512            # width of a token in the decoder. silent: MAE's
     decoder_depth: int = 8            # blocks of the decoder. silent: MAE's
     decoder_heads: int = 16           # attention heads of the decoder. silent: MAE's

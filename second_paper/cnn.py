@@ -17,7 +17,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from engine.checkpoints import check_names, load_weights, read_checkpoint
+from engine.checkpoints import find_weights, load_weights, read_checkpoint
 from engine.config import print_all
 from engine.distributed import all_sum, several
 from labels import EXPRESSIONS
@@ -274,13 +274,11 @@ def build(config) -> nn.Module:
 def load_trunk(model: ResNet18, path) -> str:
     """Fill all but the last layer from a ResNet-18 with torchvision's names, whatever its classes. -> what is
     left out. Raises ValueError if the file is not that, with each name or shape that differs."""
-    weights = read_checkpoint(path)
-    weights = weights.get("model", weights.get("state_dict", weights))
-    check_names(weights, path)
+    weights, outside = find_weights(read_checkpoint(path), ["conv1.weight"], path)
     kept = {name: value for name, value in weights.items() if not name.startswith("fc.")}
     last = {name: value for name, value in model.state_dict().items() if name.startswith("fc.")}
     load_weights(model, kept | last, path)
-    return f"left out: {', '.join(name for name in weights if name not in kept) or 'nothing'}"
+    return f"left out: {', '.join([name for name in weights if name not in kept] + [*outside]) or 'nothing'}"
 
 
 def translated(weights: dict) -> dict:
@@ -310,12 +308,10 @@ def load_cnn(path) -> tuple[nn.Module, str]:
     Raises ValueError if it is neither, scores other classes, or is a ResNet-18 of unknown order of classes.
     """
     checkpoint = read_checkpoint(path)
-    weights = checkpoint.get("model_state_dict", checkpoint.get("model", checkpoint))
-    check_names(weights, path)
+    weights, _ = find_weights(checkpoint, ["trunk.conv1.weight", "features.0.weight", "conv1.weight"], path)
     public = any(name.startswith("cat_head") for name in weights)
     if public:
         weights = translated(weights)
-    weights = {name.removeprefix("dan."): value for name, value in weights.items() if name != "centres"}
     model = cnn_of(weights, path)
     if not public and checkpoint.get("made_of", {}).get("stage") != "stills":
         raise ValueError(f"{path}: not of train_cnn.py, so nobody knows the order of its classes; train one "

@@ -15,7 +15,7 @@ from torch import nn
 
 from data import VideoFrames
 from datasets.s_aff_wild2 import split_labels
-from engine.checkpoints import check_names, load_weights, read_checkpoint
+from engine.checkpoints import find_weights, load_weights, read_checkpoint
 from engine.config import Config
 from engine.distributed import Team, choose_device
 from labels import AU, EXPR, TASKS, VA, Task
@@ -150,11 +150,11 @@ def load(path, config: Config | None = None, team: Team | None = None) -> Traine
     """The EMMA of a checkpoint, rebuilt from it alone: the ViT by its settings, the CNN by its weights.
     Raises ValueError if it is not EMMA's, or was made with other settings than those given with --set."""
     saved = read_checkpoint(path)
-    record, weights = saved.get("made_of") or {}, saved.get("model", saved)
+    record = saved.get("made_of") or {}
     if record.get("stage") != "emma":
         raise ValueError(f"{path}: of stage {record.get('stage', 'unknown')}; expected EMMA, as train_emma.py"
                          " writes it, like runs/<config>/emma/best.pt")
-    check_names(weights, path)
+    weights, _ = find_weights(saved, ["vit.cls_token"], path)
     config, changed = like(record, config or Config(), path)
     team = team or Team(0, 1, choose_device("cpu"))
     of_cnn = {name.removeprefix("cnn."): entry for name, entry in weights.items() if name.startswith("cnn.")}

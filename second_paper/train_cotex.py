@@ -51,13 +51,13 @@ def main(config, team):
     torch.manual_seed(seed)
     vit = dataclasses.asdict(config.vit)
     model = CoTEX(len(CLASSES), c.views, c.mask_ratio, drop_path=c.drop_path, **vit)
-    said = [load_vit(view.vit, path) for view in model.views if c.start != "none"] or ["random weights"]
+    said = [load_vit(view.vit, path) for view in model.views][0]
     train = Images(drawn, size, [drawn.labels - 1], seed, c.smallest_crop, noise=(c.views, model.patches))
     val = Images(real, size, [real.labels - 1])                          # Anger, 1 of ABAW's eight, is 0 here
     ddp = team.parallel(model)
     optimizer = adamw(model, c)
     run.begin(model, optimizer, train, c, found, origin, cut=True)
-    team.say(f"  {len(drawn):,} drawn faces, {len(real):,} real ones\n  each view from {path}; {said[0]}\n"
+    team.say(f"  {len(drawn):,} drawn faces, {len(real):,} real ones\n  each view from {said}\n"
              f"{c.views} views of {model.kept} of {model.patches} patches, {c.epochs} epochs; "
              f"{run.effective_batch()}")
 

@@ -67,7 +67,7 @@ def main(config, team):
     torch.manual_seed(seed)
     cnn, cnn_said = (None, "none") if e.cnn == "none" else load_cnn(cnn_file)
     model = EMMA(VisionTransformer(**dataclasses.asdict(config.vit), drop_path=e.drop_path), cnn)
-    said = "random weights, as asked" if e.start == "none" else f"{path}; {load_vit(model.vit, path)}"
+    said = load_vit(model.vit, path)
     ddp = team.parallel(model)
     optimizer = adamw(nn.ModuleDict({"vit": model.vit, "head": model.head}), e)
     optimizer.add_param_group({"params": model.va_head.parameters(), "weight_decay": 0.0, "fixed": e.va_lr})

@@ -3,17 +3,23 @@
 import argparse
 import contextlib
 import errno
+import io
+import math
 import os
 import pickle
+import re
+import tarfile
+import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from engine.checkpoints import (checksum, load_vit, load_weights, read_checkpoint, read_json, write_array,
-                                write_file, write_text)
+from engine.checkpoints import (checksum, find_weights, load_vit, load_weights, read_checkpoint, read_json,
+                                write_array, write_file, write_text)
 from mae import MaskedAutoencoder
 from models import MAE, VIT, small
 from tiny import same
@@ -115,16 +121,40 @@ def test_a_checkpoint_cut_short_is_refused_and_with_any_byte_damaged_too_or_it_r
                 assert at not in weights or "damaged (wrong checksum in archive/data/0)" in str(refusal)
 
 
+def archive(names, compression=zipfile.ZIP_DEFLATED) -> bytes:
+    with zipfile.ZipFile(file := io.BytesIO(), "w", compression) as zipped:
+        for name in names:
+            zipped.mkdir(name) if name.endswith("/") else zipped.writestr(name, "content" * 9)
+    return file.getvalue()
+
+
+def tar() -> bytes:
+    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w") as archived:
+        archived.add(__file__)
+    return file.getvalue()
+
+
+# Files that are no checkpoints, and what is said of them.
+KINDS = {b"": "a file that begins with b''", b"hello, I am text\n": "a file that begins with b'hello",
+         b"\x00" * 999: "a file that", b"PK\x03\x04": "a file that", b"\x89PNG\r\n\x1a\n": "a file that beg",
+         b"<!DOCTYPE html><p>Sign in": "a web page", b"\x1f\x8b\x08weights": "a gzip archive",
+         b"version https://git-lfs.github.com/spec/v1\noid": "a pointer of Git LFS .git lfs pull",
+         tar(): "a tar archive", archive(["a/", "a/weights.pt"]): "a zip archive of a/, a/weights.pt",
+         archive(["x/data.pkl", "x/code/", "x/constants.pkl"]): "a TorchScript file; .*torch.jit.load",
+         b"\x80\0\0\0\0\0\0\0" + b'{"cls_token":': "a safetensors file; .*safetensors.torch.load_file"}
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_of_another_kind_is_no_checkpoint(tmp_path):
+def test_a_file_of_another_kind_is_no_checkpoint_and_it_is_said_what_it_is(tmp_path):
     path, rng = tmp_path / "last.pt", np.random.default_rng(0)
     with pytest.raises(ValueError, match="last.pt: no such checkpoint"):
         read_checkpoint(path)
-    for content in [b"", b"hello, I am text\n", b"\x00" * 999, b"PK\x03\x04", b"\x89PNG\r\n\x1a\n",
-                    *(b"\x80\x02" + rng.bytes(rng.integers(1, 60)) for _ in range(150))]:
+    for content in [*KINDS, *(b"\x80\x02" + rng.bytes(rng.integers(1, 60)) for _ in range(150))]:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="last.pt: (not a whole, plain checkpoint|expected a diction)"):
+        with pytest.raises(ValueError) as refusal:
             read_checkpoint(path)
+        kind = f"(not a whole, plain checkpoint, but )?{KINDS.get(content, '')}"
+        assert re.match(f"{path}: {kind}", str(refusal.value))
     with pytest.raises(ValueError, match="last.pt: expected a dictionary of tensors, found Tensor"):
         read_checkpoint(save(path, torch.ones(2)))
 
@@ -136,15 +166,25 @@ class Evil:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_pickle_posing_as_a_checkpoint_runs_nothing(tmp_path, monkeypatch):
+def test_a_pickle_runs_nothing_and_its_weights_can_be_saved_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path, state = tmp_path / "best.pt", {"model": {"w": torch.ones(1)}, "optimizer": Evil()}
-    for write in (lambda: save(path, state), lambda: save(path, state, new_format=False),
-                  lambda: path.write_bytes(pickle.dumps(Evil()))):
-        write()
-        with pytest.raises(ValueError, match="best.pt: not a whole, plain checkpoint"):
-            read_checkpoint(path)
-        assert not (tmp_path / "ran").exists()
+    path, weights = tmp_path / "best.pt", {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
+    layer = nn.Linear(1, 1)
+    layer.load_state_dict(weights)
+    for state, refused in (({"model": weights, "optimizer": Evil()}, "io.open"), (layer, "torch.nn.*Linear"),
+                           ({"model": weights, "best": np.float64(1)}, "numpy.*scalar"),
+                           ({"model": layer}, "torch.nn.*Linear")):
+        for new_format in (True, False):
+            save(path, state, new_format)
+            with pytest.raises(ValueError, match=f"best.pt: holds a {refused}, and .* run a pr") as said:
+                read_checkpoint(path)
+            assert not (tmp_path / "ran").exists() and "\x1b" not in str(said.value)
+        exec(re.search('python -c "(.*)"$', str(said.value))[1], {})         # by a user who trusts the file
+        assert same(find_weights(read_checkpoint("weights.pt"), [], "")[0], weights)
+        (tmp_path / "ran").unlink(missing_ok=True)
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="best.pt: not a whole, plain checkpoint"):
+        read_checkpoint(path)
 
 
 def test_every_missing_unexpected_and_differing_name_is_listed():
@@ -156,30 +196,78 @@ def test_every_missing_unexpected_and_differing_name_is_listed():
         assert words in str(refusal.value)
 
 
-def test_what_is_no_dictionary_of_tensors_is_refused():
-    for weights in ({"weight": 3, "bias": torch.zeros(1)}, {1: torch.zeros(1)}, [torch.zeros(1)]):
-        with pytest.raises(ValueError, match="best.pt: holds no weights; expected a dictionary of names and"):
+def test_weights_that_are_none_or_not_finite_are_refused():
+    for weights in ({"weight": 3}, {"model": [torch.zeros(1)]}, {"model": {}}):
+        with pytest.raises(ValueError, match="best.pt: holds no weights, only (weight|model)"):
+            find_weights(weights, [], "best.pt")
+    for value in (math.nan, math.inf):
+        weights = {"weight": torch.tensor([[1.0, value]]), "bias": torch.ones(1)}
+        with pytest.raises(ValueError, match="best.pt: NaN or infinity in weight"):
             load_weights(nn.Linear(2, 1), weights, "best.pt")
 
 
-def test_a_vit_is_filled_from_our_pre_training_our_fine_tuning_and_files_of_the_reference_mae(tmp_path):
-    weights = small(VisionTransformer, VIT).state_dict()
-    weights = {name: torch.randn_like(value) for name, value in weights.items()}
-    mae = small(MaskedAutoencoder, MAE).state_dict()
-    head = {"head.weight": torch.ones(8, 16), "head.bias": torch.ones(8)}
-    fc_norm = {"fc_norm.weight": torch.ones(16), "fc_norm.bias": torch.ones(16)}
-    no_norm = {name: value for name, value in weights.items() if not name.startswith("norm.")}
-    decoder = "decoder_blocks, decoder_embed, decoder_norm, decoder_pos_embed, decoder_pred, mask_token"
-    tuned = {f"vit.{name}": value for name, value in weights.items()} | {"head.0.weight": torch.ones(8, 16)}
-    for state, missing, left_out in [
-            (weights, "none", "none"), ({"model": mae | weights}, "none", decoder),
-            ({"model": tuned, "epoch": 3}, "none", "none"), ({"model": weights | head}, "none", "head"),
-            (no_norm | fc_norm | head, "norm.weight, norm.bias", "fc_norm, head")]:
-        vit = small(VisionTransformer, VIT)
-        said = load_vit(vit, save(tmp_path / "a.pt", state))
-        assert said == f"missing keys: {missing}; unexpected keys, left out: {left_out}"
-        unit = {"norm.weight": torch.ones(16), "norm.bias": torch.zeros(16)}
-        assert same(dict(vit.state_dict()), weights if missing == "none" else weights | unit)
-    for wrong, words in ((no_norm, "a checkpoint of another.*Missing.*norm.we"), ([1], "holds no weights")):
-        with pytest.raises(ValueError, match=f"(?s)a.pt: {words}"):
-            load_vit(vit, save(tmp_path / "a.pt", {"model": wrong}))
+DECODER = "decoder_blocks, decoder_embed, decoder_norm, decoder_pos_embed, decoder_pred, mask_token"
+HEAD = {"head.weight": torch.ones(8, 16), "head.bias": torch.ones(8)}
+NORM_GONE = HEAD | {"fc_norm.weight": torch.ones(16), "norm.weight": None, "norm.bias": None}
+MORE = {name: torch.ones(2) for name in ("rep_decoder_blocks.0.w", "projector.0.w", "predictor.w")}
+# Public ViTs and our own: how each is wrapped, its prefix, what lies beside its names, what is left out.
+VITS = {"flat": (lambda w: w, "", {}, "none"), "ours": (lambda w: {"model": w}, "", "mae", DECODER),
+        "fine-tuned": (lambda w: {"model": w, "epoch": 3}, "vit.", {"head.0.weight": torch.ones(8)}, "head"),
+        "reference": (lambda w: {"model": w}, "", HEAD, "head"),
+        "its mean pooling": (lambda w: w, "", NORM_GONE, "fc_norm, head"),
+        "FMAE": (lambda w: {"model": w, "args": argparse.Namespace(out=Path("/a"))}, "", "mae", DECODER),
+        "FSFM": (lambda w: {"model": w}, "", MORE, "predictor, projector, rep_decoder_blocks"),
+        "UniGaze": (lambda w: {"model_state": w}, "vit.", {"gaze_fc.weight": torch.ones(2)}, "gaze_fc"),
+        "EMMA": (lambda w: {"model": w}, "vit.", {"cnn.conv1.weight": torch.ones(1)}, "cnn"),
+        "timm": (lambda w: {"state_dict": w | {"step": 3}}, "module.", {}, "none"),
+        "DINO": (lambda w: {"student": {}, "teacher": w}, "backbone.", {"head.w": torch.ones(1)}, "head"),
+        "averaged": (lambda w: {"model_ema": w, "lr": 1.0}, "encoder.", {}, "none")}
+
+
+@pytest.mark.parametrize("wrap, prefix, beside, left_out", VITS.values(), ids=VITS)
+def test_a_vit_is_filled_from_ours_and_from_public_files_whatever_lies_around_its_weights(
+        tmp_path, wrap, prefix, beside, left_out):
+    vit, missing, warning = small(VisionTransformer, VIT), "none", ""
+    weights = {name: torch.randn_like(value) for name, value in vit.state_dict().items()}
+    saved = {f"{prefix}{name}": value for name, value in weights.items()}
+    saved = small(MaskedAutoencoder, MAE).state_dict() | saved if beside == "mae" else saved | beside
+    if beside is NORM_GONE:
+        missing = "norm.weight, norm.bias"
+        weights |= {"norm.weight": torch.ones(16), "norm.bias": torch.zeros(16)}
+    if beside is MORE:
+        warning = ("; warning: FSFM expects images of another mean and deviation, --set vit.mean="
+                   "[0.54822,0.42341,0.36547] --set vit.std=[0.27892,0.24385,0.23493]")
+    saved = {name: value for name, value in saved.items() if value is not None}
+    said = load_vit(vit, save(tmp_path / "a.pt", wrap(saved)))
+    assert said == (f"{tmp_path}/a.pt; missing keys: {missing}; unexpected keys, left out: {left_out}; "
+                    f"assumed: 2 heads of 8 numbers, as the file does not tell{warning}")
+    assert same(dict(vit.state_dict()), weights)
+
+
+def test_a_vit_of_other_names_or_settings_is_refused_and_positions_of_another_size_are_made_to_fit(tmp_path):
+    def refused(state, message, kind=VisionTransformer, sizes=VIT):
+        with pytest.raises(ValueError, match=f"(?s)a.pt.*{message}"):
+            load_vit(small(kind, sizes), save(tmp_path / "a.pt", state))
+
+    weights, mae = small(VisionTransformer, VIT).state_dict(), small(MaskedAutoencoder, MAE).state_dict()
+    other = {f"visual.{name}": value for name, value in weights.items() if "norm" not in name}
+    refused(other | {"visual.ln_pre.weight": torch.ones(1)}, "Missing.*blocks.0.norm1.*Unexpected.*ln_pre")
+    refused(weights | {"prompt.weight": torch.ones(1)}, "another architecture.*Unexpected.*prompt")
+    both = {f"views.{v}.vit.{name}": value for v in (0, 1) for name, value in weights.items()}
+    refused({"model": both, "made_of": {"stage": "cotex"}}, "of stage cotex.*Missing.*cls_to.*Unexp.*views")
+    refused(weights, "Missing.*decoder", MaskedAutoencoder, MAE)
+    for name, value in (("vit.heads", 4), ("vit.mean", [.5, .5, .5]), ("vit.std", [.5, .5, .5])):
+        refused({"model": weights, "made_of": {"stage": "finetune", "settings": {name: value}}},
+                f"trained with {name}=.*and here it is .*give --set {name}=")
+    told = {"model": mae, "made_of": {"stage": "pretrain", "settings": {"vit.heads": 2, "vit.dim": 16}}}
+    assert "assumed" not in load_vit(small(MaskedAutoencoder, MAE), save(tmp_path / "a.pt", told))
+
+    # A grid of 4 x 4 for one of 2 x 2. Bicubic interpolation keeps a plane; the cls token's position stays.
+    plane = torch.arange(4.0)[:, None] + 10 * torch.arange(4.0)                                      # (4, 4)
+    large = torch.cat([torch.full((1, 1, 16), 7.0), plane.reshape(1, 16, 1).expand(1, 16, 16)], dim=1)
+    vit = VisionTransformer(**{**VIT, "image_size": 2 * VIT["patch"]})
+    said = load_vit(vit, save(tmp_path / "mae_face.pt", weights | {"pos_embed": large}))
+    assert "pos_embed of 16 patches made to fit 4" in said and "MAE-Face expects" in said
+    assert (vit.pos_embed[0, 0] == 7).all() and torch.allclose(
+        vit.pos_embed[0, 1:, 0], torch.tensor([5.5, 25.5, 7.5, 27.5]), atol=1.2)          # less at the edges
+    refused(weights | {"pos_embed": large[:, :-1]}, "mismatch for pos_embed")

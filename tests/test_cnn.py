@@ -73,7 +73,8 @@ def test_resnets_scores_are_those_of_the_network_written_out(training):
 def test_a_public_dan_gives_the_scores_of_its_own_network_in_our_order_of_classes(tmp_path, training):
     torch.manual_seed(0)
     weights = random_weights(public_dan_shapes(width=SMALL))
-    model, said = load_cnn(save(tmp_path / "dan.pth", as_saved(weights)))
+    as_found = {"state_dict": {f"module.{name}": value for name, value in weights.items()}, "epoch": 3}
+    model, said = load_cnn(save(tmp_path / "dan.pth", as_found if training else as_saved(weights)))
     assert said == "the public DAN, its classes put into the order of ours"
     model, _ = model.double(), model.load_state_dict(translated(weights))            # no longer rounded
     images = torch.randn(5, 3, 70, 64, dtype=torch.double)
@@ -234,13 +235,10 @@ def test_a_file_with_torchvisions_names_fills_both_trunks_whatever_its_classes(t
     assert torch.equal(resnet.fc.weight, last)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("layer2.0.bn1.bias"), r'Missing key\(s\) in state_dict: "layer2.0.bn1.bias"'),
-    (lambda w: w.update(model=3), "holds no weights; expected a dictionary of names and tensors")])
-def test_a_file_of_another_network_is_no_trunk(tmp_path, change, message):
+def test_a_file_of_another_network_is_no_trunk(tmp_path):
     weights = random_weights(resnet_shapes(1000, SMALL), torch.float32)
-    change(weights)
-    with pytest.raises(ValueError, match=rf"other\.pt: (.|\n)*{message}"):
+    weights.pop("layer2.0.bn1.bias")
+    with pytest.raises(ValueError, match=r'(?s)other.pt: .*Missing key\(s\).* "layer2.0.bn1.bias"'):
         load_trunk(ResNet18(8, SMALL), save(tmp_path / "other.pt", weights))
 
 
@@ -265,7 +263,7 @@ FOREIGN = "not of train_cnn.py, so nobody knows the order of its classes; train 
     (lambda: as_saved(random_weights(public_dan_shapes(7, SMALL))), rf"fc.weight \(7, 16\){EIGHT}"),
     (lambda: ours(nn.Linear(2, 3)), rf"got weight, bias, ..., fc.weight \(0,\){EIGHT}"),
     (lambda: ours({"dan.trunk.conv1.weight": torch.zeros(2, 3, 5, 5), "fc.weight": torch.zeros(8, 16)}),
-     rf"got trunk.conv1.weight, fc.weight, ..., fc.weight \(8, 16\){EIGHT}"),
+     rf"got trunk.conv1.weight, ..., fc.weight \(0,\){EIGHT}"),
     (lambda: ours({"conv1.weight": torch.zeros(2, 3, 7, 7), "fc.weight": torch.zeros(8, 16)}),
      r'another architecture(.|\n)*Missing key\(s\) in state_dict: "bn1.weight"'),
     (lambda: {"model": 3}, "holds no weights")])

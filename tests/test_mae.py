@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from images import MEAN, STD, normalise
 from mae import MaskedAutoencoder, keep_some
 from models import MAE, shuffled, small
+from vit import IMAGENET
 
 
 @pytest.mark.parametrize("channels, size", [(1, 8), (3, (8, 12)), (4, (12, 4))])
@@ -140,3 +142,15 @@ def test_a_second_implementation_gives_the_same_loss_prediction_and_gradients(si
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert (p.grad - w[name].grad).norm() < 1e-9 * max(w[name].grad.norm(), 1e-3), name
+
+
+def test_images_of_another_mean_and_deviation_are_what_a_model_of_these_sees_and_rebuilds():
+    own = {"mean": [.5, .4, .3], "std": [.3, .2, .1]}
+    plain, other = (shuffled(small(MaskedAutoencoder, MAE, **numbers)) for numbers in ({}, own))
+    pixels, noise = torch.rand(2, 8, 12, 3, dtype=torch.double), torch.rand(2, 6)
+    imagenet, theirs = (((pixels - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
+                        for mean, std in (IMAGENET, own.values()))
+    for found, expected in zip(other(imagenet, noise), plain(theirs, noise)):
+        assert torch.allclose(found, expected, rtol=1e-5)
+    assert torch.allclose(normalise((255 * pixels).byte()), imagenet.float(), atol=0.02)
+    assert (tuple(IMAGENET[0]), tuple(IMAGENET[1])) == (MEAN, STD)

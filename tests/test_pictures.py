@@ -58,10 +58,11 @@ def assert_texts_are_apart(texts, pixels):
 def test_a_reconstruction_shows_hidden_patches_as_predicted_and_visible_ones_as_they_were(
         norm_pix_loss, tmp_path, texts):
     model = MaskedAutoencoder(32, 8, dim=16, depth=1, heads=2, decoder_dim=16, decoder_depth=1,
-                              decoder_heads=2, norm_pix_loss=norm_pix_loss)
+                              decoder_heads=2, norm_pix_loss=norm_pix_loss,
+                              **{"mean": [.5, .4, .3], "std": [.2, .3, .4]} if norm_pix_loss else {})
     images, mask = normalise(torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)), torch.zeros(2, 16)
     mask[0, :12] = mask[1, 4:] = 1                                         # 4 x 4 patches of 8 x 8 pixels
-    original = model.patchify(images)
+    original = model.patchify(model.own(images))
     shown = pred = original + 0.2
     if norm_pix_loss:                           # the original's mean and deviation are given back to it
         pred = (shown - original.mean(-1, keepdim=True)) / (original.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -69,8 +70,9 @@ def test_a_reconstruction_shows_hidden_patches_as_predicted_and_visible_ones_as_
     sheet, pixels = read(tmp_path / "r.png"), unnormalise(images)
     for i, left in enumerate((110, 146)):
         hidden = np.kron(mask[i].reshape(4, 4).numpy(), np.ones((8, 8)))[..., None]
-        predicted = unnormalise(model.unpatchify(shown))[i]
-        for r, row in enumerate([pixels[i], unnormalise(0 * images)[i], predicted]):
+        predicted = unnormalise(model.unpatchify(shown), model.mean, model.std)[i]
+        grey = unnormalise(0 * images, model.mean, model.std)[i]
+        for r, row in enumerate([pixels[i], grey, predicted]):
             expected = np.where(hidden, row, pixels[i].astype(int))
             assert np.abs(sheet[36 * r:36 * r + 32, left:left + 32] - expected).max() <= 1
     assert [text.string for text in texts if text.right <= 108] == ["original", "masked", "reconstruction"]

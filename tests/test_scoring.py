@@ -1,6 +1,8 @@
 """scoring.py: whole videos predicted by segments, each labelled frame scored once; single images; which
 checkpoints may be scored, and what is said of a score."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,15 +10,17 @@ from PIL import Image
 
 from data import Images, Video, noface_path, segments
 from engine.config import Config
+from engine.settings import Vit
 from engine.training import Progress
 from images import normalise
 from labels import AU, EXPR, TASKS, VA
 from metrics import binary_f1, ccc, class_f1
 from processes import ALONE, in_team
 from scoring import (HELD_OUT, changed_by, check_features, check_scenes, count_classes, each_frame,
-                     labelled_faces, load, predict, read_predictions, reasons, report, shared_out, sums_of,
-                     to_score, tuned, write_predictions)
+                     extractor, labelled_faces, load, predict, read_predictions, reasons, report, shared_out,
+                     sums_of, to_score, tuned, write_predictions)
 from temporal import SegmentModel
+from vit import VisionTransformer
 
 SMALL = dict(channels=[8], kernels=[3], dilations=[1], width=8, layers=1, heads=2, hidden=8, head=8)
 of_each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -147,6 +151,30 @@ def test_a_frame_without_a_face_repeats_the_one_before_it_and_at_the_start_the_f
     assert noface.tolist() == [n not in expected for n in range(1, 10)] and progress.done == 9
     assert outputs.mean(axis=1) == pytest.approx([expected[n] for n in (2, 2, 3, 3, 3, 3, 3, 8, 8)], abs=1e-5)
     assert capfd.readouterr().out.count("left out: 5.jpg: not a readable image") == 1
+
+
+def test_outputs_that_are_not_finite_are_refused_also_if_only_float16_cannot_hold_them():
+    config = Config()
+    config.vit.image_size, config.run.workers = 8, 0
+    for dtype, value in ((torch.float32, math.nan), (torch.float16, 7e4)):
+        with pytest.raises(ValueError, match="2.jpg and what follows: the network's outputs are not finite"):
+            each_frame(lambda x: torch.full((len(x), 3), value), Files(2, 3), 3, 3, dtype, config, ALONE,
+                       Progress(3, "frames", ALONE))
+
+
+@pytest.mark.parametrize("stage, told, token", [("finetune", "cls", "mean"), ("finetune", "mean", "cls"),
+                                                ("emma", None, "mean"), ("cotex", None, "mean")])
+def test_a_vit_whose_training_used_another_token_gives_no_features(tmp_path, stage, told, token):
+    config, path = Config(), tmp_path / "best.pt"
+    config.vit, config.features.checkpoint = Vit(16, 8, 8, 1, 2), str(path)
+    vit, settings = VisionTransformer(**vars(config.vit)), {"finetune.token": told} if told else {}
+    torch.save({"model": vit.state_dict(), "made_of": {"stage": stage, "settings": settings}}, path)
+    config.finetune.token = token
+    with pytest.raises(ValueError, match=f"of stage {stage}, .*--set finetune.token={told or 'cls'}"):
+        extractor(config, ALONE)
+    config.finetune.token = told or "cls"
+    _, record, said = extractor(config, ALONE)
+    assert record["stage"] == stage and said.endswith("unexpected keys, left out: none")
 
 
 def test_without_any_face_all_outputs_are_0(capfd):

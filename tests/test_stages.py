@@ -474,6 +474,17 @@ def test_a_finished_task_tells_its_score_though_its_features_are_gone(finished, 
     assert "its features are gone" in said and "mean F1" in said
 
 
+def test_pre_training_goes_on_with_another_mae_and_its_folder_and_record_tell_which(finished, tmp_path):
+    folder, start = tiny.copied(finished, tmp_path), "runs/tiny/pretrain/last.pt"
+    said = done(folder, "train_pretrain", *tiny.TINY, "--set", f"pretrain.start={start}", "--set",
+                "pretrain.lr=1e-9", "--set", "pretrain.epochs=1")
+    before = torch.load(folder / start, weights_only=True)["model"]
+    path = next((folder / "runs/tiny").glob("pretrain+*pretrain.start=pretrain-last.pt*/last.pt"))
+    after = torch.load(path, weights_only=True)
+    assert f"from {start}; missing keys: none" in said and after["made_of"]["from"]["file"] == start
+    assert all(torch.allclose(after["model"][name], weights, atol=1e-7) for name, weights in before.items())
+
+
 def test_with_held_out_scenes_the_best_epoch_is_the_best_on_them(finished, tmp_path):
     folder = tiny.copied(finished, tmp_path)
     extra = [*tiny.TINY, "--set", "task.held_out=0.4"]

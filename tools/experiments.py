@@ -41,7 +41,6 @@ def rows_of(part: str, c: Config) -> dict[str, str]:
     """{title: settings, words of --set} of a part of a table. A row is of all tasks, unless its title ends
     with one. The first row is the whole system, whose configuration, with one seed, is `c`."""
     mae = shlex.quote(str(c.finetune.start or folder("pretrain", c) / "last.pt"))
-    vit = shlex.quote(str(c.features.checkpoint or folder("finetune", c) / "best.pt"))
     w, s, x, N = c.segments.window, c.segments.stride, c.cotex, (c.vit.image_size // c.vit.patch) ** 2
     # In these epochs a plain ViT sees as many tokens, 1 + N a face, as the masked views see in theirs.
     epochs = max(1, round(x.epochs * x.views * (1 + int(N * (1 - x.mask_ratio))) / (1 + N)))
@@ -60,7 +59,6 @@ def rows_of(part: str, c: Config) -> dict[str, str]:
             "segments a third as long, va": f"segments.window={w // 3} segments.stride={s // 3}",
             "no overlap of segments, va": f"segments.stride={w}", "no dropout, au": "temporal.dropout=0",
             "learning rate times 3, au": f"task.lr={3 * c.task.lr:g}", HELD_OUT: "task.held_out=0.15",
-            "cls token as feature, expr": f"finetune.token=cls features.checkpoint={vit}",
             "mask ratio 0.5, expr": "pretrain.mask_ratio=0.5"},
         "EMMA": {"EMMA": "", "without the CNN": "emma.cnn=none", "a task alone, va": "emma.weights=[1,0,0]",
                  "a task alone, expr": "emma.weights=[0,1,0]", "a task alone, au": "emma.weights=[0,0,1]"},
