@@ -6,8 +6,6 @@ nothing. With no valid entry the loss is exactly 0 and so is its gradient.
 A batch may lie on several processes, with more valid frames on one than on another: the mean of their own
 losses would be another loss. So each adds up its frames, `all_sum` adds over the processes, and only then is
 divided. Loss and gradients are those of one process with the whole batch (engine/distributed.py).
-
-    python losses.py       # what CCC asks for, and each loss at chance
 """
 
 import math
@@ -165,14 +163,3 @@ def _mean(loss, valid, N):
     sums = torch.stack([total, valid.sum().to(total.dtype)])                   # two scalars -> (2,)
     total, N = all_sum(sums)                                                   # (2,) -> two scalars
     return total / N.clamp(min=1)
-
-
-if __name__ == "__main__":
-    y = torch.sin(torch.arange(100.0))
-    for name, x in [("y", y), ("2 y", 2 * y), ("y + 1", y + 1), ("-y", -y), ("0", 0 * y)]:
-        print(f"CCC of x = {name:6s}and y {ccc(x, y):6.2f}")
-    zeros, valid = torch.zeros(100, 8), torch.ones(100, 8, dtype=torch.bool)
-    va = ccc_loss(zeros[:, :2], torch.stack([y, -y], dim=1), valid[:, :2])
-    expr = expr_loss(zeros, torch.arange(100) % 8, valid[:, 0])
-    au = au_loss(zeros, (y > 0.9).float()[:, None].expand(100, 8), valid)
-    print(f"losses of a model that always outputs 0: VA {va:.3f}, Expr {expr:.3f}, AU {au:.3f}")

@@ -4,8 +4,6 @@
 
 The paper gives the dropout of 0.3 (§4.1.2) and no sizes; the sizes are those of the authors' code.
 Read after `tcn.py`; `train_task.py` trains this.
-
-    python temporal.py     # the parameter table of the paper's model, and padding at work
 """
 
 import torch
@@ -98,14 +96,3 @@ class SegmentModel(nn.Module):
         if self.transformer is not None:
             x = self.transformer(x, valid)              # g_i -> h_i   (B, T, 128) -> (B, T, 512)
         return self.head(x)                             # h_i -> y_i   (B, T, 512) -> (B, T, outputs)
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    model = SegmentModel().eval()
-    for name, part in model.named_children():
-        print(f"{name:12s}{sum(p.numel() for p in part.parameters()):12,d} parameters")
-    print(f"{'in all':12s}{sum(p.numel() for p in model.parameters()):12,d}")
-    x, valid = torch.randn(1, 300, 768), torch.arange(300)[None] < 40
-    short, padded = model(x[:, :40]), model(x, valid)[:, :40]
-    print(f"a 40-frame tail alone and padded to 300 differ by at most {(short - padded).abs().max():.1e}")

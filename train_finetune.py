@@ -22,7 +22,7 @@ import torch
 
 import pictures
 from data import Images, every_kth, expr_frames
-from engine.checkpoints import load_vit, load_weights, read_checkpoint
+from engine.checkpoints import load_vit
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
 from images import normalise, video_folders
@@ -87,7 +87,7 @@ def main(config, team):
     run.end()
 
     # finish: the best epoch's weights on every validation frame
-    load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
+    run.load_best()
     every_frame = Images(val_frames, size, [val_labels])
     sums, unreadable = count_classes(model.eval(), every_frame, classes, config, team)
     f1, scored = EXPR.metric.score(sums), int(sums.sum())

@@ -236,6 +236,10 @@ class Run:
             self.write("best.pt", {"model": self.model.state_dict(), "epoch": self.epoch + 1, "score": score,
                                    "made_of": self.record})
 
+    def load_best(self):
+        """The weights of the best epoch, into the model."""
+        load_weights(self.model, read_checkpoint(self.folder / "best.pt")["model"], self.folder)
+
     @property
     def shown(self) -> bool:
         """Is this epoch told of? Each tenth of the run is, and the last, and each that is the best so far."""

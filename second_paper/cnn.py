@@ -5,20 +5,16 @@ DAN (Wen et al. 2021, "Distract your attention: multi-head cross attention netwo
 recognition") looks at the map with several heads, each with an attention of its own over places, then over
 channels. Smallest part first; choices: docs/second_paper.md.
 
-    python -m second_paper.cnn FILE ...   # whether EMMA takes a checkpoint as its CNN, and what it is
-
 Letters: B images, D channels of the map F (512), h and w its sides (7 for an image of 224), K heads (the
 paper's letter; 4), M classes. Public weights expect what `images.normalise` gives, as ours do.
 """
 
-import sys
 from collections import OrderedDict
 
 import torch
 from torch import nn
 
 from engine.checkpoints import find_weights, load_weights, read_checkpoint
-from engine.config import print_all
 from engine.distributed import all_sum, several
 from labels import EXPRESSIONS
 from losses import at_least_float32
@@ -319,7 +315,3 @@ def load_cnn(path) -> tuple[nn.Module, str]:
     load_weights(model, weights, path)
     ours = f"our own {'DAN' if isinstance(model, DAN) else 'ResNet-18'}, {path}"
     return model, "the public DAN, its classes put into the order of ours" if public else ours
-
-
-if __name__ == "__main__":
-    print_all(f"{path}: {load_cnn(path)[1]}" for path in sys.argv[1:])

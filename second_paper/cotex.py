@@ -5,8 +5,6 @@ Both ViTs start from one MAE. In training each sees other patches of the same fa
 different evidence, and a term of the loss draws their predictions together. Together they then see whole
 faces. Smallest part first: view, model, loss. Read `vit.py` and `mae.py` before this file.
 
-    python -m second_paper.cotex       # the parameter table, and the patches that each view of a face keeps
-
 B images, V views, N patches, D width, M classes; r: the share of patches that a view drops.
 """
 
@@ -92,14 +90,3 @@ def cotex_loss(logits, target, valid, js_weight: float, N=None):
     """
     views = torch.stack([expr_loss(view, target, valid, N) for view in logits])          # (V,)
     return views.mean() + js_weight * js_loss(logits, valid, N)
-
-
-if __name__ == "__main__":
-    with torch.device("meta"):                               # shapes only: nothing is computed
-        model = CoTEX()
-    print(f"{sum(p.numel() for p in model.parameters()):,d} parameters; patches that view 0 keeps, view 1, "
-          "both (x), none (.):")
-    noise = torch.rand(2, 196, generator=torch.Generator().manual_seed(0))
-    first, second = (u.argsort().argsort() < model.kept for u in noise)                  # (N,) each
-    for row in (first + 2 * second).reshape(14, 14).tolist():                            # (N,) -> (14, 14)
-        print(" ".join(".01x"[code] for code in row))

@@ -18,7 +18,6 @@ import torch
 import pictures
 from data import Images
 from datasets.faces import balanced_order, joined, labelled_sets
-from engine.checkpoints import load_weights, read_checkpoint
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
 from images import normalise
@@ -84,7 +83,7 @@ def main(config, team):
     run.end()
 
     # finish: the best epoch's weights on every validation face
-    load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
+    run.load_best()
     sums, unreadable = count_classes(cnn.eval(), val, len(EXPRESSIONS), config, team)
     f1, chance = EXPR.metric.score(sums), EXPR.metric.chance(sums).mean()
     if team.rank == 0:

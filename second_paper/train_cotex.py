@@ -19,7 +19,7 @@ import torch
 import pictures
 from data import Images
 from datasets.faces import CLASSES, class_folders
-from engine.checkpoints import load_vit, load_weights, read_checkpoint
+from engine.checkpoints import load_vit
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
 from images import normalise
@@ -83,7 +83,7 @@ def main(config, team):
     run.end()
 
     # finish: the best epoch's weights on every real face
-    load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
+    run.load_best()
     sums, unreadable = count_classes(model.eval().classify, val, len(CLASSES), config, team)
     f1, chance, scored = CLASS_F1.score(sums), CLASS_F1.chance(sums).mean(), int(sums.sum())
     if team.rank == 0:

@@ -23,7 +23,7 @@ from torch import nn
 import pictures
 from data import Images
 from datasets.s_aff_wild2 import FILES, LabelledFrames, pos_weight, read_annotations
-from engine.checkpoints import load_vit, load_weights, read_checkpoint, write_text
+from engine.checkpoints import load_vit, write_text
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
 from images import find_videos, normalise
@@ -99,7 +99,7 @@ def main(config, team):
     run.end()
 
     # finish: the best epoch's weights on every validation frame
-    load_weights(model, read_checkpoint(run.folder / "best.pt")["model"], run.folder)
+    run.load_best()
     sums, unreadable = validate(model, val, config, team)
     of_task, parts = scores(sums.sum(axis=0), tasks), by_task(sums)
     chance = {task.name: task.metric.chance(parts[task.name].sum(axis=0)).mean() for task in tasks}

@@ -47,7 +47,7 @@ def test_pytorchs_counter_finds_the_matrix_products_of_a_step(config, name):
     with FlopCounterMode(display=False) as counter:
         step_of(name, config, 2, ALONE, plain=True)()
     assert counter.get_total_flops() == 2 * BY_HAND[name]
-    assert mae(196, 768, 49, 768, 12, 512, 8) == 58_455_588_864                     # ViT-B/16: docs/gpu.md
+    assert mae(196, 768, 49, 768, 12, 512, 8) == 58_455_588_864              # docs/running.md
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -28,14 +28,15 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 CODE = [path for path in sorted(ROOT.rglob("*.py")) if not {"tests", ".ci"} & {*path.relative_to(ROOT).parts}]
 COMMAND = re.compile(r"(python|torchrun|pytest|pip|cp|--set) ")
-ALONE = "python mae.py", "python vit.py", "python temporal.py", "python -m second_paper.cotex"  # seconds each
+ALONE = "python mae.py", "python vit.py"               # seconds each
 # What stands for names in capitals, and for files that a reader would have.
 EXAMPLES = {
     "labels FILE": "labels/1.txt", "tools.predictions FILE": "expr.csv", "tools.predictions FOLDER": "labels",
     "tools.submission FILE": "template.txt", "tools.submission predictions.csv": "va.txt",
     "datasets.faces FOLDER": "data/RAF-DB", "predict FOLDER": "data/Aff-Wild2/cropped_aligned",
     "datasets.s_aff_wild2 FILE": "data/ABAW4/training_set_annotations.txt",
-    "second_paper.cnn FILE": "runs/demo/stills/best.pt", "pipeline FOLDER": "runs/demo/task_au",
+    "train_finetune finetune.start=FILE": "finetune.start=runs/demo/pretrain/last.pt",
+    "pipeline FOLDER": "runs/demo/task_au",
     "pictures RUN_FOLDER": "runs/demo/task_au", "evaluate somewhere/best.pt": "runs/demo/task_va/best.pt",
     "second_paper.train_cnn stills.start=FILE": "stills.start=runs/demo/stills/best.pt"}
 HEAD, ROWS = ",".join(EXPR.outputs), "image_location,valence,arousal\n124/00001.jpg,0.5,-0.5\n"
