@@ -306,9 +306,9 @@ def load_faces(data, labels: bool = False) -> list[Faces]:
         except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
             problems.append(f"{setting}: {error}; layouts: docs/data.md")
             other_layout = isinstance(error, FileNotFoundError) and Path(path).is_dir()
-            images = image_folder(path) if other_layout else []
-            if len(images):
-                problems[-1] += (f"; this looks like class folders ({images.where(0)}), which data.folders reads "
+            found = image_folder(path) if other_layout else []
+            if len(found):
+                problems[-1] += (f"; this looks like class folders ({found.where(0)}): data.folders reads it "
                                  "to pre-train; there a name like happy is a label, and a number is none")
     if problems or not sets:
         raise ValueError("\n".join(problems) or "data: no data set is given; set data.affectnet_2017, "
