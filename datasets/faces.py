@@ -103,7 +103,7 @@ def rows(path, columns: list[str], take, separator=","):
     """Yield take(place, {column: field}) of each row. A list may have no header; it has these columns then.
     Place: file, line, and the row's offset in the file. Raises ValueError naming file and line for a row of
     another length, and for an error of `take`."""
-    header = columns
+    header, name = columns, Path(path).name
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             text = line.decode("utf-8-sig", "surrogateescape").strip()
@@ -112,7 +112,7 @@ def rows(path, columns: list[str], take, separator=","):
                 header = fields
             elif text:
                 try:
-                    place = f"{Path(path).name} line {number} at byte {file.tell() - len(line)}"
+                    place = f"{name} line {number} at byte {file.tell() - len(line)}"
                     yield take(place, dict(zip(header, fields, strict=True)))
                 except (LookupError, ValueError) as error:
                     raise ValueError(f"{path} line {number}: got {text[:80]!r}, expected {','.join(columns)} "
