@@ -126,7 +126,7 @@ def find_images(root: Path, skipped: Counter, below: str = "") -> list[bytes]:
             if entry.name.startswith("."):                           # ._face.jpg, .ipynb_checkpoints
                 skipped["hidden"] += 1
             elif entry.is_symlink() and leads_out(entry.path, real_root):
-                skipped["link out of the folder"] += 1
+                skipped["link out of the folder (copy with cp -rL, or give the folder it leads to)"] += 1
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(path)
             elif not entry.name.lower().endswith(EXTENSIONS):

@@ -13,7 +13,8 @@ import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, partial
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from zlib import crc32
 
@@ -22,7 +23,7 @@ from PIL import Image
 
 from engine.config import Config, from_command_line, print_all
 from engine.training import generator
-from images import EXTENSIONS, find_images, leads_out, listed, read_image, sizes
+from images import EXTENSIONS, find_images, listed, read_image, sizes
 from labels import EXPRESSIONS
 
 # Each set's own codes as ABAW classes; -1 = a face without an expression label, None = no face: left out.
@@ -35,43 +36,36 @@ FERPLUS = {"neutral": 0, "happiness": 4, "surprise": 6, "sadness": 5, "anger": 1
 FOLDER_NAMES = {name.lower(): label for label, name in enumerate(EXPRESSIONS)}
 FOLDER_NAMES |= {"angry": 1, "angrer": 1, "disgusted": 2, "fearful": 3, "happy": 4, "sad": 5, "surprised": 6,
                  "contempt": 7}
-HELD_OUT = {"val", "valid", "validation", "val_set", "test", "test_set", "publictest", "privatetest"}
 CLASSES = EXPRESSIONS[1:7]           # of class folders: Anger to Surprise
+# The parts of a set, as its folders, rows or files call them: is it for training?
+PARTS = {part: part.startswith("train") for part in (
+    "train training train_set val valid validation val_set test test_set publictest privatetest".split())}
 AFFECTNET_COLUMNS = ["subDirectory_filePath", "face_x", "face_y", "face_width", "face_height",
                      "facial_landmarks", "expression", "valence", "arousal"]
 FER2013_COLUMNS, FERPLUS_COLUMNS = ["emotion", "pixels", "Usage"], ["Usage", "Image name", *FERPLUS]
-TRAINING = {"Training": True, "PublicTest": False, "PrivateTest": False, "train": True, "test": False}
 MOST_MISSING = 0.9                   # of the images of a list; if more are, it is not the list of this folder
 WHOLE = (0, 0, 999_999, 999_999)     # the box of an image that is a face already
-UNREAD = -2                          # the label lies in a file beside the image, and is read when asked for
 
 
 class Faces:
     """n faces of one data set, given as (path, label, training, box) of each.
 
-    `paths` (n,), relative to `root`, are one array of bytes, whose memory worker processes share. `training`
-    (n,) bool: the set's own split. `boxes` (n, 4): left, top, right, bottom of a face in its photograph, in
-    pixels. `skipped` {reason: how many are left out}.
+    `paths` (n,), relative to `root`, are one array of bytes, whose memory worker processes share. `labels`
+    (n,) int8: ABAW class, -1 = none. `training` (n,) bool: the set's own split. `boxes` (n, 4): left, top,
+    right, bottom of a face in its photograph, in pixels. `skipped` {reason: how many are left out}, which
+    counts those given with None for a label or a box too.
     """
 
     def __init__(self, name: str, root, faces: list, skipped=()):
-        paths, codes, training, boxes = zip(*faces) if faces else [()] * 4
-        self.name, self.root, self.skipped = name, str(root), +Counter(skipped)
-        self.paths, self.codes = np.array(paths, np.bytes_), np.array(codes, np.int8)
+        kept = [face for face in faces if None not in face]
+        left = ["not a face" if face[1] is None else "no usable face box" for face in faces if None in face]
+        paths, labels, training, boxes = zip(*kept) if kept else [()] * 4
+        self.name, self.root, self.skipped = name, str(root), +Counter(skipped) + Counter(left)
+        self.paths, self.labels = np.array(paths, np.bytes_), np.array(labels, np.int8)
         self.training, self.boxes = np.array(training, bool), np.array(boxes, np.int32)
 
     def __len__(self):
         return len(self.paths)
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        """(n,) int8: ABAW class; -1 = none, also if AffectNet 2021's file is missing, broken or pickled."""
-        for i in np.flatnonzero(self.codes == UNREAD):
-            image, self.codes[i] = Path(self.where(i)), -1
-            with suppress(FileNotFoundError, EOFError, ValueError, LookupError, TypeError, AttributeError):
-                value = np.load(image.parents[1] / "annotations" / f"{image.stem}_exp.npy").item()
-                self.codes[i] = AFFECTNET[f"{float(value):g}"]                             # of "3", 3 or 3.0
-        return self.codes
 
     def where(self, i) -> str:
         """The file of face i, or its file and line."""
@@ -98,7 +92,7 @@ def joined(sets: list[Faces]) -> Faces:
     """Several sets as one, for `data.Images`."""
     whole = Faces("all", "", [])
     whole.paths = np.concatenate([np.char.add(os.fsencode(f"{found.root}/"), found.paths) for found in sets])
-    for column in ("codes", "training", "boxes"):
+    for column in ("labels", "training", "boxes"):
         setattr(whole, column, np.concatenate([getattr(found, column) for found in sets]))
     return whole
 
@@ -106,66 +100,68 @@ def joined(sets: list[Faces]) -> Faces:
 # ---- A list of faces
 
 def rows(path, columns: list[str], take, separator=","):
-    """Yield take(place, *fields) of each row, the fields in the order of `columns`, whatever the header's is;
-    a list may have none. Place: the line, and the row's offset in the file. Raises ValueError naming file and
-    line for other fields, and for an error of `take`."""
-    header, end = columns, 0
+    """Yield take(place, {column: field}) of each row. A list may have no header; it has these columns then.
+    Place: file, line, and the row's offset in the file. Raises ValueError naming file and line for a row of
+    another length, and for an error of `take`."""
+    header, name = columns, Path(path).name
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            start, end = end, end + len(line)
             text = line.decode("utf-8-sig", "surrogateescape").strip()
             fields = [field.strip(' "') for field in text.split(separator)]
-            if number == 1 and set(columns) <= set(fields):
+            if number == 1 and columns[0] in fields:
                 header = fields
             elif text:
                 try:
-                    row = dict(zip(header, fields, strict=True))
-                    yield take(f"line {number} at byte {start}", *[row[column] for column in columns])
+                    place = f"{name} line {number} at byte {file.tell() - len(line)}"
+                    yield take(place, dict(zip(header, fields, strict=True)))
                 except (LookupError, ValueError) as error:
                     raise ValueError(f"{path} line {number}: got {text[:80]!r}, expected {','.join(columns)} "
                                      f"({type(error).__name__}: {error})") from None
 
 
+def first(*paths: Path) -> Path:
+    """The first of these that is there; if none is, the first."""
+    return next(filter(Path.exists, paths), paths[0])
+
+
 def on_disk(name: str, root: Path, entries: list) -> Faces:
     """The set of a list: of each face its file below `root`, label, training, box.
 
-    What is no face, absent, or has None for a box is left out and counted. Raises ValueError if a file leaves
-    the root, and if nearly all are absent. To look at each of 420,000 files takes long on a network disk:
-    each folder is listed once, and links are resolved only if one leads out.
+    What is no face or not there is left out and counted, also where a link or `..` leads out of the root; and
+    so is a training face that is in the validation list too. Raises ValueError if nearly all are absent. Each
+    folder is listed once: to look at each of 420,000 files takes long on a network disk.
     """
-    links = Counter()
-    there = set(find_images(root, links))
+    left_out = Counter()
+    there = set(find_images(root, left_out))
+    held_out = {file for file, _, training, _ in entries if not training}
     named = [face for face in entries if face[1] is not None]
-    found = [face for face in named if face[0] in there]
-    faces = [face for face in found if face[3] is not None]
-    absent = [os.fsdecode(face[0]) for face in named if face[0] not in there]
-    for file in absent:
-        climbs = os.path.isabs(file) or ".." in file.split("/")
-        if climbs or links["link out of the folder"] and leads_out(root / file, os.path.realpath(root)):
-            raise ValueError(f"{file!r} leaves its data root {root}; entries must lie inside it")
-    if len(absent) > MOST_MISSING * len(named):
-        raise ValueError(f"{len(absent):,} of the {len(named):,} images that the list names are not there; "
-                         f"looked for {root}/{absent[0]}; give their folder, or a list of those you have")
-    skipped = {"not a face": len(entries) - len(named), "image not on disk": len(absent),
-               "no usable face box": len(found) - len(faces)}
-    return Faces(name, root, faces, skipped)
+    once = [face for face in named if not (face[2] and face[0] in held_out)]
+    absent = [os.fsdecode(face[0]) for face in once if face[0] not in there]
+    if len(absent) > MOST_MISSING * len(once):
+        raise ValueError(f"{len(absent):,} of the {len(once):,} images that the list names are not there; "
+                         f"looked for {root}/{absent[0]}; give their folder, or a list of those you have; "
+                         f"left out of this folder: {listed(left_out)}")
+    left_out.update({"not a face": len(entries) - len(named), "in both lists": len(named) - len(once),
+                     "image not on disk": len(absent)})
+    return Faces(name, root, [face for face in once if face[0] in there], left_out)
 
 
 # ---- The reader of each set
 
 def affectnet_2017(root, crop: bool = False) -> Faces:
     """AffectNet, first release. `crop`: cut each face out by its list's box."""
-    def take(training, _, file, x, y, width, height, landmarks, expression, *va):
+    def take(place, row):
         # Some copies have C:\faces\Manually_Annotated_Images\1\a.jpg for 1/a.jpg.
-        file = f"/{file}".replace("\\", "/").rpartition(f"/{images.name}/")[2].removeprefix("/")
-        box = face_box(x, y, width, height) if crop else WHOLE
-        return os.fsencode(file), AFFECTNET[expression], training, box
+        file = "/" + row["subDirectory_filePath"].replace("\\", "/")
+        file = file.rpartition(f"/{images.name}/")[2].removeprefix("/")
+        box = face_box(*(row[column] for column in AFFECTNET_COLUMNS[1:5])) if crop else WHOLE
+        return os.fsencode(file), AFFECTNET[row["expression"]], place.startswith("training"), box
 
-    images, entries = Path(root) / "Manually_Annotated_Images", []
+    root, entries = Path(root), []
+    images = root / "Manually_Annotated_Images"
     for name in ("training.csv", "validation.csv"):
-        path = Path(root) / name
-        path = path if path.exists() else path.parent / "Manually_Annotated_file_lists" / name
-        entries += rows(path, AFFECTNET_COLUMNS, partial(take, name == "training.csv"))
+        path = first(root / name, root / "Manually_Annotated_file_lists" / name)
+        entries += rows(path, AFFECTNET_COLUMNS, take)
     return on_disk("AffectNet 2017", images, entries)
 
 
@@ -177,27 +173,35 @@ def face_box(*fields: str) -> tuple | None:
     return (x, y, x + width, y + height) if width > 0 and height > 0 else None
 
 
-def affectnet_2021(root) -> Faces:
-    """AffectNet, second release. Its labels lie in 290,000 small files, which are opened when asked for."""
-    faces, skipped = [], Counter()
-    for split in ("train_set", "val_set"):
-        found = find_images(Path(root), skipped, f"{split}/images")
-        faces += [(path, UNREAD, split == "train_set", WHOLE) for path in found]
-    return Faces("AffectNet 2021", root, faces, skipped)
+def affectnet_2021(root, labels: bool = True) -> Faces:
+    """AffectNet, second release. `labels`: open the 290,000 small files that hold them."""
+    found = image_folder(root, ["train_set/images", "val_set/images"])
+    found.name = "AffectNet 2021"
+    for i in range(len(found) if labels else 0):
+        # A file that is missing, broken or pickled holds no label.
+        with suppress(FileNotFoundError, EOFError, ValueError, LookupError, TypeError, AttributeError):
+            code = float(np.load(annotation(found.where(i))).item())                       # of "3", 3 or 3.0
+            found.labels[i] = AFFECTNET[f"{code:g}"]
+    return found
+
+
+def annotation(image: str) -> Path:
+    """The file that holds the expression of an image of AffectNet 2021."""
+    return Path(image).parents[1] / "annotations" / f"{Path(image).stem}_exp.npy"
 
 
 def raf_db(root) -> Faces:
     """RAF-DB's basic set. `train_1.jpg 5` or `train_1_aligned.jpg 5` is Image/aligned/train_1_aligned.jpg or,
     where there is no Image/aligned/, the whole photograph, Image/original/train_1.jpg."""
-    def take(_, file, label):
-        stem, extension = os.path.splitext(file)
+    def take(_, row):
+        stem, extension = os.path.splitext(row["name"])
         file = os.fsencode(stem.removesuffix("_aligned") + ending + extension)
-        return file, RAF_DB[label], TRAINING[stem.partition("_")[0]], WHOLE
+        return file, RAF_DB[row["label"]], PARTS[stem.partition("_")[0]], WHOLE
 
-    root = Path(root) / "basic" if (Path(root) / "basic").is_dir() else Path(root)
-    name, images, ending = "RAF-DB", root / "Image/aligned", "_aligned"
-    if not images.is_dir() and (root / "Image/original").is_dir():
-        name, images, ending = "RAF-DB, whole photographs (no Image/aligned)", root / "Image/original", ""
+    root = first(Path(root) / "basic", Path(root))
+    images = first(root / "Image/aligned", root / "Image/original")
+    ending = "_aligned" if images.name == "aligned" else ""
+    name = "RAF-DB" if ending else "RAF-DB, whole photographs (no Image/aligned)"
     entries = rows(root / "EmoLabel/list_patition_label.txt", ["name", "label"], take, None)           # (sic)
     return on_disk(name, images, list(entries))
 
@@ -208,30 +212,38 @@ def fer2013(path, ferplus="") -> Faces:
     Each path is the CSV or the folder that holds it; FER2013 may be class folders of images too. FER+'s label
     has most of the ten votes; it is -1 where two have equally many, or where "unknown" or "NF" has the most.
     """
-    def take(place, emotion, pixels, usage):
-        if pixels.count(" ") != 48 * 48 - 1:
-            raise ValueError(f"{pixels.count(' ') + 1} pixels, not 2,304 with one space between two")
-        return f"{csv.name} {place}".encode(), FER2013[emotion], TRAINING[usage], WHOLE
+    def take(place, row):
+        blanks = row["pixels"].count(" ")
+        if blanks != 48 * 48 - 1:
+            raise ValueError(f"{blanks + 1} pixels, not 2,304 with one space between two")
+        training = PARTS[row.get("Usage", "training").lower()]         # a train.csv may not say it
+        return place.encode(), FER2013[row["emotion"]], training, WHOLE
 
-    def vote(_, usage, image, *votes):
-        votes = list(map(int, votes))
-        most = [label for label, count in zip(FERPLUS.values(), votes) if count == max(votes)]
-        label = most[0] if len(most) == 1 else -1
-        return label if image else None, TRAINING[usage]         # a row that is no face has no image name
+    def vote(_, row):
+        votes = {name: int(row[name]) for name in FERPLUS}
+        most = [name for name in FERPLUS if votes[name] == max(votes.values())]
+        label = FERPLUS[most[0]] if len(most) == 1 else -1
+        return label if row["Image name"] else None, PARTS[row["Usage"].lower()]       # no face has no name
 
-    if not ferplus and Path(path).is_dir() and not (Path(path) / "fer2013.csv").exists():
+    others = [Path(path, name) for name in ("icml_face_data.csv", "train.csv")]
+    csv = first(Path(path, "fer2013.csv"), *filter(has_pixels, others)) if Path(path).is_dir() else Path(path)
+    if not (ferplus or csv.exists()):
         return image_folder(path)
-    csv, plus = (Path(given) / name if Path(given).is_dir() else Path(given)
-                 for given, name in ((path, "fer2013.csv"), (ferplus, "fer2013new.csv")))
-    faces, name = list(rows(csv, FER2013_COLUMNS, take)), "FER2013"
+    faces = list(rows(csv, FER2013_COLUMNS, take))
     if ferplus:
-        voted, name = list(rows(plus, FERPLUS_COLUMNS, vote)), "FER2013 with FER+ labels"
+        plus = first(Path(ferplus, "fer2013new.csv"), Path(ferplus))
+        voted = list(rows(plus, FERPLUS_COLUMNS, vote))
         if [training for _, training in voted] != [training for _, _, training, _ in faces]:
             raise ValueError(f"{plus}: {len(voted)} rows that do not fit the {len(faces)} of {csv} and their "
                              "Usage; both must be complete and in their first order")
         faces = [(place, label, *rest) for (place, _, *rest), (label, _) in zip(faces, voted)]
-    kept = [face for face in faces if face[1] is not None]
-    return Faces(name, csv.parent, kept, {"not a face": len(faces) - len(kept)})
+    return Faces("FER2013 with FER+ labels" if ferplus else "FER2013", csv.parent, faces)
+
+
+def has_pixels(path: Path) -> bool:
+    """Is this a list with FER2013's columns? It has another name in some copies, and others have its name."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        return b"pixels" in file.readline()
 
 
 def read_row(where: str) -> Image.Image:
@@ -246,36 +258,41 @@ def read_row(where: str) -> Image.Image:
         raise ValueError(f"{where}: expected 2,304 whole numbers from 0 to 255 ({error})") from None
 
 
-def image_folder(root) -> Faces:
-    """Any folder of images, flat or nested. The nearest folder named after an expression gives the label, if
-    there is one. What lies in a folder called val or test (or the like) is not training."""
+def image_folder(root, below=("",)) -> Faces:
+    """Any folder of images, flat or nested, or what is below these folders in it. The nearest folder named
+    after an expression gives the label, if there is one; pre-training needs none, so other names are as good.
+    What lies in a folder called val or test (or the like) is not training."""
     faces, skipped = [], Counter()
-    for path in find_images(Path(root), skipped):
+    for path in [path for folder in below for path in find_images(Path(root), skipped, folder)]:
         folders = os.fsdecode(os.path.dirname(path)).lower().split("/")
-        named = [-1, *(FOLDER_NAMES[folder] for folder in folders if folder in FOLDER_NAMES)]
-        faces.append((path, named[-1], HELD_OUT.isdisjoint(folders), WHOLE))
+        label = [-1, *(FOLDER_NAMES[folder] for folder in folders if folder in FOLDER_NAMES)][-1]
+        faces.append((path, label, all(PARTS.get(folder, True) for folder in folders), WHOLE))
     return Faces(str(root), root, faces, skipped)
 
 
 def class_folders(root) -> Faces:
     """Faces in folders called ANGRER (sic), DISGUST, ...: ABAW 4's challenge of learning from drawn faces.
-    Raises ValueError if there are none, or if one lies elsewhere."""
+    Raises ValueError if there are none, or if one lies elsewhere, say in a folder called nearly so."""
     found = image_folder(root) if Path(root).is_dir() else Faces("", root, [])
-    strange = np.flatnonzero((found.labels < 1) | (found.labels > len(CLASSES)))
+    strange = found.paths[(found.labels < 1) | (found.labels > len(CLASSES))]
     if len(strange) or not len(found):
-        example = found.where(strange[0]) if len(strange) else "no image"
-        raise ValueError(f"{root}: found {example}; give the folder that holds ANGRER (or ANGER), DISGUST, "
-                         "FEAR, HAPPINESS, SADNESS, SURPRISE and no others")
+        example = os.fsdecode(strange[0]) if len(strange) else "no image"
+        near = [f" ({folder}: is {name} meant?)" for folder in example.lower().split("/")[:-1]
+                for name in get_close_matches(folder, FOLDER_NAMES, 1) if name != folder]
+        raise ValueError(f"{root}: found {example}{''.join(near)}; give the folder that holds ANGRER (or "
+                         "ANGER), DISGUST, FEAR, HAPPINESS, SADNESS, SURPRISE and no others")
     return found
 
 
 # ---- The sets of a configuration
 
-def load_faces(data) -> list[Faces]:
-    """Every set that the `data` section names, with its `setting`. Raises one ValueError with all problems,
-    each after its setting; also if no set is given, or one has no image. OSError if the disk fails."""
+def load_faces(data, labels: bool = False) -> list[Faces]:
+    """Every set that the `data` section names, with its `setting`; `labels`: those of AffectNet 2021 too.
+
+    Raises one ValueError with all problems, each after its setting; also if no set is given, or one has no
+    image. OSError if the disk fails."""
     given = [("data.affectnet_2017", data.affectnet_2017, partial(affectnet_2017, crop=data.affectnet_crop)),
-             ("data.affectnet_2021", data.affectnet_2021, affectnet_2021),
+             ("data.affectnet_2021", data.affectnet_2021, partial(affectnet_2021, labels=labels)),
              ("data.raf_db", data.raf_db, raf_db),
              ("data.fer2013", data.fer2013 or data.ferplus, partial(fer2013, ferplus=data.ferplus)),
              *((f"data.folders[{i}]", folder, image_folder) for i, folder in enumerate(data.folders))]
@@ -288,6 +305,11 @@ def load_faces(data) -> list[Faces]:
                 raise ValueError(f"no image found in {path}; left out: {listed(sets[-1].skipped)}")
         except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
             problems.append(f"{setting}: {error}; layouts: docs/data.md")
+            other_layout = isinstance(error, FileNotFoundError) and Path(path).is_dir()
+            found = image_folder(path) if other_layout else []
+            if len(found):
+                problems[-1] += (f"; this looks like class folders ({found.where(0)}): data.folders reads it "
+                                 "to pre-train; there a name like happy is a label, and a number is none")
     if problems or not sets:
         raise ValueError("\n".join(problems) or "data: no data set is given; set data.affectnet_2017, "
                          "affectnet_2021, raf_db, fer2013 or folders")
@@ -295,10 +317,17 @@ def load_faces(data) -> list[Faces]:
 
 
 def labelled_sets(data) -> list[Faces]:
-    """AffectNet's sets that the `data` section names. Raises ValueError as load_faces does."""
+    """AffectNet's sets that the `data` section names. Raises ValueError as load_faces does, and if no face of
+    a part of the second release has a label."""
     if not (data.affectnet_2017 or data.affectnet_2021):
         raise ValueError("no labelled still faces: give data.affectnet_2017 or data.affectnet_2021")
-    return load_faces(replace(data, raf_db="", fer2013="", ferplus="", folders=[]))
+    sets = load_faces(replace(data, raf_db="", fer2013="", ferplus="", folders=[]), labels=True)
+    found = sets[-1]
+    for part in (found.training, ~found.training) if data.affectnet_2021 else ():
+        if part.any() and (found.labels[part] < 0).all():
+            raise ValueError(f"data.affectnet_2021: none of {part.sum():,} images has a label from 0 to 7; "
+                             f"looked for {annotation(found.where(part.argmax()))}; layouts: docs/data.md")
+    return sets
 
 
 def balanced_order(labels, seed: int):
@@ -312,16 +341,15 @@ def balanced_order(labels, seed: int):
 
     def order_of(epoch: int) -> np.ndarray:
         rng, order = generator(seed, epoch), np.zeros(n, np.int64)
-        for k, rows in enumerate(of_class):
-            samples = order[k::K]                                                # a view
-            samples[:] = np.resize(rng.permutation(rows), len(samples))          # repeats what is too short
+        for k, rows in enumerate(of_class):                       # np.resize repeats what is too short
+            order[k::K] = np.resize(rng.permutation(rows), len(order[k::K]))
         return order
     return order_of
 
 
 def describe(data):
     """Yield what each set holds, to compare with a complete copy. Opens some 100 images of it."""
-    for found in load_faces(data):
+    for found in load_faces(data, labels=True):
         opened = Counter()
         for i in range(0, len(found), 1 + len(found) // 100):
             try:
