@@ -4,6 +4,7 @@ import ctypes
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,14 @@ from processes import ALONE, CPU, in_child, in_team
 CONFIG = SimpleNamespace(run=SimpleNamespace(device="cpu"))
 
 
+@pytest.fixture(autouse=True)
+def signals_act_as_before():
+    before = {number: signal.getsignal(number) for number in distributed.STOP}
+    yield
+    for number, act in before.items():
+        signal.signal(number, act)
+
+
 # ---- Devices
 
 @pytest.mark.parametrize("wanted, gpus, processes, mps, expected", [
@@ -35,7 +44,7 @@ CONFIG = SimpleNamespace(run=SimpleNamespace(device="cpu"))
     ("mps", 0, 1, False, "run.device: mps is one Apple GPU, for one process; PyTorch sees none, or"),
     ("mps", 0, 2, True, "run.device: mps is one Apple GPU, for one process; PyTorch sees none, or")])
 def test_each_process_takes_its_own_gpu_and_a_device_that_is_not_there_is_refused(
-        monkeypatch, capsys, wanted, gpus, processes, mps, expected):
+        monkeypatch, wanted, gpus, processes, mps, expected):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -46,9 +55,8 @@ def test_each_process_takes_its_own_gpu_and_a_device_that_is_not_there_is_refuse
     if " " not in expected:
         assert choose_device(wanted) == torch.device(expected) and chosen == [2] * ("cuda" in expected)
         return
-    with pytest.raises(SystemExit, match="^2$"):
-        launch(None, SimpleNamespace(run=SimpleNamespace(device=wanted)))
-    assert capsys.readouterr().err.startswith(f"error: {expected}")
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
+        choose_device(wanted)
 
 
 @pytest.mark.parametrize("kind, capability, expected", [
@@ -116,9 +124,27 @@ def test_a_process_that_waits_after_a_restart_is_answered_although_a_dead_one_as
     assert found[0] == found[1] == store.get("answer/the dead one").decode()
 
 
+@pytest.mark.parametrize("given, found", [
+    ("RANK=1", "RANK=1, no LOCAL_RANK, no WORLD_SIZE, no MASTER_ADDR, no MASTER_PORT"),
+    ("WORLD_SIZE=2 RANK=", "no RANK, no LOCAL_RANK, WORLD_SIZE=2, no MASTER_ADDR, no MASTER_PORT"),
+    ("LOCAL_RANK=1", "no RANK, LOCAL_RANK=1, no WORLD_SIZE, no MASTER_ADDR, no MASTER_PORT"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=0, no LOCAL_RANK, WORLD_SIZE=2, MASTER_ADDR=a"),
+    ("RANK=1 LOCAL_RANK=1 WORLD_SIZE=1 MASTER_ADDR=a MASTER_PORT=1", "RANK=1, LOCAL_RANK=1, WORLD_SIZE=1, MAS"),
+    ("RANK=0 WORLD_SIZE=1 MASTER_ADDR=a", "")])
+def test_an_environment_that_is_only_partly_torchruns_is_refused(monkeypatch, given, found):
+    for words in given.split():
+        monkeypatch.setenv(*words.split("="))
+    if not found:
+        assert join("cpu") == Team(0, 1, CPU)
+        return
+    with pytest.raises(ValueError, match=f"^the environment has {found}.*; start with torchrun, which sets all"):
+        join("cpu")
+
+
 def test_a_process_may_wait_a_day_for_the_others_as_for_a_long_video(monkeypatch):
     asked = {}
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in distributed.TORCHRUN:
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "1")
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: asked.update(settings))
     monkeypatch.setattr(distributed, "_fresh_store", lambda: "store")
     assert join("cpu").world == 2 and asked["store"] == "store"
@@ -185,6 +211,7 @@ def test_an_end_that_a_user_can_help_is_one_line_that_others_do_not_repeat(monke
         raise error
 
     slept = []
+    monkeypatch.setattr(distributed, "join", lambda device: Team(rank, 1, torch.device(device)))
     monkeypatch.setenv("RANK", f"{rank}")
     monkeypatch.setattr(time, "sleep", slept.append)
     with pytest.raises(SystemExit) as end:

@@ -1,6 +1,9 @@
 """The records of the tasks; label files as they stand; folds of scenes; units, smoothing and thresholds."""
 
 import runpy
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,7 +50,7 @@ def test_the_records_are_those_of_aff_wild2_and_of_table_1():
 
 # ---- Label files
 
-@pytest.mark.parametrize("end, bom, tail", [("\n", "", ()), ("\r\n", "\ufeff", ("", " ", ""))])
+@pytest.mark.parametrize("end, bom, tail", [("\n", "", ()), ("\r\n", "\ufeff", ("", " ", "")), ("\r", "", ())])
 @pytest.mark.parametrize("task, rows, expected", [
     (VA, ["0.5,-0.25", "-5,-5", "1,-1", "-5.0,0.125", "-5,-5"],
      [[.5, -.25], [-5, -5], [1, -1], [-5, .125], [-5, -5]]),
@@ -67,8 +70,27 @@ def test_a_header_may_have_spaces_and_another_case_and_a_file_may_have_no_frames
     assert read_labels(write(tmp_path / "v.txt", "Valence, Arousal", "0, 1"), VA).tolist() == [[0, 1]]
     for task, shape in ((VA, (0, 2)), (EXPR, (0,)), (AU, (0, 12))):
         assert read_labels(write(tmp_path / "v.txt", HEADER[task.name]), task).shape == shape
-    (tmp_path / "v.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="v.txt: not a text file; expected one with the header valence,"):
+
+
+def packed(kind: str) -> bytes:
+    """A label file in an archive of this kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "in/v.txt", HEADER["va"], "0,0")
+        return Path(shutil.make_archive(f"{folder}/out", kind, f"{folder}/in")).read_bytes()
+
+
+TEXT = f"{HEADER['va']}\n0,0\n"
+
+
+@pytest.mark.parametrize("content, kind", [
+    (packed("zip"), "a zip archive or an Excel file"), (packed("tar"), "a tar archive"),
+    (packed("gztar"), "a gzip file"), (packed("bztar"), "a bzip2 file"), (b"7z\xbc\xaf'\x1c", "a 7z archive"),
+    (b"Rar!\x1a\x07\x01", "a rar archive"), (TEXT.encode("utf-16"), "text in UTF-16"),
+    (TEXT.encode("utf-16-le"), "text in UTF-16"), (TEXT.encode("utf-16-be"), "text in UTF-16"),
+    (b"\x93NUMPY\1\0", "no text"), (TEXT.encode() + b"\xe9", "no text")])
+def test_a_file_that_is_no_text_is_refused_with_what_it_seems_to_be(tmp_path, content, kind):
+    (tmp_path / "v.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"v.txt: this seems to be {kind}; expected .* header valence,arousal;"):
         read_labels(tmp_path / "v.txt", VA)
 
 
