@@ -25,14 +25,6 @@ from processes import ALONE, CPU, in_child, in_team
 CONFIG = SimpleNamespace(run=SimpleNamespace(device="cpu"))
 
 
-@pytest.fixture(autouse=True)
-def signals_act_as_before():
-    before = {number: signal.getsignal(number) for number in distributed.STOP}
-    yield
-    for number, act in before.items():
-        signal.signal(number, act)
-
-
 # ---- Devices
 
 @pytest.mark.parametrize("wanted, gpus, processes, mps, expected", [
@@ -73,7 +65,8 @@ def test_only_a_gpu_that_has_bf16_computes_in_it(monkeypatch, kind, capability, 
 
 # ---- Processes
 
-def test_without_torchrun_a_process_is_alone():
+def test_without_torchrun_a_process_is_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")                            # as in some containers
     assert join("cpu") == Team(0, 1, CPU) and not several() and not dist.is_initialized()
     x, model = torch.ones(3), nn.Linear(1, 1)
     assert all_sum(x) is x and ALONE.agree([5]) == [5] and ALONE.gather([5]) == [[5]]
@@ -124,20 +117,14 @@ def test_a_process_that_waits_after_a_restart_is_answered_although_a_dead_one_as
     assert found[0] == found[1] == store.get("answer/the dead one").decode()
 
 
-@pytest.mark.parametrize("given, found", [
-    ("RANK=1", "RANK=1, no LOCAL_RANK, no WORLD_SIZE, no MASTER_ADDR, no MASTER_PORT"),
-    ("WORLD_SIZE=2 RANK=", "no RANK, no LOCAL_RANK, WORLD_SIZE=2, no MASTER_ADDR, no MASTER_PORT"),
-    ("LOCAL_RANK=1", "no RANK, LOCAL_RANK=1, no WORLD_SIZE, no MASTER_ADDR, no MASTER_PORT"),
-    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=0, no LOCAL_RANK, WORLD_SIZE=2, MASTER_ADDR=a"),
-    ("RANK=1 LOCAL_RANK=1 WORLD_SIZE=1 MASTER_ADDR=a MASTER_PORT=1", "RANK=1, LOCAL_RANK=1, WORLD_SIZE=1, MAS"),
-    ("RANK=0 WORLD_SIZE=1 MASTER_ADDR=a", "")])
-def test_an_environment_that_is_only_partly_torchruns_is_refused(monkeypatch, given, found):
-    for words in given.split():
-        monkeypatch.setenv(*words.split("="))
-    if not found:
-        assert join("cpu") == Team(0, 1, CPU)
-        return
-    with pytest.raises(ValueError, match=f"^the environment has {found}.*; start with torchrun, which sets all"):
+@pytest.mark.parametrize("given", [
+    "RANK=1, no LOCAL_RANK, no WORLD_SIZE", "no RANK, no LOCAL_RANK, WORLD_SIZE=2", "no RANK, LOCAL_RANK=1",
+    "RANK=0, no LOCAL_RANK, WORLD_SIZE=2, MASTER_ADDR=a, MASTER_PORT=1",
+    "RANK=1, LOCAL_RANK=1, WORLD_SIZE=1, MASTER_ADDR=a, MASTER_PORT=1"])
+def test_an_environment_that_is_only_partly_torchruns_is_refused(monkeypatch, given):
+    for name, value in re.findall(r"(\w+)=(\w+)", given):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^the environment has {given}.*; start with torchrun"):
         join("cpu")
 
 
@@ -213,6 +200,7 @@ def test_an_end_that_a_user_can_help_is_one_line_that_others_do_not_repeat(monke
     slept = []
     monkeypatch.setattr(distributed, "join", lambda device: Team(rank, 1, torch.device(device)))
     monkeypatch.setenv("RANK", f"{rank}")
+    monkeypatch.setattr(distributed, "STOP", ())                     # the test's own signals stay
     monkeypatch.setattr(time, "sleep", slept.append)
     with pytest.raises(SystemExit) as end:
         launch(main, CONFIG, "au")
@@ -220,7 +208,8 @@ def test_an_end_that_a_user_can_help_is_one_line_that_others_do_not_repeat(monke
     assert slept == [2] * (rank == 1 and code == 2)                  # torchrun ends them meanwhile
 
 
-def test_another_error_is_raised():
+def test_another_error_is_raised(monkeypatch):
+    monkeypatch.setattr(distributed, "STOP", ())
     with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied"):
         launch(lambda config, team: torch.ones(2, 3) @ torch.ones(2, 3), CONFIG)
 

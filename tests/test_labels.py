@@ -1,9 +1,6 @@
 """The records of the tasks; label files as they stand; folds of scenes; units, smoothing and thresholds."""
 
 import runpy
-import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +47,7 @@ def test_the_records_are_those_of_aff_wild2_and_of_table_1():
 
 # ---- Label files
 
-@pytest.mark.parametrize("end, bom, tail", [("\n", "", ()), ("\r\n", "\ufeff", ("", " ", "")), ("\r", "", ())])
+@pytest.mark.parametrize("end, bom, tail", [("\n", "", ()), ("\r\n", "\ufeff", ("", " ")), ("\r", "", ())])
 @pytest.mark.parametrize("task, rows, expected", [
     (VA, ["0.5,-0.25", "-5,-5", "1,-1", "-5.0,0.125", "-5,-5"],
      [[.5, -.25], [-5, -5], [1, -1], [-5, .125], [-5, -5]]),
@@ -71,26 +68,14 @@ def test_a_header_may_have_spaces_and_another_case_and_a_file_may_have_no_frames
     for task, shape in ((VA, (0, 2)), (EXPR, (0,)), (AU, (0, 12))):
         assert read_labels(write(tmp_path / "v.txt", HEADER[task.name]), task).shape == shape
 
-
-def packed(kind: str) -> bytes:
-    """A label file in an archive of this kind."""
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder) / "in/v.txt", HEADER["va"], "0,0")
-        return Path(shutil.make_archive(f"{folder}/out", kind, f"{folder}/in")).read_bytes()
-
-
-TEXT = f"{HEADER['va']}\n0,0\n"
-
-
 @pytest.mark.parametrize("content, kind", [
-    (packed("zip"), "a zip archive or an Excel file"), (packed("tar"), "a tar archive"),
-    (packed("gztar"), "a gzip file"), (packed("bztar"), "a bzip2 file"), (b"7z\xbc\xaf'\x1c", "a 7z archive"),
-    (b"Rar!\x1a\x07\x01", "a rar archive"), (TEXT.encode("utf-16"), "text in UTF-16"),
-    (TEXT.encode("utf-16-le"), "text in UTF-16"), (TEXT.encode("utf-16-be"), "text in UTF-16"),
-    (b"\x93NUMPY\1\0", "no text"), (TEXT.encode() + b"\xe9", "no text")])
+    (b"PK\3\4", "a zip archive or an Excel file"), (b"\x1f\x8b\x08", "a gzip file"), (b"Rar!", "a rar archive"),
+    (b"7z\xbc\xaf", "a 7z archive"), (b"BZh9", "a bzip2 file"), (b"v".ljust(257) + b"ustar", "a tar archive"),
+    *((HEADER["va"].encode(f"utf-16{order}"), "text in UTF-16") for order in ("", "-le", "-be")),
+    (b"\x93NUMPY\1\0", "no text"), (b"valence,arousal\n0,\xe9", "no text")])
 def test_a_file_that_is_no_text_is_refused_with_what_it_seems_to_be(tmp_path, content, kind):
     (tmp_path / "v.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=f"v.txt: this seems to be {kind}; expected .* header valence,arousal;"):
+    with pytest.raises(ValueError, match=f"v.txt: this seems to be {kind}; expected .* header valence,ar"):
         read_labels(tmp_path / "v.txt", VA)
 
 

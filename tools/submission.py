@@ -37,8 +37,8 @@ def read_template(path, *tasks: Task) -> list[str]:
     ValueError naming file and line if it is empty, of another task, or a row does not begin with a name."""
     top, width, names = header_of(*tasks), sum(task.width for task in tasks), []
     for number, line in enumerate(read_lines(path, top), 1):
-        head = line.strip(", ").lower()
-        if number == 1 and (head in ("image_location", top.lower()) or top == MTL and head[:6] == "image,"):
+        head, first = line.strip(", ").lower(), line.partition(",")[0].lower()
+        if number == 1 and (head in ("image_location", top.lower()) or top == MTL and first == "image"):
             continue
         name, *values = [field.strip() for field in line.split(",")]
         if not FRAME.fullmatch(name) or sum(map(bool, values)) not in (0, width):
