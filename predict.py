@@ -249,7 +249,8 @@ def main(config, team, options):
         team.say("  warning: these models learned from synthetic faces; they say little about real ones")
 
     # table
-    path, header = Path(options.out), ["file", "face"] if options.still else ["video", "frame", "time", "face"]
+    path = Path(options.out)
+    header = ["file", "face"] if options.still else ["video", "frame", "time", "face"]
     for task in map(TASKS.get, models.heads):
         header += ["expression"] * task.one_class + [*task.outputs]
     record = {**models.record, "still": options.still, "smooth": options.smooth, "fps": options.fps, **found}
