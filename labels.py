@@ -13,6 +13,7 @@ metric and the numbers to compare with. Another task is another record. Codes of
 import math
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,13 +125,23 @@ def text_files(folder) -> dict[str, Path]:
     return {file.stem: file for file in sorted(Path(folder).glob("[!.]*.txt"))}
 
 
+# What a file seems to be, by its first bytes, that is no text in UTF-8.
+NO_TEXT = {rb"PK[\3\5]": "a zip archive or an Excel file", rb"\x1f\x8b": "a gzip file",
+           rb"7z\xbc": "a 7z archive", rb"Rar!": "a rar archive", rb"BZh[1-9]": "a bzip2 file",
+           rb"(?s).{257}ustar": "a tar archive", rb"(?s)\xff\xfe|\xfe\xff|.\0.\0|\0.\0.": "text in UTF-16",
+           rb"(?s).{,99}\0": "no text"}
+
+
 def read_lines(path, header: str, encoding: str = "utf-8-sig") -> list[str]:
-    """The lines of a text file, without blank ones at its end. CRLF and a byte-order mark are accepted.
-    Raises ValueError with the header that is expected if it is no text."""
-    try:
-        return Path(path).read_text(encoding).rstrip().splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file; expected one with the header {header}") from None
+    """The lines of a text file, without blank ones at its end. CRLF, CR and a byte-order mark are accepted.
+    Raises ValueError with what it seems to be, and the header that is expected, if it is no text in UTF-8."""
+    content = Path(path).read_bytes()
+    kinds = [kind for begin, kind in NO_TEXT.items() if re.match(begin, content)]
+    with suppress(UnicodeDecodeError):
+        if not kinds:
+            return content.decode(encoding).rstrip().splitlines()
+    raise ValueError(f"{path}: this seems to be {[*kinds, 'no text'][0]}; expected text in UTF-8 with the "
+                     f"header {header}; unpack it, or save it as such")
 
 
 def read_labels(path, task: Task) -> np.ndarray:

@@ -280,8 +280,9 @@ def find_input(config: Config, team, setting: str) -> tuple[Path, dict]:
 
 
 def missing(path, script: str, config: Config) -> ValueError:
-    """The refusal of a stage whose input is not there: names it, and the command that makes it."""
-    return ValueError(f"{path} not found; make it with: {command(script, config)}")
+    """The refusal of a stage whose input is not there, or not finished: names the command that makes it."""
+    state = "is of a stage that has not ended; go on" if begun(path.parent) else "not found; make it"
+    return ValueError(f"{path} {state} with: {command(script, config)}")
 
 
 def there(path: Path):

@@ -2,38 +2,36 @@
 
     python predict.py --frames FOLDER --out predictions.csv                        # the demo's models
     torchrun --nproc_per_node=2 predict.py --config my.yaml --frames FOLDER --out predictions.csv --fps 25
-    python predict.py --config my.yaml --frames FOLDER --out faces.jsonl --still   # each image for itself
+    python predict.py --config my.yaml --frames FOLDER --out faces.csv --still     # each image for itself
     python predict.py --frames FOLDER --out predictions.csv --emma runs/demo/emma/best.pt
 
 FOLDER holds the face crops of one video (00001.jpg, ...; numbers may be missing), or a folder of them per
 video. Labels are not needed, only the run's fine-tuned ViT and its trained tasks; a task that is missing has
-no columns. A row per frame, as CSV, or as JSON lines where the output's name ends in .jsonl: video, frame,
-time, face (0 where there is no readable image), valence, arousal, expression and its eight probabilities,
-the probability of each action unit. docs/predict.md explains the columns.
+no columns. A row per frame: video, frame, time, face (0 where there is no readable image), valence, arousal,
+expression and its eight probabilities, the probability of each action unit. docs/predict.md explains them.
 
---smooth k takes the mean over k frames before and after each one. --picture draws a picture of each video,
-predictions.csv.pictures/<video>.png; for a finished table, it predicts again what lacks one. --still takes
-each image below FOLDER for itself, whatever its name, and lets the fine-tuned ViT tell its expression: the
-columns are file, face and the expressions. --emma takes an EMMA of second_paper/train_emma.py, which sees
-every frame by itself: with --still, too, it has all tasks.
+--still takes each image below FOLDER for itself, whatever its name, and lets the fine-tuned ViT tell its
+expression: the columns are file, face and the expressions. --emma takes an EMMA, which sees every frame by
+itself: with --still, too, it has all tasks.
 
 predictions.csv.json tells what the table was made of. The same command goes on with a killed run: the rows of
 a video lie in predictions.csv.parts, whole or not there, until all are made.
 """
 
-import codecs
 import csv
+import io
 import json
-import math
 import os
 import re
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from contextlib import suppress
+from fractions import Fraction
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -74,7 +72,7 @@ def segment_models(config, team) -> Models:
     for task in TASKS.values():
         path = folder("task", config, task) / "best.pt"
         if not finished(path.parent):
-            team.say(f"  no columns of {task.name}, which is not trained; to train it: "
+            team.say(f"  no columns of {task.name}, which is not trained to its end; to do so: "
                      + command(f"train_task --task {task.name}", config))
             continue
         trained = load(path, config, task, team)
@@ -165,62 +163,37 @@ def fingerprint(parts: dict) -> dict:
 
 # ---- The table
 
-def rows_of(name: str, files, values: dict, noface, options):
-    """Yield the rows of a part, of values {task: (T, K)}: text, whole numbers, floats and None. They are
-    short where nothing is known: at an image that cannot be read, in a video without any face."""
+def is_finished(path: Path, record: dict, team) -> bool:
+    """Is the table there? Otherwise write down what it will be made of. Raises ValueError if it, or its
+    beginning, is made of something else, or of nobody knows what."""
+    told, folder = Path(f"{path}.json"), Path(f"{path}.parts")
+    before, now = read_json(told), json.loads(json.dumps(record))
+    if before != now and (before or path.exists() or folder.exists()):
+        differs = changes(before, now, "was", "now") if before else f" no {told} tells with what"
+        raise ValueError(f"{path} was made, or begun, with something else:{differs}\n"
+                         f"give another --out, or delete {told}, {folder} and {path}")
+    there = team.agree(path.exists())
+    if team.rank == 0 and not there:
+        write_text(told, json.dumps(now, indent=1))
+    return there
+
+
+def rows_of(name: str, files, values: dict, noface, options, columns: int) -> bytes:
+    """The rows of a part, from values {task: (T, K)}. They are empty where nothing is known: at an image that
+    cannot be read, in a video without any face."""
     known = ~noface if options.still else np.full(len(noface), not noface.all())
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
     for t in range(len(noface)):
-        time = t / options.fps if options.fps else None
+        time = f"{t / options.fps:.6f}" if options.fps else ""
         row = [files.names[t]] if options.still else [name, t + 1, time]
         row.append(int(not noface[t]))
         for task, v in values.items() if known[t] else ():
             if TASKS[task].one_class:
                 row.append(TASKS[task].outputs[v[t].argmax()])
-            row += v[t].tolist()
-        yield row
-
-
-class Table:
-    """CSV, or JSON lines where `path` ends in .jsonl, written part by part. `record`: what it is made of.
-    Raises ValueError if there is a table, or the beginning of one, that is made of something else, or that
-    nothing tells about. `finished`: there is nothing left to write."""
-
-    def __init__(self, path, header: list[str], record: dict, team):
-        self.path, self.header, self.json = Path(path), header, str(path).endswith(".jsonl")
-        self.folder, told = Path(f"{path}.parts"), Path(f"{path}.json")
-        before, now = read_json(told), json.loads(json.dumps(record))
-        if before is None and (self.path.exists() or self.folder.exists()):
-            raise ValueError(f"{path} exists, or was begun, and no {told} tells what it was made of; delete "
-                             f"it and {self.folder}, or give another --out")
-        if before not in (None, now):
-            raise ValueError(f"{path} was made, or begun, with something else:"
-                             f"{changes(before, now, 'was', 'now')}\n"
-                             f"give another --out, or delete {told}, {self.folder} and {path}")
-        self.finished = team.agree(self.path.exists())
-        if team.rank == 0 and not self.finished:
-            write_text(told, json.dumps(now, indent=1))
-
-    def write(self, file, rows):
-        """Rows of text, whole numbers, floats and None; a short one is filled up with None."""
-        text = codecs.getwriter("utf-8")(file, "surrogateescape")   # names may hold bytes of no encoding
-        table = csv.writer(text, lineterminator="\n")
-        for row in rows:
-            row = row + [None] * (len(self.header) - len(row))
-            if self.json:
-                row = [round(value, 6) if isinstance(value, float) else value for value in row]
-                text.write(json.dumps(dict(zip(self.header, row))) + "\n")
-            else:
-                table.writerow([f"{value:.6f}" if isinstance(value, float) else value for value in row])
-
-    def join(self, parts):
-        """The finished table, from the files of its parts."""
-        def write(file):
-            self.write(file, [] if self.json else [self.header])
-            for path in parts:
-                with open(path, "rb") as part:
-                    shutil.copyfileobj(part, file)
-        write_file(self.path, write)
-        shutil.rmtree(self.folder, ignore_errors=True)
+            row += [f"{value:.6f}" for value in v[t]]
+        table.writerow(row + [""] * (columns - len(row)))
+    return text.getvalue().encode("utf-8", "surrogateescape")       # names may hold bytes of no encoding
 
 
 def draw(path: Path, name: str, files, values: dict, noface, options):
@@ -234,20 +207,21 @@ def draw(path: Path, name: str, files, values: dict, noface, options):
 # ---- The script
 
 def check_options(options):
-    """Raises ValueError for options that make no sense, alone or together."""
+    """Make --fps a number. Raises ValueError for options that make no sense, alone or together."""
+    with suppress(ValueError, ArithmeticError):                    # ArithmeticError: of 1/0
+        options.fps = options.fps and float(Fraction(options.fps))
     out, smooth, fps = options.out, options.smooth, options.fps
     for wrong, message in [
             (not Path(options.frames).is_dir(),
              f"--frames: {options.frames} is no folder; expected one that holds the face crops of a video, "
              "00001.jpg, ..., or a folder of them per video"),
-            (out.endswith("/") or Path(out).is_dir(),
-             f"--out: got {out!r}, expected the name of a file, like predictions.csv"),
+            (not out.lower().endswith(".csv") or Path(out).is_dir(),
+             f"--out: got {out!r}, expected the name of a CSV file, like predictions.csv"),
             (smooth < 0, f"--smooth: got {smooth}, expected 0 frames or more"),
-            (fps is not None and not 0 < fps < math.inf,
-             f"--fps: got {fps}, expected frames per second, more than 0"),
+            (fps is not None and not (isinstance(fps, float) and fps > 0),
+             f"--fps: got {fps}, expected frames per second, more than 0, like 25 or 30000/1001"),
             (options.still and (smooth or fps or options.picture),
-             "--still takes each image for itself; leave out --smooth, --fps and --picture, which need a "
-             "video")]:
+             "--still takes each image for itself; leave out --smooth, --fps, --picture: they need a video")]:
         if wrong:
             raise ValueError(message)
 
@@ -255,35 +229,37 @@ def check_options(options):
 def main(config, team, options):
     """Write the table, or go on with it, until it is finished and the pictures are drawn."""
     check_options(options)
+
+    # frames
     parts, lines = (stills_in if options.still else videos_in)(Path(options.frames))
     found = fingerprint(parts)
     if team.agree(found) != found:
         raise ValueError(f"{options.frames}: this process sees other images than the first one")
     team.say("\n".join(lines))
-    if options.emma:
-        models = emma_model(options.emma, config, team)
-    else:
-        models = (expression_model if options.still else segment_models)(config, team)
+
+    # models
+    of_run = expression_model if options.still else segment_models
+    models = emma_model(options.emma, config, team) if options.emma else of_run(config, team)
     if models.config.data.synthetic:
         team.say("  warning: these models learned from synthetic faces; they say little about real ones")
+
+    # table
+    path = Path(options.out)
     header = ["file", "face"] if options.still else ["video", "frame", "time", "face"]
     for task in map(TASKS.get, models.heads):
         header += ["expression"] * task.one_class + [*task.outputs]
     record = {**models.record, "still": options.still, "smooth": options.smooth, "fps": options.fps, **found}
-    fill(Table(options.out, header, record, team), parts, models, options, team)
+    there = is_finished(path, record, team)
 
-
-def fill(table: Table, parts: dict, models: Models, options, team):
-    """Predict the parts whose rows or whose pictures are not there yet. They are shared out, longest first,
-    so that no process waits long for another's last video."""
+    # loop: parts that lack rows or a picture, longest first, so that no process waits long for another's last
     frames = {name: int(files.numbers[-1]) for name, files in parts.items()}
-    rows = {name: table.folder / f"{number:06d}" for number, name in enumerate(parts)}
-    images = {name: Path(f"{table.path}.pictures") / f"{name}.png" for name in parts}
-    lacking = [name for name in parts if not (table.finished or rows[name].exists())
+    rows = {name: Path(f"{path}.parts/{number:06d}") for number, name in enumerate(parts)}
+    images = {name: Path(f"{path}.pictures/{name}.png") for name in parts}
+    lacking = [name for name in parts if not (there or rows[name].exists())
                or options.picture and not images[name].exists()]
     left = team.agree(sorted(lacking, key=lambda name: -frames[name]))
-    if table.finished and not left:
-        return team.say(f"{table.path} is finished; nothing to do")
+    if there and not left:
+        return team.say(f"{path} is finished; nothing to do")
     team.say(f"predicting {sum(map(frames.get, left)):,} of {sum(frames.values()):,} frames, "
              f"on {team.device}")
     mine, without = left[team.rank::team.world], 0
@@ -295,13 +271,15 @@ def fill(table: Table, parts: dict, models: Models, options, team):
         of_part = name, parts[name], values, noface, options
         if options.picture:
             draw(images[name], *of_part)
-        if not table.finished:                       # after its picture: a part that is there needs nothing
-            write_file(rows[name], lambda file: table.write(file, rows_of(*of_part)))
+        if not there:                                # after its picture: a part that is there needs nothing
+            write_file(rows[name], lambda file: file.write(rows_of(*of_part, len(header))))
         without += int(noface.sum())
     without = int(all_sum(torch.tensor(without)))                  # when it is known, all parts are written
-    if team.rank == 0 and not table.finished:
-        table.join(rows.values())
-    team.say(f"{table.path} is finished: {sum(frames.values()):,} rows; {without:,} of those predicted now "
+    if team.rank == 0 and not there:
+        top = ",".join(header).encode() + b"\n"
+        write_file(path, lambda file: file.writelines(chain([top], map(Path.read_bytes, rows.values()))))
+        shutil.rmtree(f"{path}.parts", ignore_errors=True)
+    team.say(f"{path} is finished: {sum(frames.values()):,} rows; {without:,} of those predicted now "
              "are of frames without a readable face image")
 
 
@@ -309,8 +287,8 @@ if __name__ == "__main__":
     config, options = from_command_line(
         __doc__,
         frames={"required": True, "metavar": "FOLDER", "help": "face crops of a video, or folders of them"},
-        out={"required": True, "metavar": "FILE", "help": "the table: .jsonl for JSON lines, else CSV"},
-        fps={"type": float, "metavar": "F", "help": "frames per second, for the column time"},
+        out={"required": True, "metavar": "FILE", "help": "the table, a .csv"},
+        fps={"metavar": "F", "help": "frames per second, 25 or 30000/1001, for the column time"},
         smooth={"type": int, "default": 0, "metavar": "K", "help": "mean over K frames before and after"},
         picture={"action": "store_true", "help": "draw FILE.pictures/<video>.png, too"},
         still={"action": "store_true", "help": "each image for itself; without --emma, expressions only"},

@@ -16,6 +16,7 @@ import os
 import shlex
 import sys
 import typing
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -54,10 +55,8 @@ def typed(value, kind, name):
             raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
         return value
     if kind is float and type(value) in (int, float, str):
-        try:
+        with suppress(ValueError, OverflowError):                  # refused below
             value = float(value)
-        except (ValueError, OverflowError):
-            pass                                                   # refused below
     value = "" if kind is str and value is None else value
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{name}: got {value!r}, expected {KINDS[kind]}")
@@ -120,7 +119,7 @@ def problems_of(config):
 def read(path) -> dict:
     """The sections of a YAML file. Raises ValueError if it cannot be read as such."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(Path(path).read_bytes()) or {}         # UTF-8, or UTF-16 as it says itself
     except OSError as error:
         found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none"
         raise ValueError(f"{path}: cannot be read ({error.strerror}); configurations here: {found}") from None
@@ -165,9 +164,8 @@ def load(path, overrides=()) -> Config:
     return config
 
 
-def from_command_line(description, **arguments) -> tuple[Config, argparse.Namespace]:
-    """The configuration of --config and --set, and the options with the script's own `arguments` (name ->
-    add_argument's keywords). Ends with exit code 2 on bad settings."""
+def options_of(description, **arguments) -> argparse.Namespace:
+    """What was typed: --config, --set and the script's own `arguments` (name -> add_argument's keywords)."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE",
@@ -176,7 +174,12 @@ def from_command_line(description, **arguments) -> tuple[Config, argparse.Namesp
                         help="override one setting; repeatable")
     for name, keywords in arguments.items():
         parser.add_argument(f"--{name}", **keywords)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def from_command_line(description, **arguments) -> tuple[Config, argparse.Namespace]:
+    """The configuration of --config and --set, and the options. Ends with exit code 2 on bad settings."""
+    options = options_of(description, **arguments)
     try:
         return load(options.config, options.set), options
     except ValueError as error:

@@ -24,6 +24,8 @@ import torch.distributed as dist
 OUT_OF_SHARED_MEMORY = ("unable to allocate shared memory", "Bus error")
 # What adds up over processes: on GPUs NCCL, and gloo what lies on the CPU, since NCCL cannot.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+STOP = (signal.SIGTERM, signal.SIGINT)       # what tells a run to save and end
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")    # what it tells each process
 # Rank 0 says what was refused. torchrun ends the others within these seconds, before they repeat it.
 SECONDS_FOR_RANK_0 = 2.0
 # How long a process may wait for the others, as for the last long video. PyTorch's 10 or 30 minutes would end
@@ -122,7 +124,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
 
     Raises ValueError if it is not there, or if this machine has fewer GPUs than processes.
     """
-    local, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local, processes = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "mps" and (processes > 1 or not torch.backends.mps.is_available()):
         raise ValueError("run.device: mps is one Apple GPU, for one process; PyTorch sees none, or there "
@@ -139,8 +141,14 @@ def choose_device(wanted: str = "auto") -> torch.device:
 
 
 def join(device: str = "auto") -> Team:
-    """Join the processes that torchrun started, or be the only one. gloo sums on CPUs, NCCL on GPUs."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Join the processes that torchrun started, or be the only one. gloo sums on CPUs, NCCL on GPUs.
+    Raises ValueError if the environment tells of others, but not all that torchrun would tell."""
+    told = {name: os.environ.get(name) for name in TORCHRUN}
+    rank, local, world = (int(told[name] or alone) for name, alone in zip(TORCHRUN, (0, 0, 1)))
+    if (rank, local, world) != (0, 0, 1) and not (all(told.values()) and rank < world):
+        found = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in told.items())
+        raise ValueError(f"the environment has {found}; start with torchrun, which sets all of them, or "
+                         "unset RANK, LOCAL_RANK and WORLD_SIZE for a single process")
     chosen = choose_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group(BACKENDS[chosen.type], store=_fresh_store(), rank=rank, world_size=world,
@@ -171,19 +179,33 @@ def _fresh_store():
     return dist.PrefixStore(prefix, store)
 
 
+def _end(number, frame):
+    """SIGTERM and Ctrl-C, but in a training (`run.Signals`): a line, and the exit code of an ended process.
+    A copy, as torchrun sends, ends at once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"stopped by {signal.Signals(number).name}; what is finished is kept, start the same command "
+              "again to go on", file=sys.stderr, flush=True)
+    for later in STOP:
+        signal.signal(later, lambda *ignored: os._exit(128 + number))
+    sys.exit(128 + number)
+
+
 def launch(main, config, *arguments):
     """Run `main(config, team, *arguments)` with all processes of this run.
 
     Exit code 2 and one line for a refusal (ValueError, OSError); 1 and one line when another process has
-    died, a GPU's memory is full, or a worker has run out of shared memory.
+    died, a GPU's memory is full, or a worker has run out of shared memory; 130 or 143 and one line for
+    Ctrl-C or SIGTERM.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):               # file names may hold bytes of no encoding
             stream.reconfigure(errors="backslashreplace")
+    for number in STOP:
+        signal.signal(number, _end)
     try:
         main(config, join(config.run.device), *arguments)
     except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)):
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(SECONDS_FOR_RANK_0)
         way_on = ""
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:

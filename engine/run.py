@@ -34,8 +34,7 @@ class Signals:
 
     def __init__(self, team: Team):
         self.team, self.received, self.first = team, 0, 0.0
-        for number in STOP:
-            signal.signal(number, self._remember)
+        self.before = {number: signal.signal(number, self._remember) for number in STOP}
 
     def _remember(self, number, frame):
         if not self.received:
@@ -47,8 +46,8 @@ class Signals:
 
     def give_back(self):
         """Signals act as they did before the training."""
-        for number in STOP:
-            signal.signal(number, signal.SIG_DFL)
+        for number, act in self.before.items():
+            signal.signal(number, act)
 
 
 class Run:

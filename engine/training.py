@@ -17,9 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from engine.distributed import Team
-
-STOP = (signal.SIGTERM, signal.SIGINT)       # what tells a run to save and end
+from engine.distributed import STOP, Team
 
 
 # ---- Randomness and batches

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ CONFIG = SimpleNamespace(run=SimpleNamespace(device="cpu"))
     ("mps", 0, 1, False, "run.device: mps is one Apple GPU, for one process; PyTorch sees none, or"),
     ("mps", 0, 2, True, "run.device: mps is one Apple GPU, for one process; PyTorch sees none, or")])
 def test_each_process_takes_its_own_gpu_and_a_device_that_is_not_there_is_refused(
-        monkeypatch, capsys, wanted, gpus, processes, mps, expected):
+        monkeypatch, wanted, gpus, processes, mps, expected):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -46,9 +47,8 @@ def test_each_process_takes_its_own_gpu_and_a_device_that_is_not_there_is_refuse
     if " " not in expected:
         assert choose_device(wanted) == torch.device(expected) and chosen == [2] * ("cuda" in expected)
         return
-    with pytest.raises(SystemExit, match="^2$"):
-        launch(None, SimpleNamespace(run=SimpleNamespace(device=wanted)))
-    assert capsys.readouterr().err.startswith(f"error: {expected}")
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
+        choose_device(wanted)
 
 
 @pytest.mark.parametrize("kind, capability, expected", [
@@ -65,7 +65,8 @@ def test_only_a_gpu_that_has_bf16_computes_in_it(monkeypatch, kind, capability, 
 
 # ---- Processes
 
-def test_without_torchrun_a_process_is_alone():
+def test_without_torchrun_a_process_is_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")                            # as in some containers
     assert join("cpu") == Team(0, 1, CPU) and not several() and not dist.is_initialized()
     x, model = torch.ones(3), nn.Linear(1, 1)
     assert all_sum(x) is x and ALONE.agree([5]) == [5] and ALONE.gather([5]) == [[5]]
@@ -116,9 +117,21 @@ def test_a_process_that_waits_after_a_restart_is_answered_although_a_dead_one_as
     assert found[0] == found[1] == store.get("answer/the dead one").decode()
 
 
+@pytest.mark.parametrize("given", [
+    "RANK=1, no LOCAL_RANK, no WORLD_SIZE", "no RANK, no LOCAL_RANK, WORLD_SIZE=2", "no RANK, LOCAL_RANK=1",
+    "RANK=0, no LOCAL_RANK, WORLD_SIZE=2, MASTER_ADDR=a, MASTER_PORT=1",
+    "RANK=1, LOCAL_RANK=1, WORLD_SIZE=1, MASTER_ADDR=a, MASTER_PORT=1"])
+def test_an_environment_that_is_only_partly_torchruns_is_refused(monkeypatch, given):
+    for name, value in re.findall(r"(\w+)=(\w+)", given):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^the environment has {given}.*; start with torchrun"):
+        join("cpu")
+
+
 def test_a_process_may_wait_a_day_for_the_others_as_for_a_long_video(monkeypatch):
     asked = {}
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in distributed.TORCHRUN:
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "1")
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: asked.update(settings))
     monkeypatch.setattr(distributed, "_fresh_store", lambda: "store")
     assert join("cpu").world == 2 and asked["store"] == "store"
@@ -185,7 +198,9 @@ def test_an_end_that_a_user_can_help_is_one_line_that_others_do_not_repeat(monke
         raise error
 
     slept = []
+    monkeypatch.setattr(distributed, "join", lambda device: Team(rank, 1, torch.device(device)))
     monkeypatch.setenv("RANK", f"{rank}")
+    monkeypatch.setattr(distributed, "STOP", ())                     # the test's own signals stay
     monkeypatch.setattr(time, "sleep", slept.append)
     with pytest.raises(SystemExit) as end:
         launch(main, CONFIG, "au")
@@ -193,7 +208,8 @@ def test_an_end_that_a_user_can_help_is_one_line_that_others_do_not_repeat(monke
     assert slept == [2] * (rank == 1 and code == 2)                  # torchrun ends them meanwhile
 
 
-def test_another_error_is_raised():
+def test_another_error_is_raised(monkeypatch):
+    monkeypatch.setattr(distributed, "STOP", ())
     with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied"):
         launch(lambda config, team: torch.ones(2, 3) @ torch.ones(2, 3), CONFIG)
 

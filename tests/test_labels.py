@@ -47,7 +47,7 @@ def test_the_records_are_those_of_aff_wild2_and_of_table_1():
 
 # ---- Label files
 
-@pytest.mark.parametrize("end, bom, tail", [("\n", "", ()), ("\r\n", "\ufeff", ("", " ", ""))])
+@pytest.mark.parametrize("end, bom, tail", [("\n", "", ()), ("\r\n", "\ufeff", ("", " ")), ("\r", "", ())])
 @pytest.mark.parametrize("task, rows, expected", [
     (VA, ["0.5,-0.25", "-5,-5", "1,-1", "-5.0,0.125", "-5,-5"],
      [[.5, -.25], [-5, -5], [1, -1], [-5, .125], [-5, -5]]),
@@ -67,8 +67,16 @@ def test_a_header_may_have_spaces_and_another_case_and_a_file_may_have_no_frames
     assert read_labels(write(tmp_path / "v.txt", "Valence, Arousal", "0, 1"), VA).tolist() == [[0, 1]]
     for task, shape in ((VA, (0, 2)), (EXPR, (0,)), (AU, (0, 12))):
         assert read_labels(write(tmp_path / "v.txt", HEADER[task.name]), task).shape == shape
-    (tmp_path / "v.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="v.txt: not a text file; expected one with the header valence,"):
+
+@pytest.mark.parametrize("content, kind", [
+    (b"PK\3\4", "a zip archive or an Excel file"), (b"\x1f\x8b\x08", "a gzip file"), (b"Rar!", "a rar arc"),
+    (b"7z\xbc\xaf", "a 7z archive"), (b"BZh9", "a bzip2 file"), (b"v".ljust(257) + b"ustar", "a tar archive"),
+    *((f"{mark}valence".encode(f"utf-16-{order}"), "text in UTF-16") for mark in ("", "\ufeff")
+      for order in ("le", "be")),
+    (b"\x93NUMPY\1\0", "no text"), (b"valence,arousal\n0,\xe9", "no text")])
+def test_a_file_that_is_no_text_is_refused_with_what_it_seems_to_be(tmp_path, content, kind):
+    (tmp_path / "v.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"v.txt: this seems to be {kind}.*; expected .* header valence,ar"):
         read_labels(tmp_path / "v.txt", VA)
 
 

@@ -204,7 +204,7 @@ def test_a_record_of_an_older_version_is_read(here):
 # ---- Inputs
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda place: (place / "metrics.json").unlink(), "make it with: python train_finetune.py"),
+    (lambda place: (place / "metrics.json").unlink(), "has not ended; go on with: python train_finetune.py"),
     (lambda place: (place / "best.pt").unlink(), "best.pt is gone, though its stage is finished"),
     (lambda place: torch.save({}, place / "best.pt"), "not the file that the stage has written.*checkpoint="),
     (lambda place: changed_file({"finetune": {"lr": 3}})(None), "finetune.lr: was 0.0001, now 3.0"),

@@ -38,6 +38,7 @@ def here(finished, tmp_path_factory):
     for number in (1, 2, 3):
         (frames / "blind" / f"{number:05d}.jpg").write_bytes(b"no image")
     (frames / "empty").mkdir()
+    (folder / "other.csv").write_text("mine")
     done(folder, *PREDICT)
     return folder
 
@@ -87,26 +88,28 @@ def test_more_processes_write_the_same_table(here, world):
     assert (here / f"by{world}.csv").read_bytes() == (here / "p.csv").read_bytes()
 
 
-def test_json_lines_time_and_smoothing(here):
-    done(here, *PREDICT[:-1], "p.jsonl", "--fps", "25", "--smooth", "2")
-    rows, plain = [json.loads(line) for line in open(here / "p.jsonl")], rows_of(here / "p.csv")
-    assert [row["frame"] for row in rows] == [int(row["frame"]) for row in plain]
-    assert rows[1]["time"] == pytest.approx(0.04) and rows[0]["time"] == 0
+def test_time_and_smoothing(here):
+    done(here, *PREDICT[:-1], "smooth.csv", "--fps", "30000/1001", "--smooth", "2")
+    rows, plain = rows_of(here / "smooth.csv"), rows_of(here / "p.csv")
+    assert [row["frame"] for row in rows] == [row["frame"] for row in plain]
+    assert [row["time"] for row in rows[:3]] == ["0.000000", "0.033367", "0.066733"]
     video = [row for row in rows if row["video"] == rows[0]["video"]]
     for name in ("valence", "Fear", "AU12"):
         values = np.array([[float(row[name])] for row in plain[:len(video)]])
-        assert [row[name] for row in video] == pytest.approx(smoothed(values, 2)[:, 0].tolist(), abs=2e-6)
-    assert [row["valence"] for row in rows if row["video"] == "blind"] == [None] * 3
+        assert [float(row[name]) for row in video] == pytest.approx(smoothed(values, 2)[:, 0], abs=2e-6)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_killed_prediction_goes_on_and_makes_no_video_twice(here, tmp_path, count):
+@pytest.mark.parametrize("count, number", [(1, signal.SIGKILL), (3, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_killed_prediction_goes_on_and_makes_no_video_twice(here, tmp_path, count, number):
     folder = copied(here, tmp_path)
     (folder / "p.csv").unlink(), (folder / "p.csv.json").unlink()
-    codes, _ = run(folder, *PREDICT, hook=stop("engine.checkpoints.write_file", 1 + count))    # record first
-    assert codes == [-signal.SIGKILL] and len(list((folder / "p.csv.parts").glob("0*"))) == count - 1
+    codes, said = run(folder, *PREDICT, hook=stop("engine.checkpoints.write_file", 1 + count, number))
+    assert codes == [-number if number == signal.SIGKILL else 128 + number] and "Traceback" not in said
+    assert number == signal.SIGKILL or said.endswith(
+        f"stopped by {number.name}; what is finished is kept, start the same command again to go on\n")
+    assert len(list((folder / "p.csv.parts").glob("0*"))) == count - 1                         # record first
     kept = content(folder / "p.csv.parts")
-    codes, _ = run(folder, *PREDICT, hook=stop("shutil.copyfileobj", 3))                       # while joining
+    codes, _ = run(folder, *PREDICT, hook=stop("pathlib.Path.read_bytes", 4))                  # while joining
     assert codes == [-signal.SIGKILL] and kept.items() <= content(folder / "p.csv.parts").items()
     assert "predicting 0 of " in done(folder, *PREDICT)
     assert (folder / "p.csv").read_bytes() == (here / "p.csv").read_bytes()
@@ -154,8 +157,12 @@ def test_the_frames_of_one_video_may_lie_in_the_folder_itself_beside_what_was_ma
 @pytest.mark.parametrize("options, message", [
     (["--frames", "nowhere"], "--frames: nowhere is no folder"),
     (["--frames", "data/RAF-DB"], "no frame found; expected 00001.jpg.*need --still"),
-    (["--out", "runs"], "--out: got 'runs', expected the name of a file"),
-    (["--smooth", "-1"], "--smooth: got -1"), (["--fps", "0"], "--fps: got 0.0"),
+    *[(["--out", name], f"--out: got '{name}', expected the name of a CSV file")
+      for name in ("runs", "p.json", "p.tsv", "p.jsonl", "p.csv/")],
+    (["--smooth", "-1"], "--smooth: got -1"),
+    *[(["--fps", text], f"--fps: got {text}.*, expected frames per second, more than 0, like 25 or 30000/10")
+      for text in ("0", "-25", "abc", "1/0", "nan", "inf")],
+    (["--out", "other.csv"], "was made, or begun, with something else: no other.csv.json tells with what"),
     (["--still", "--picture"], "--still takes each image for itself"),
     (["--smooth", "3"], "made, or begun, with something else:\n  smooth: was 0, now 3"),
     (["--emma", "runs/tiny/task_au/best.pt"], "of stage task_au; expected EMMA"),
@@ -165,13 +172,6 @@ def test_the_frames_of_one_video_may_lie_in_the_folder_itself_beside_what_was_ma
 def test_what_cannot_be_predicted_is_refused_in_one_line(here, options, message):
     codes, said = run(here, *PREDICT, *options)
     assert codes == [2] and re.search(f"error: .*{message}", said, re.DOTALL), said
-
-
-def test_a_table_of_unknown_origin_is_left_alone(here):
-    (here / "other.csv").write_text("mine")
-    codes, said = run(here, *PREDICT[:-1], "other.csv")
-    assert codes == [2] and "no other.csv.json tells what it was made of" in said
-    assert (here / "other.csv").read_text() == "mine"
 
 
 # ---- Evaluation
@@ -301,7 +301,9 @@ def test_new_changed_and_lost_videos_are_extracted_and_the_others_kept(finished,
 
 def test_an_extraction_does_not_go_on_with_fewer_videos_than_it_began_with(finished, tmp_path):
     folder = copied(finished, tmp_path, ["features"])
-    run(folder, "extract_features", *TINY, hook=stop("engine.checkpoints.write_array", 3))
+    told = stop("engine.checkpoints.write_array", 3, signal.SIGINT)
+    codes, said = run(folder, "extract_features", *TINY, hook=told)
+    assert codes == [130] and "stopped by SIGINT; what is finished" in said and "Traceback" not in said
     gone = sorted((folder / FRAMES).iterdir())[-1]
     shutil.rmtree(gone)
     codes, said = run(folder, "extract_features", *TINY)

@@ -173,6 +173,7 @@ def test_other_data_than_a_run_began_with_or_than_the_first_machine_has_is_refus
 # ---- Steps, epochs and what they leave behind
 
 def test_an_epoch_becomes_a_row_and_a_checkpoint(tmp_path):
+    before = signal.getsignal(TERM), signal.getsignal(INT)
     run = begun(tmp_path, epochs=2)
     for epoch in run.epochs():
         for step, _ in enumerate(run.batches()):
@@ -184,7 +185,7 @@ def test_an_epoch_becomes_a_row_and_a_checkpoint(tmp_path):
     assert [row.split(",")[2:-1] for row in rows] == [["3", "2", "1", "0"], ["8", "2", "1", "0.333333"]]
     assert [run.last_row(name) for name in ("epoch", "loss")] == [2, 8]
     assert [last(tmp_path)[name] for name in ("epoch", "step", "sums")] == [2, 0, {}]
-    assert signal.getsignal(TERM) == signal.getsignal(INT) == signal.SIG_DFL       # they act as usual again
+    assert (signal.getsignal(TERM), signal.getsignal(INT)) == before              # they act as before again
 
 
 def test_a_batch_is_cut_into_pieces_of_at_most_the_largest_one(tmp_path):

@@ -1,7 +1,6 @@
 """Files of predictions: read as they stand, and scored against label files (paper §4.2). NumPy only.
 
     predict.py's CSV        video,frame,...,valence,arousal,...    columns of other tasks are passed over
-    predict.py's .jsonl     {"video": "136", "frame": 1, ...}      an object per line, with the same names
     a submission            image_location,valence,arousal         then a row per frame, with two values,
                             136/00001.jpg,0.5,-0.5                 or one class, or twelve 0 or 1
 
@@ -13,25 +12,24 @@ label files <video>.txt. docs/scores.md explains what is printed.
 
 import argparse
 import csv
-import json
+import math
 import re
-import sys
 from array import array
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
-from labels import TASKS, Task, for_metric, has_labels, label_files, read_labels, targets, text_files
+from labels import (TASKS, Task, for_metric, has_labels, label_files, read_labels, read_lines, targets,
+                    text_files)
 from metrics import confusion, score_table
 
+MTL = "image,valence,arousal,expression,aus"                         # of all three tasks: s-Aff-Wild2
 FRAME = re.compile(r"(.+)/0*([0-9]{1,7})\.[A-Za-z]+")                # a row's name: 2-30-640x360/00001.jpg
-WRONG = (ValueError, TypeError, KeyError, OverflowError, csv.Error)  # what a bad row raises
 
 
-def header_of(task: Task) -> str:
-    """The first line of a submission. That of expr has nine fields, its rows two."""
-    return ",".join(["image_location", *task.outputs])
+def header_of(*tasks: Task) -> str:
+    """The first line of a submission, of one task or of all. That of expr has nine fields, its rows two."""
+    return MTL if len(tasks) > 1 else ",".join(["image_location", *tasks[0].outputs])
 
 
 def split_name(name: str) -> tuple[str, int]:
@@ -51,48 +49,45 @@ def some(names) -> str:
 # ---- Reading
 
 def submitted(text: str, task: Task):
-    """(video, frame, values) of a row of a submission. Raises one of WRONG."""
+    """(video, frame, values) of a row of a submission. Raises ValueError."""
     name, _, cells = text.partition(",")
     values = task.row(cells)
     return *split_name(name), np.eye(len(task.outputs))[values[0]] if task.one_class else values
 
 
 def predicted(row: dict, task: Task):
-    """(video, frame, values) of a row of predict.py; no values if all are empty. Raises one of WRONG."""
-    cells = [row[name] for name in task.outputs]
-    values = [float(cell) for cell in cells] if set(cells) - {"", None} else []
-    lowest, highest = (0, 1) if task.whole_numbers else (-sys.float_info.max, sys.float_info.max)
-    named = type(row["video"]) is str and row["video"]
-    if not named or not all(lowest <= value <= highest for value in values):
-        raise ValueError("expected a video's name and its values")
-    return row["video"], int(str(row["frame"])), values        # int(1.5), from JSON, would be 1
+    """(video, frame, values) of a row of predict.py; no values if all are empty. Raises ValueError."""
+    cells, frame = [row[name] for name in task.outputs], float(row["frame"])   # 1.0, as pandas may write it
+    values = [float(cell) for cell in cells] if any(cells) else []
+    known = all(0 <= value <= 1 if task.whole_numbers else math.isfinite(value) for value in values)
+    if not known or not row["video"] or not frame.is_integer():
+        raise ValueError("expected a video's name, a frame and its values")
+    return row["video"], int(frame), values
 
 
-def rows_of(file, path: Path, task: Task):
-    """Yield (line, video, frame, values) of each prediction in an open file. Raises as `read_predictions`."""
-    names, header, top = ["video", "frame", *task.outputs], [], header_of(task)
-    if path.suffix != ".jsonl":
-        header = [name.strip() for name in next(file, "").split(",")]
+def rows_of(path, task: Task):
+    """Yield (line, video, frame, values) of each prediction. Raises as `read_predictions`."""
+    names, top = ["video", "frame", *task.outputs], header_of(task)
+    right = f"{top!r}, or one column each of {', '.join(names)}"
+    first, *lines = read_lines(path, right) or [""]
+    header = [name.strip() for name in first.split(",")]
     submission = ",".join(header).lower() == top.lower()
-    if header and not submission and any(header.count(name) != 1 for name in names):
-        raise ValueError(f"{path}, line 1: header is {','.join(header)[:200]!r}, expected {top!r}, or one "
-                         f"column each of {', '.join(names)}")
+    if not submission and any(header.count(name) != 1 for name in names):
+        raise ValueError(f"{path}, line 1: header is {','.join(header)[:200]!r}, expected {right}")
     expected = (f"a frame like 136/00001.jpg and {task.a_row}" if submission else
                 f"one each of {', '.join(names)}: a video's name, a frame from 1, and "
                 + ("probabilities from 0 to 1" if task.whole_numbers else "finite numbers"))
-    for line, text in enumerate(file, 2 if header else 1):
+    for line, text in enumerate(lines, 2):
         if not text.strip():
             continue
         try:
             if submission:
                 row = submitted(text, task)
-            elif header:                                       # strict: as many fields as in the header
+            else:                                              # strict: as many fields as in the header
                 row = predicted(dict(zip(header, next(csv.reader([text])), strict=True)), task)
-            else:
-                row = predicted(json.loads(text), task)
             if not 1 <= row[1] <= 9_999_999:
                 raise ValueError("expected a frame from 1")
-        except WRONG:
+        except (ValueError, csv.Error):
             raise ValueError(f"{path}, line {line}: {text.strip()[:80]!r}, expected {expected}") from None
         if len(row[2]):
             yield line, *row
@@ -108,16 +103,12 @@ def read_predictions(path, task: Task) -> dict[str, tuple[np.ndarray, np.ndarray
     fields, text for a number, a value that the task does not have, a name that is no frame's, a frame twice.
     """
     videos: dict[str, dict[int, tuple]] = {}                   # video -> frame -> line, values
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for line, video, number, values in rows_of(file, Path(path), task):
-                kept = line, array("d", values)                # 8 bytes a value
-                before, _ = videos.setdefault(video, {}).setdefault(number, kept)
-                if before != line:
-                    raise ValueError(f"{path}, lines {before} and {line}: both are frame {number} of {video}"
-                                     ", expected each frame once")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text of rows in UTF-8; expected a CSV or .jsonl") from None
+    for line, video, number, values in rows_of(path, task):
+        kept = line, array("d", values)                        # 8 bytes a value
+        before, _ = videos.setdefault(video, {}).setdefault(number, kept)
+        if before != line:
+            raise ValueError(f"{path}, lines {before} and {line}: both are frame {number} of {video}, "
+                             "expected each frame once")
     if not videos:
         raise ValueError(f"{path}: no prediction in it; expected a row per frame, with values of {task.name}")
     return {video: (np.array(sorted(frames)), np.array([frames[number][1] for number in sorted(frames)]))

@@ -7,7 +7,8 @@
 A template names the frames of the test set: each of its rows up to the first comma. They get their values in
 the template's order, from the run's trained task and features, or from a table of predict.py. Valence and
 arousal are clipped to -1 to 1; the expression is the most probable one; an action unit is 1 if its
-probability is above 0.5. --check names the first wrong line of a submission (then the exit code is 2).
+probability is above 0.5. A row of --task mtl (s-Aff-Wild2) holds all of these. --check names the first wrong
+line of a submission (then the exit code is 2); it reads no configuration.
 """
 
 from collections import Counter
@@ -16,61 +17,65 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.config import from_command_line, print_all
+from engine.config import load, options_of, print_all
 from labels import TASKS, Task, in_units, read_lines, smoothed
-from tools.predictions import FRAME, header_of, read_predictions, some, split_name
+from tools.predictions import FRAME, MTL, header_of, read_predictions, some, split_name
 
 try:
-    from data import extracted_videos, read_features
+    import scoring
+    from data import read_features
     from engine.distributed import Team, choose_device
-    from engine.training import Progress
     from pipeline import finished, folder, lines_of, missing
-    from scoring import check_features, find_features, load
 except ModuleNotFoundError:         # --check and --predictions serve where torch is not installed
-    load = None
+    scoring = None
 
 
 # ---- Templates, and what is checked
 
-def read_template(path, task: Task) -> list[str]:
+def read_template(path, *tasks: Task) -> list[str]:
     """The names of a template's frames, in its order; a header and dummy values may be there or not. Raises
     ValueError naming file and line if it is empty, of another task, or a row does not begin with a name."""
-    top, names = header_of(task), []
+    top, width, names = header_of(*tasks), sum(task.width for task in tasks), []
     for number, line in enumerate(read_lines(path, top), 1):
-        if number == 1 and line.strip(", ").lower() in ("image_location", top.lower()):
+        head, first = line.strip(", ").lower(), line.partition(",")[0].lower()
+        if number == 1 and (head in ("image_location", top.lower()) or top == MTL and first == "image"):
             continue
         name, *values = [field.strip() for field in line.split(",")]
-        if not FRAME.fullmatch(name) or sum(map(bool, values)) not in (0, task.width):
+        if not FRAME.fullmatch(name) or sum(map(bool, values)) not in (0, width):
             raise ValueError(f"{path}, line {number}: {line[:80]!r}, expected a frame like '136/00001.jpg,', "
-                             f"with {task.width} dummy values for {task.name} or none, below {top!r}")
+                             f"with {width} dummy values or none, below {top!r}")
         names.append(name)
     if not names:
         raise ValueError(f"{path}: no rows; expected a line for each frame, like '136/00001.jpg,'")
     return names
 
 
-def right(line: str | None, name: str | None, task: Task) -> bool:
-    """Is this the row of the frame `name`: with as many numbers as the task has, within their range?"""
-    found, _, numbers = (line or "").partition(",")
+def right(line: str | None, name: str | None, *tasks: Task) -> bool:
+    """Is this the row of the frame `name`: with as many numbers as the tasks have, within their range?"""
+    found, *numbers = (line or "").split(",")
     try:
-        return found == name and bool(task.row(numbers))
+        for task in tasks:
+            task.row(",".join(numbers[:task.width]))
+            numbers = numbers[task.width:]
     except ValueError:
         return False
+    return found == name and not numbers
 
 
-def check(path, template, task: Task) -> str:
+def check(path, template, *tasks: Task) -> str:
     """One sentence about a submission that is right: a header, then a row for each of the template's, in its
     order. Raises ValueError naming the first wrong line, what was found and expected, and how many more lines
     are wrong."""
-    top, names = header_of(task), read_template(template, task)
+    top, names = header_of(*tasks), read_template(template, *tasks)
     lines = read_lines(path, top, encoding="utf-8")            # as it stands: a byte-order mark is wrong
     pairs = list(zip_longest(lines, [top, *names]))            # None where one of them has ended
     wrong = [i for i, (line, name) in enumerate(pairs)
-             if not (line == top == name or right(line, name, task))]
+             if not (line == top == name or right(line, name, *tasks))]
     if wrong:
         line, name = pairs[wrong[0]]
         found = "the file ends" if line is None else repr(line[:80])
-        wanted = "the file's end" if name is None else repr(name) + f" and {task.a_row}" * (name != top)
+        a_row = ", ".join(task.a_row for task in tasks)
+        wanted = "the file's end" if name is None else repr(name) + f" and {a_row}" * (name != top)
         raise ValueError(f"{path}, line {wrong[0] + 1}: {found}, expected {wanted}\n"
                          f"  more lines that are wrong or out of place: {len(wrong) - 1:,} of {len(lines):,}")
     videos = len({split_name(name)[0] for name in names})
@@ -109,68 +114,64 @@ def of_table(path, task: Task, videos):
 def of_run(config, task: Task, videos):
     """From the run's trained task on its features; no frame is read again. Raises ValueError if one of the
     two is missing, stale, or does not fit the other."""
-    if load is None:
+    if scoring is None:
         raise ValueError("the values of a run need torch; install it, or give --predictions")
     team = Team(0, 1, choose_device(config.run.device))
     path = folder("task", config, task) / "best.pt"
     if not finished(path.parent):
         raise missing(path, f"train_task --task {task.name}", config)
-    trained = load(path, config, task, team)
-    features, origin = find_features(trained.config, team)
-    check_features(path, trained.record, origin)
-    extracted = extracted_videos(features)
-    if extracted is None:                                      # they were made elsewhere
-        known = {file.stem for file in features.glob("*.npy")}
-    else:
-        known = {name for name, row in extracted.items() if row["faces"]}
-    names, values = matched(videos, known, features), {}
-    progress = Progress(len(names), "videos", team)
-    for video, name in names.items():
-        values[video] = in_units(trained.predict(read_features(features / f"{name}.npy")), task)
-        progress.add(1)
+    trained = scoring.load(path, config, task, team)
+    features, origin = scoring.find_features(trained.config, team)
+    scoring.check_features(path, trained.record, origin)
+    known = {file.stem for file in features.glob("*.npy")}
+    values = {video: in_units(trained.predict(read_features(features / f"{name}.npy")), task)
+              for video, name in matched(videos, known, features).items()}
     return values, f"{path} on the features in {features}{lines_of(trained.changed)}"
 
 
 # ---- Writing
 
-def answers(values: np.ndarray, task: Task) -> np.ndarray:
-    """What a submission says of values in units: (T, K) -> (T, width)."""
+def answers(values: np.ndarray, task: Task) -> list[str]:
+    """What a submission says of values in units, (T, K): the text of each frame."""
     if task.one_class:
-        return values.argmax(axis=1)[:, None]
-    return (values > 0.5).astype(int) if task.yes_or_no else values.clip(task.lowest, task.highest)
+        return [f"{k}" for k in values.argmax(axis=1)]
+    if task.yes_or_no:
+        return [",".join(f"{value:d}" for value in row) for row in (values > 0.5).astype(int)]
+    return [",".join(f"{value:.6f}" for value in row) for row in values.clip(task.lowest, task.highest)]
 
 
-def main(config, task: Task, options):
-    """Check a submission; or write one and check it. Yields lines: the source, which rows have the values of
+def main(options):
+    """Check a submission; or write one and check it. Yields lines: the sources, which rows have the values of
     no frame of their own, and what `check` says."""
+    tasks = list(TASKS.values()) if options.task == "mtl" else [TASKS[options.task]]
     if bool(options.out) == bool(options.check) or options.smooth < 0:
         raise ValueError("give either --out or --check, and --smooth 0 or more")
     if options.check:
-        yield check(options.check, options.template, task)
+        yield check(options.check, options.template, *tasks)
         return
-    out, top, names = Path(options.out), header_of(task), read_template(options.template, task)
+    out, top, names = Path(options.out), header_of(*tasks), read_template(options.template, *tasks)
     if out.exists() and (out.samefile(options.template) or read_lines(out, top)[:1] not in ([], [top])):
-        raise ValueError(f"--out: {out} exists and is no submission of --task {task.name}; delete it, or "
+        raise ValueError(f"--out: {out} exists and is no submission of --task {options.task}; delete it, or "
                          "give another name")
-    videos = Counter(split_name(name)[0] for name in names)
-    if options.predictions:
-        values, source = of_table(options.predictions, task, videos)
-    else:
-        values, source = of_run(config, task, videos)
-    unknown = {video: count for video, count in videos.items() if video not in values}
-    if not values:
-        raise ValueError(f"{options.template}: none of its videos, {some(unknown)}, has values in {source}; "
-                         "is it the template of other videos?")
-    yield f"values from {source}"
+    videos, unknown = Counter(split_name(name)[0] for name in names), {}
+    said, given = {video: [] for video in videos}, options.predictions or load(options.config, options.set)
+    for task in tasks:
+        values, source = (of_table if options.predictions else of_run)(given, task, videos)
+        unknown |= {video: count for video, count in videos.items() if video not in values}
+        if not values:
+            raise ValueError(f"{options.template}: none of its videos, {some(unknown)}, has values in "
+                             f"{source}; is it the template of other videos?")
+        yield f"values of {task.name} from {source}"
+        for video in videos:
+            rows = values.get(video, np.zeros((1, len(task.outputs))))         # neutral
+            said[video].append(answers(smoothed(rows, options.smooth), task))
 
-    said = {video: answers(smoothed(rows, options.smooth), task) for video, rows in values.items()}
-    said |= dict.fromkeys(unknown, np.zeros((1, task.width), int))             # neutral
-    lines, after, digits = [top], Counter(), "" if task.whole_numbers else ".6f"
+    lines, after = [top], Counter()
     for name in names:
         video, number = split_name(name)
-        row = said[video][min(max(number, 1), len(said[video])) - 1]           # some copies count from 0
-        after[video] += number > len(said[video]) and video in values
-        lines.append(",".join([name, *[f"{value:{digits}}" for value in row]]))
+        own = [rows[min(max(number, 1), len(rows)) - 1] for rows in said[video]]     # some count from 0
+        lines.append(",".join([name, *own]))
+        after[video] += video not in unknown and number > max(map(len, said[video]))
     temporary = out.with_name(f".{out.name}.tmp")                              # whole or not at all
     temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
     temporary.replace(out)
@@ -179,16 +180,16 @@ def main(config, task: Task, options):
         if rows:
             yield (f"  {what}: {sum(rows.values()):,} rows of "
                    + some(f"{video} ({count:,})" for video, count in rows.items()))
-    yield check(out, options.template, task)
+    yield check(out, options.template, *tasks)
 
 
 if __name__ == "__main__":
-    config, options = from_command_line(
+    options = options_of(
         __doc__,
-        task={"choices": list(TASKS), "required": True},
+        task={"choices": [*TASKS, "mtl"], "required": True, "help": "mtl: all three in a row"},
         template={"required": True, "metavar": "FILE", "help": "names the frames, in order"},
         out={"default": "", "metavar": "FILE", "help": "the submission to write"},
         predictions={"default": "", "metavar": "FILE", "help": "values from this table, not from the run"},
         check={"default": "", "metavar": "FILE", "help": "a submission to check; nothing is written"},
         smooth={"type": int, "default": 0, "metavar": "K", "help": "mean over K frames before and after"})
-    print_all(main(config, TASKS[options.task], options))
+    print_all(main(options))
