@@ -56,8 +56,8 @@ def test_what_lies_beside_frames_is_counted_by_kind_and_two_files_of_a_frame_are
     for name in [*names, "other/frame_00.jpg", "other/frame_01.jpg"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    kinds = "hidden", "with number 0", ".txt", ".heic", "without extension", "folders", "images of other names"
-    assert VideoFrames(tmp_path).beside == dict.fromkeys(kinds, 1)
+    kinds = ["hidden", "with number 0", ".txt", ".heic", "without extension", "folders"]
+    assert VideoFrames(tmp_path).beside == dict.fromkeys([*kinds, "images of other names"], 1)
     assert VideoFrames(tmp_path, 0).numbers.tolist() == [0, 1]
     lines = open_frames({"a": tmp_path, "b": tmp_path / "other"})[1]
     assert lines[0] == "  in 1 videos a number in the name is taken for the frame's, as 1 in frame_01.jpg"
@@ -74,13 +74,13 @@ def test_folders_of_folders_are_entered_and_the_first_root_with_frames_of_a_vide
         draw(tmp_path / folder, [1])
     for folder in ("a/z", "a/.hidden", "a/cropped/twice", "a/new/x", "a/loop"):
         (tmp_path / folder).mkdir()
-    for name in ("a/fig_1.png", "a/video.mp4", "a/new/twice/frame_1.png"):
+    for name in ("a/fig_1.png", "a/video.mp4", "a/new/twice/frame_1.png", "a/new/fig_1.png"):
         (tmp_path / name).touch()
     (tmp_path / "a/loop/circle").symlink_to(tmp_path / "a/loop")
     videos, lines = video_folders([tmp_path / "a", tmp_path / "b"])
     assert {name: str(path.relative_to(tmp_path)) for name, path in videos.items()} == {
         "4": "a/1/2/3/4", "circle": "a/loop/circle/circle/circle", "deep": "a/1/2/3/deep",
-        "twice": "a/new/twice", "x": "a/cropped/x", "y": "a/y", "z": "b/z"}
+        "new": "a/new", "twice": "a/new/twice", "x": "a/cropped/x", "y": "a/y", "z": "b/z"}
     assert [line.replace(str(tmp_path), "") for line in lines] == [
         "  not read, as in no video's folder: 1 .png, 1 .mp4 in /a; " + READ,
         "  not read, as in no video's folder: 1 .jpg in /b; " + READ,

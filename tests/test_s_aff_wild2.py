@@ -181,7 +181,8 @@ def test_a_file_of_another_folder_or_without_any_label_is_refused(tmp_path):
         LabelledFrames(read_annotations(write(tmp_path / "a.txt", *rows)), folder_of)
     for video, numbers, message in (("twice", range(1, 21), "2 images for each label"),
                                     ("from_0", range(10), "1 of 1 videos have an image of number 0")):
-        found = read_annotations(write(tmp_path / "a.txt", *(f"{video}/{n}.jpg" + FULL for n in range(2, 11))))
+        listed = [f"{video}/{n}.jpg" + FULL for n in range(2, 11)]
+        found = read_annotations(write(tmp_path / "a.txt", *listed))
         with pytest.raises(ValueError, match=message):
             LabelledFrames(found, folders(tmp_path, {video: numbers}))
     for nothing in ([], ["a/00001.jpg" + NOTHING]):
