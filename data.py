@@ -8,7 +8,6 @@ a copy against: docs/data.md.
     python data.py                       # of the demo; and how videos are cut with w = 300, s = 200
 """
 
-import os
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from torch.utils.data import Dataset
 from engine.checkpoints import read_json
 from engine.config import from_command_line, print_all
 from engine.training import generator
-from images import FrameFiles, list_frames, listed, random_crop, read_image, resize, sizes, video_folders
+from images import (VideoFrames, check_ends, check_numbers, open_frames, random_crop, read_image, resize,
+                    sizes, video_folders)
 from labels import EXPR, TASKS, Task, has_labels, label_files, read_labels, targets
 
 AGAIN = "delete it and run extract_features.py again"
@@ -32,7 +32,7 @@ AGAIN = "delete it and run extract_features.py again"
 class Frames:
     """Single frames, n of several videos: `rows` (n, 2) says which video, and which number in it."""
 
-    def __init__(self, videos: list[str], folders: list[FrameFiles], rows: np.ndarray):
+    def __init__(self, videos: list[str], folders: list[VideoFrames], rows: np.ndarray):
         self.videos, self.folders, self.rows = videos, folders, rows
 
     def __len__(self):
@@ -40,7 +40,7 @@ class Frames:
 
     def where(self, i) -> str:
         video, number = self.rows[i]
-        return self.folders[video].path(number)
+        return self.folders[video].where(np.searchsorted(self.folders[video].numbers, number))
 
     def read(self, i):
         return read_image(self.where(i))
@@ -52,34 +52,24 @@ class Frames:
         return f"{len(self):,} frames, checksum {crc:08x}, sizes {sizes(self.where(i) for i in first)}"
 
 
-class VideoFrames(Frames):
-    """The frames of one video, with their `numbers` (n,), sorted."""
-
-    def __init__(self, folder):
-        self.numbers, files, self.beside = list_frames(folder)
-        rows = np.stack([np.zeros_like(self.numbers), self.numbers], axis=1)
-        super().__init__([os.path.basename(folder)], [files], rows)
-
-
 def expr_frames(files: dict[str, Path], videos: dict[str, Path]) -> tuple[Frames, np.ndarray, list[str]]:
-    """The frames that have an expression label and an image, for fine-tuning (§3.1). -> frames, their classes
-    (n,), the videos without frames. Raises ValueError if there is no such frame."""
-    folders, rows, classes = {}, [], []
-    for video, file in files.items():
-        labels = read_labels(file, EXPR)
-        numbers, found, _ = list_frames(videos[video]) if video in videos else ([], None, None)
-        if len(numbers):
-            numbers = numbers[numbers <= len(labels)]
-            numbers = numbers[labels[numbers - 1] != EXPR.invalid]
-            rows.append(np.stack([np.full_like(numbers, len(folders)), numbers], axis=1))      # which video
-            classes.append(labels[numbers - 1])
-            folders[video] = found
-    without = [video for video in files if video not in folders]
+    """The frames that have an expression label and an image, for fine-tuning (§3.1). -> frames, their
+    classes (n,), lines about the rest. Raises ValueError if there is no such frame, or as `check_numbers`."""
+    found, lines = open_frames({video: videos[video] for video in files if video in videos})
+    labels, rows, classes = {video: read_labels(file, EXPR) for video, file in files.items()}, [], []
+    lines += check_numbers(found, {video: len(of_video) for video, of_video in labels.items()})
+    for which, (video, frames) in enumerate(found.items()):
+        numbers = frames.numbers[frames.numbers <= len(labels[video])]
+        numbers = numbers[labels[video][numbers - 1] != EXPR.invalid]
+        rows.append(np.stack([np.full_like(numbers, which), numbers], axis=1))
+        classes.append(labels[video][numbers - 1])
+    without = [video for video in files if video not in found]
+    lines += [f"  left out, no frames: {', '.join(without)}"] if without else []
     if not sum(map(len, rows)):
         raise ValueError(f"no frame has both an expression label and an image: {len(files)} label files, "
                          f"{len(without)} of them without frames; check data.labels and data.frames")
-    frames = Frames(list(folders), list(folders.values()), np.concatenate(rows).astype(np.int32))
-    return frames, np.concatenate(classes), without
+    frames = Frames(list(found), list(found.values()), np.concatenate(rows).astype(np.int32))
+    return frames, np.concatenate(classes), lines
 
 
 class Images(Dataset):
@@ -220,7 +210,7 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
     Raises ValueError if a feature array has another width than the first or fewer frames than its labels, if
     one that was extracted is gone (videos.json tells), or if no video is left.
     """
-    videos, left_out, dim, extracted = [], {}, None, extracted_videos(features)
+    videos, left_out, dim, extracted, ends = [], {}, None, extracted_videos(features), {}
     for name, file in files.items():
         labels, path = read_labels(file, task), Path(features) / f"{name}.npy"
         if not len(labels):
@@ -241,7 +231,9 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
                 raise ValueError(f"{path}: features are {frames} x {width}, expected at least {len(labels)} "
                                  f"frames (as {file} has) x {dim}; "
                                  "run extract_features.py, which extracts changed videos anew")
+            ends[name] = frames
             videos.append(Video(name, path, labels))
+    check_ends(ends, {video.name: len(video.labels) for video in videos})
     if not videos:
         raise ValueError(f"none of {len(files)} labelled videos has features in {features}; "
                          "run extract_features.py with the same data.frames")
@@ -322,26 +314,25 @@ class SegmentData(Dataset):
 def describe(frames, labels):
     """Yield lines that tell what a copy of Aff-Wild2 holds, to compare with the counts in docs/data.md.
 
-    Raises ValueError if no folder holds a frame, and at its end, if no labelled frame has a face image.
+    Raises ValueError if no folder holds a frame, and at its end as `check_numbers`, and if no labelled frame
+    has a face image.
     """
     folders, lines = video_folders(frames)
-    found = {video: VideoFrames(folder) for video, folder in folders.items()}
-    numbers = {video: frames.numbers for video, frames in found.items() if len(frames)}
-    empty = [video for video in folders if video not in numbers]
-    beside = sum((frames.beside for frames in found.values()), Counter())
-    lines += [f"  not read, as no frame (00001.jpg, ...): {listed(beside)}"] if beside else []
-    lines += [f"  {len(empty)} folders without a frame: {', '.join(empty[:5])}"] if empty else []
-    if not numbers:
+    found, more = open_frames(folders)
+    lines, longest = lines + more, Counter()
+    if not found:
         raise ValueError("\n".join([f"data.frames: {len(folders)} folders, none of which holds a frame; "
                                     "expected <video>/00001.jpg", *lines]))
-    yield f"{len(numbers)} videos with frames, {sum(map(len, numbers.values())):,} face images"
+    yield f"{len(found)} videos with frames, {sum(map(len, found.values())):,} face images"
     yield from lines
     tasks, usable = [task for task in TASKS.values() if has_labels(labels, task)] or list(TASKS.values()), 0
     for task in tasks:
         for name, files in label_files(labels, task).items():
             rows = {video: read_labels(file, task) for video, file in files.items()}
-            face = [np.isin(np.arange(1, len(of) + 1), numbers.get(video, [])) for video, of in rows.items()]
-            without_frames = sum(video not in numbers for video in files)
+            longest |= Counter({video: len(of) for video, of in rows.items()})     # the larger of each
+            face = [np.isin(np.arange(1, len(of) + 1), found[video].numbers if video in found else [])
+                    for video, of in rows.items()]
+            without_frames = sum(video not in found for video in files)
             rows, face = np.concatenate(list(rows.values())), np.concatenate(face)
             valid = targets(rows, task)[1].reshape(-1, task.width).all(axis=1)     # (T, ...) -> (T,)
             usable += (valid & face).sum()
@@ -352,6 +343,10 @@ def describe(frames, labels):
                 counts = [(rows == k).sum() if task.one_class else (rows[:, k] == 1).sum()
                           for k in range(len(task.outputs))]
                 yield "      " + ", ".join(f"{name} {count:,}" for name, count in zip(task.outputs, counts))
+    there = {video: int((found[video].numbers <= n).sum()) for video, n in longest.items() if video in found}
+    yield (f"{sum(len(found[video]) - n for video, n in there.items()):,} images after the last label, "
+           f"{sum(longest[video] - n for video, n in there.items()):,} lines of labels without an image")
+    yield from check_numbers(found, longest)
     if not usable:
         raise ValueError("no labelled frame has a face image, so there is nothing to train on; "
                          "a label file is named after its video's folder")

@@ -17,15 +17,16 @@ a frame with ViT-B, and the images that the workers (`run.workers`) read ahead: 
 
 import json
 import zlib
+from collections import Counter
 
 import numpy as np
 
-from data import VideoFrames, noface_path
+from data import noface_path
 from engine.checkpoints import read_json, write_array, write_text
 from engine.config import from_command_line
 from engine.run import OTHER_RUN
 from engine.training import Progress
-from images import list_frames, sizes, video_folders
+from images import VideoFrames, check_numbers, open_frames, sizes, video_folders
 from labels import TASKS, has_labels, label_files, read_labels
 from pipeline import begun, open_run, start
 from scoring import extractor, video_features
@@ -37,7 +38,7 @@ def main(config, team):
 
     # data: what is there now, and what was when this began
     videos, lines = video_folders(config.data.frames)
-    table = to_extract(config.data.labels, videos)
+    table, more = to_extract(config.data.labels, videos)
     run.same_on_all_machines(table)
     known = team.agree(begun(run.folder) and read_json(run.folder / "videos.json") or {})
     gone = sorted(video for video in known.keys() - table.keys() if "faces" not in known[video])
@@ -56,7 +57,7 @@ def main(config, team):
 
     # loop: what is left is shared anew, longest first, so that no process waits long for another's last video
     mine = left[team.rank::team.world]
-    team.say("\n".join([*lines, f"extracting {config.vit.dim} numbers per frame from {len(left)} of "
+    team.say("\n".join([*lines, *more, f"extracting {config.vit.dim} numbers per frame from {len(left)} of "
                         f"{len(table)} videos, {sum(table[video]['frames'] for video in left):,} frames, on "
                         f"{team.device}", f"  ViT from {said}"]))
     progress = Progress(sum(table[video]["frames"] for video in mine), "frames", team)
@@ -70,24 +71,27 @@ def main(config, team):
     finish(run, known)
 
 
-def to_extract(labels, videos) -> dict[str, dict]:
-    """What there is to extract: {video: {"frames", "images", "names", "sizes"}}, less videos without a frame.
+def to_extract(labels, videos) -> tuple[dict[str, dict], list[str]]:
+    """What there is to extract: {video: {"frames", "images", "names", "sizes"}}, less videos without a frame;
+    and lines about what is odd.
 
     `frames`: its longest label file or its last image, whichever is later. `images`: how many there are.
-    `names`: a checksum of their numbers. `sizes`: one of the sizes of the first and the last file.
+    `names`: a checksum of their numbers. `sizes`: one of the sizes of the first and the last file. Raises
+    ValueError as `check_numbers`.
     """
-    table = {}
-    for video, folder in videos.items():
-        numbers, files, _ = list_frames(folder)
-        ends = [files.path(number) for number in (*numbers[:1], *numbers[-1:])]
-        table[video] = {"frames": int(numbers.max(initial=0)), "images": len(numbers),
-                        "names": zlib.crc32(numbers.tobytes()), "sizes": sizes(ends)}
+    (found, lines), rows, table = open_frames(videos), Counter(), {}
     for task in TASKS.values():
         for files in label_files(labels, task).values() if has_labels(labels, task) else ():
-            for video, file in files.items():
-                if video in table:
-                    table[video]["frames"] = max(table[video]["frames"], len(read_labels(file, task)))
-    return {video: row for video, row in table.items() if row["frames"]}
+            rows |= Counter({video: len(read_labels(file, task)) for video, file in files.items()
+                             if video in videos})                              # the larger of each
+    lines += check_numbers(found, rows)
+    for video in videos:
+        frames = found.get(video, ())
+        numbers = frames.numbers if frames else np.zeros(0, int)
+        table[video] = {"frames": max(int(numbers.max(initial=0)), rows[video]), "images": len(numbers),
+                        "names": zlib.crc32(numbers.tobytes()),
+                        "sizes": sizes(frames.where(i) for i in (0, -1) if len(numbers))}
+    return {video: row for video, row in table.items() if row["frames"]}, lines
 
 
 def is_extracted(folder, video: str, row: dict, known: dict) -> bool:

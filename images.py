@@ -5,18 +5,18 @@ normalisation (ImageNet's mean and deviation, as in MAE). Images stay uint8 unti
 batch crosses to the GPU at a quarter of the size of float32. `data.Images` makes the batches.
 
 A video is a folder of frames, image files named by their number, counted from 1: 00001.jpg in Aff-Wild2, but
-other copies have other extensions and another number of zeros.
+other copies have other extensions and another number of zeros, and tools write frame_0001.jpg and the like.
 """
 
 import errno
 import functools
 import os
 import re
+import shlex
 import zlib
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,13 @@ NO_IMAGE = (None, errno.EINVAL, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno
 # Of the files that a search for images finds, in capitals or not.
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 FRAME = re.compile(r"0*([0-9]{1,7})(%s)" % "|".join(map(re.escape, EXTENSIONS)), re.IGNORECASE)
+READ = (f"images are read from {', '.join(EXTENSIONS)}; convert others (.heic, .avif) to one of these, and a "
+        "video to frames: ffmpeg -i video.mp4 folder/%05d.jpg")
+FEW = 4                        # frames more or less than labels: no sign of another frame rate
+# A command that renames frame n of the videos in some folders to n + 1: the highest first, so none is lost.
+RENAME = ("python -c 'import sys, pathlib; [p.rename(p.with_stem(s + str(int(p.stem[len(s):]) + 1).zfill("
+          'len(p.stem) - len(s)))) for d in sys.argv[1:] for p in sorted(pathlib.Path(d).glob("*/*[0-9].*"), '
+          'key=lambda p: (len(p.name), p.name), reverse=True) for s in [p.stem.rstrip("0123456789")]]\' ')
 DEEPEST = 3                    # levels of folders between a root and its videos, at most
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked here, with a message that names the file
 
@@ -130,12 +137,17 @@ def find_images(root: Path, skipped: Counter, below: str = "") -> list[bytes]:
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(path)
             elif not entry.name.lower().endswith(EXTENSIONS):
-                skipped["not an image file"] += 1
+                skipped[f"not an image file ({ending(entry.name)})"] += 1
             elif entry.is_symlink() and not os.path.isfile(entry.path):
                 skipped["link to no file"] += 1
             else:
                 found.append(os.fsencode(path))
     return sorted(found)
+
+
+def ending(name: str) -> str:
+    """What a file that is not read is counted as: .mp4."""
+    return os.path.splitext(name)[1].lower() or "without extension"
 
 
 def sizes(paths) -> str:
@@ -152,55 +164,124 @@ def listed(counts: Counter, most: int = 12) -> str:
 
 # ---- The frames of a video
 
-class FrameFiles(NamedTuple):
-    """How the files of a video's frames are called. Nearly always all alike, so that the names of millions of
-    frames take no memory."""
-    folder: str
-    width: int                     # digits, filled up with zeros: 5 in 00001.jpg
-    extension: str                 # .jpg
-    others: dict[int, str]         # number -> name, where it is called otherwise
-
-    def path(self, number: int) -> str:
-        name = self.others.get(int(number)) or f"{number:0{self.width}d}{self.extension}"
-        return os.path.join(self.folder, name)
+def numbered(names: list[str]) -> list[tuple[int, str]]:
+    """(number, name) of names that differ in one number alone, frame_0001.jpg and frame_0002.jpg; of others
+    nothing. In a single name the last number counts."""
+    parts = [re.split("([0-9]+)", os.path.splitext(name)[0]) for name in names]      # frame_, 0001, ""
+    k, *more = [k for k, of_all in enumerate(zip(*parts)) if len(set(of_all)) > 1] or [len(parts[0]) - 2]
+    if more or len(set(map(len, parts))) > 1 or not all(re.fullmatch("0*[0-9]{1,7}", of[k]) for of in parts):
+        return []
+    return [(int(of[k]), name) for of, name in zip(parts, names)]
 
 
-def frame_number(name: str) -> int:
-    """00001.jpg is 1. 0: this is not the name of a frame."""
-    match = FRAME.fullmatch(name)
-    return int(match[1]) if match else 0
+class VideoFrames:
+    """The frames in a folder, from the number `first`: `numbers` (n,), rising; `names` (n,) of their files,
+    bytes, as there are millions of them; {kind: how many} of what lies `beside`.
 
-
-def list_frames(folder) -> tuple[np.ndarray, FrameFiles, Counter]:
-    """The numbers of the frames in a folder, sorted; how their files are called; what else lies there, as
-    {kind: how many}. Lists the folder once and opens no image.
-
-    Raises ValueError if two files are the same frame, as 00001.jpg and 1.png.
+    Lists the folder once and opens no image. If none of its images is called 00001.jpg, but all have names
+    that differ in one number, that is the frame's. Raises ValueError if two files are the same frame, as
+    00001.jpg and 1.png.
     """
-    names, beside = {}, Counter()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            number = frame_number(entry.name)
-            if number == 0:
-                beside["hidden" if entry.name.startswith(".") else "folders" if entry.is_dir()
-                       else "with number 0" if FRAME.fullmatch(entry.name)
-                       else os.path.splitext(entry.name)[1].lower() or "without extension"] += 1
-            elif number in names:
-                first, second = sorted((names[number], entry.name))
-                raise ValueError(f"{folder}: {first} and {second} are both frame {number}; remove one")
-            else:
-                names[number] = entry.name
-    numbers = np.array(sorted(names), dtype=np.int64)
-    stem, extension = os.path.splitext(names[numbers[0]]) if names else ("00001", ".jpg")
-    width = len(stem)
-    others = {number: name for number, name in names.items() if name != f"{number:0{width}d}{extension}"}
-    return numbers, FrameFiles(str(folder), width, extension, others), beside
 
+    def __init__(self, folder, first: int = 1):
+        found, images, names, beside = [], [], {}, Counter()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                match = FRAME.fullmatch(entry.name)
+                if match:
+                    found.append((int(match[1]), entry.name))
+                elif entry.name.startswith(".") or entry.is_dir():
+                    beside["hidden" if entry.name.startswith(".") else "folders"] += 1
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    images.append(entry.name)
+                else:
+                    beside[ending(entry.name)] += 1
+        if images and not found:
+            found = numbered(images)
+            images = [] if found else images
+        beside["images of other names"] = len(images)
+        for number, name in found:
+            if number < first:
+                beside["with number 0"] += 1
+            elif number in names:
+                one, other = sorted((names[number], name))
+                raise ValueError(f"{folder}: {one} and {other} are both frame {number}; remove one")
+            else:
+                names[number] = name
+        self.folder, self.beside, self.numbers = str(folder), +beside, np.array(sorted(names), dtype=np.int64)
+        self.names = np.array([os.fsencode(names[number]) for number in sorted(names)], dtype=bytes)
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def where(self, i) -> str:
+        return os.path.join(self.folder, os.fsdecode(self.names[i]))
+
+    def read(self, i) -> Image.Image:
+        return read_image(self.where(i))
+
+
+def open_frames(folders: dict[str, Path], first: int = 1) -> tuple[dict[str, VideoFrames], list[str]]:
+    """{video: its frames} of the folders that hold some, and lines: what is taken for the number of a frame,
+    what is not read."""
+    found = {video: VideoFrames(folder, first) for video, folder in folders.items()}
+    named = [of for of in found.values() if len(of) and not FRAME.fullmatch(os.path.basename(of.where(0)))]
+    beside = sum((frames.beside for frames in found.values()), Counter())
+    empty = [video for video, frames in found.items() if not len(frames)]
+    lines = [f"  in {len(named)} videos a number in the name is taken for the frame's, as {of.numbers[0]} in "
+             f"{os.path.basename(of.where(0))}" for of in named[:1]]
+    lines += [f"  not read, as no frame (00001.jpg, ...): {listed(beside)}"] if beside else []
+    lines += [f"  {READ}"] if any(kind.startswith(".") for kind in beside) else []
+    lines += [f"  {len(empty)} folders without a frame: {', '.join(empty[:5])}"] if empty else []
+    return {video: frames for video, frames in found.items() if len(frames)}, lines
+
+
+# ---- Do frames and labels fit? Line i of a label file belongs to frame i
+
+def check_ends(ends: dict[str, int], rows: dict[str, int], low: float = 0.9, high: float = 1.1) -> list[str]:
+    """Do videos end where their labels do? ends: {video: its last frame}, rows: {video: lines of its labels}.
+    -> a line about a few that do not, by more than a tenth. Raises ValueError with the likely cause if most
+    do not. Of one or two that end early, it may be that their last frames have no face."""
+    ratios = {video: end / rows[video] for video, end in ends.items() if rows.get(video)}
+    odd = [video for video, ratio in ratios.items()
+           if not low <= ratio <= high and abs(ends[video] - rows[video]) > FEW]
+    said = [f"  {len(odd)} of {len(ratios)} videos do not end where their labels do: " + ", ".join(
+        f"{video} (frames to {ends[video]:,}, {rows[video]:,} labels)" for video in odd[:5])] if odd else []
+    ratio = np.median([ratios[video] for video in odd] or [1])
+    if 2 * len(odd) > len(ratios) and (len(ratios) > 2 or not 0.55 < ratio < 1):
+        cause = ("numbers like milliseconds, which count no frames" if ratio > 15 else
+                 f"{ratio:.2g} images for each label" if ratio > 1 else
+                 f"one frame of {1 / ratio:.2g}, numbered anew")
+        raise ValueError(f"{said[0].strip()}\nit looks like {cause}; line i of a label file belongs to frame "
+                         "i: make one image of each, numbered from 1 (ffmpeg -i video.mp4 folder/%05d.jpg)")
+    return said
+
+
+def check_numbers(found: dict[str, VideoFrames], rows: dict[str, int], *bounds) -> list[str]:
+    """Is image i that of line i of the labels? rows, bounds: as for `check_ends`. -> lines about what is odd.
+    Raises ValueError if most videos have an image of number 0, with the command that renames them, and as
+    `check_ends`."""
+    zero = [video for video, frames in found.items() if frames.beside["with number 0"]]
+    if 2 * len(zero) > len(found):
+        folders = sorted({os.path.dirname(found[video].folder) or "." for video in zero})
+        raise ValueError(f"{len(zero)} of {len(found)} videos have an image of number 0, such as {zero[0]}; "
+                         "line 1 of a label file belongs to image 1, so labels would meet the next frame\n"
+                         f"to rename every frame n to n + 1:\n{RENAME}{shlex.join(folders)}")
+    lines = [f"  {len(zero)} videos have an image of number 0, which has no label: {', '.join(zero[:5])}"]
+    ends = {video: int(frames.numbers[-1]) for video, frames in found.items()}
+    return lines[:len(zero)] + check_ends(ends, rows, *bounds)
+
+
+# ---- The folders of videos
 
 def has_frames(folder) -> bool:
-    """Is there a frame? Looks no further than the first, where `list_frames` reads all names."""
+    """Is there a frame? Looks no further than the first 00001.jpg. Names like frame_0001.jpg count if no
+    folder lies beside: above the folders of videos, fig_1.png is none."""
     with os.scandir(folder) as entries:
-        return any(frame_number(entry.name) for entry in entries)
+        if any(FRAME.fullmatch(entry.name) for entry in entries):
+            return True
+    frames = VideoFrames(folder, 0)
+    return len(frames) > 0 and not frames.beside["folders"]
 
 
 def below(root: Path, depth: int = 0):
@@ -211,6 +292,15 @@ def below(root: Path, depth: int = 0):
     for folder in folders:
         inner = [] if depth == DEEPEST or has_frames(folder) else list(below(folder, depth + 1))
         yield from inner or [folder]
+        if inner and len(VideoFrames(folder, 0)):                    # frame_0001.jpg, ... beside folders
+            yield folder
+
+
+def loose(root) -> list[str]:
+    """A line about the files that lie in a root itself, if there are any."""
+    with os.scandir(root) as entries:
+        kinds = Counter(ending(of.name) for of in entries if of.is_file() and not of.name.startswith("."))
+    return [f"  not read, as in no video's folder: {listed(kinds)} in {root}; {READ}"] if kinds else []
 
 
 def video_folders(roots) -> tuple[dict[str, Path], list[str]]:
@@ -233,8 +323,7 @@ def video_folders(roots) -> tuple[dict[str, Path], list[str]]:
                     raise ValueError(f"data.frames: {known} and {folder} are frames of one video; remove "
                                      "one, or give the folders above them as two roots, the better one first")
                 found[folder.name] = folder
-        if has_frames(root):
-            lines.append(f"  frames that lie in {root} itself, not in a folder of their video, are not read")
+        lines += loose(root)
         twice = {video for video in found if video in videos and has_frames(videos[video])}
         videos.update((video, folder) for video, folder in found.items() if video not in twice)
         if twice:
@@ -242,10 +331,5 @@ def video_folders(roots) -> tuple[dict[str, Path], list[str]]:
                          "and taken from there")
     if not videos:
         raise ValueError(f"data.frames: no video folders in {list(map(str, roots)) or 'an empty list'}; "
-                         "expected <video>/00001.jpg below it")
+                         "expected <video>/00001.jpg below it" + "".join(f"\n{line}" for line in lines))
     return dict(sorted(videos.items())), lines
-
-
-def find_videos(roots) -> dict[str, Path]:
-    """`video_folders` without its lines."""
-    return video_folders(roots)[0]

@@ -37,14 +37,14 @@ import numpy as np
 import torch
 
 import pictures
-from data import Frames, VideoFrames, some_faces
+from data import some_faces
 from engine.checkpoints import checksum, load_weights, read_checkpoint, read_json, write_file, write_text
 from engine.config import from_command_line
 from engine.distributed import all_sum, launch
 from engine.run import changes
 from engine.settings import Config
 from engine.training import Progress
-from images import FrameFiles, below, find_images, has_frames, listed, sizes
+from images import READ, VideoFrames, below, find_images, has_frames, listed, loose, open_frames, sizes
 from labels import EXPR, TASKS, in_units, smoothed
 from pipeline import command, find_input, finished, folder, like, lines_of, missing, settings_of
 from scoring import check_features, each_frame, expr_classifier, extractor, load, video_features
@@ -112,32 +112,34 @@ def expression_model(config, team) -> Models:
 # ---- What is predicted, in parts: a video, or TOGETHER single images. `parts`: {name: its files}
 
 def videos_in(root: Path) -> tuple[dict[str, VideoFrames], list[str]]:
-    """The videos of a folder, and lines about what was found. Raises ValueError if there is no frame."""
-    if has_frames(root):
-        folders = {root.resolve().name: root}
-    else:
-        folders = {str(path.relative_to(root)): path for path in below(root)}
+    """The videos of a folder, and lines about what was found. The rows of a video whose images count from 0
+    count from 1, as label files and submissions do. Raises ValueError if there is no frame."""
     ours = re.compile(r"\.(parts|pictures)(/|$)")                     # --out may lie among the videos
-    found = {name: VideoFrames(path) for name, path in folders.items() if not ours.search(name)}
-    parts = {name: files for name, files in found.items() if len(files)}
-    beside = sum((files.beside for files in found.values()), Counter())
-    empty = [name for name in found if name not in parts]
-    lines = [f"{root}: {len(parts)} videos, {sum(map(len, parts.values())):,} images"]
-    lines += [f"  not read, as no frame (00001.jpg, ...): {listed(beside)}"] if beside else []
-    lines += [f"  left out, no frames: {len(empty)} folders, such as {', '.join(empty[:5])}"] if empty else []
+    folders = {str(path.relative_to(root)): path for path in below(root)}
+    if has_frames(root) or not folders:
+        folders = {root.resolve().name: root}
+    folders = {name: path for name, path in folders.items() if not ours.search(name)}
+    parts, lines = open_frames(folders, first=0)
+    lines.insert(0, f"{root}: {len(parts)} videos, {sum(map(len, parts.values())):,} images")
+    lines += [] if root in folders.values() else loose(root)
     if not parts:
-        raise ValueError("\n".join(["--frames: no frame found; expected 00001.jpg, ... in the folder or in a "
-                                    "folder per video; images with other names need --still", *lines]))
+        raise ValueError("\n".join(["--frames: no frame found; expected 00001.jpg, ..., or names that differ "
+                                    "in one number, in the folder or in a folder per video; images with "
+                                    "other names need --still", *lines]))
+    from_0 = [name for name, files in parts.items() if files.numbers[0] == 0]
+    from_0 = list(parts) if 2 * len(from_0) > len(parts) else from_0
+    for name in from_0:
+        parts[name].numbers = parts[name].numbers + 1
+    lines += [f"  {len(from_0)} videos count their images from 0, such as {name}: image 0 is frame 1 of the "
+              "table, at time 0, and line 1 of a label file or submission" for name in from_0[:1]]
     return parts, lines
 
 
-class Stills(Frames):
+class Stills(VideoFrames):
     """Images of any names, relative to `root`, as the frames 1, 2, ... of a video."""
 
     def __init__(self, root: Path, names: list[str]):
-        self.names, self.numbers = names, np.arange(1, len(names) + 1)
-        files = FrameFiles(str(root), 0, "", dict(enumerate(names, 1)))
-        super().__init__([""], [files], np.stack([np.zeros_like(self.numbers), self.numbers], axis=1))
+        self.folder, self.names, self.numbers = str(root), names, np.arange(1, len(names) + 1)
 
 
 def stills_in(root: Path) -> tuple[dict[str, Stills], list[str]]:
@@ -145,7 +147,7 @@ def stills_in(root: Path) -> tuple[dict[str, Stills], list[str]]:
     skipped = Counter()
     names = [os.fsdecode(name) for name in find_images(root, skipped)]
     if not names:
-        raise ValueError(f"--frames: no image below {root}, only {listed(skipped)}")
+        raise ValueError(f"--frames: no image below {root}, only {listed(skipped)}; {READ}")
     parts = {str(first): Stills(root, names[first:first + TOGETHER])
              for first in range(0, len(names), TOGETHER)}
     return parts, [f"{root}: {len(names):,} images"] + ([f"  not read: {listed(skipped)}"] if skipped else [])
@@ -155,7 +157,8 @@ def fingerprint(parts: dict) -> dict:
     """What there is to predict, for the record."""
     crc, some = 0, []
     for files in parts.values():
-        crc = zlib.crc32(files.numbers.tobytes() + os.fsencode("|".join(getattr(files, "names", []))), crc)
+        names = files.names if isinstance(files, Stills) else []
+        crc = zlib.crc32(files.numbers.tobytes() + os.fsencode("|".join(names)), crc)
         some += [files.where(i) for i in range(0, len(files), 1 + len(files) // 10)]
     return {"parts": list(parts), "images": f"{sum(map(len, parts.values())):,}, checksum {crc:08x}, sizes "
                                             f"{sizes(some)}"}

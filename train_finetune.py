@@ -39,16 +39,15 @@ def main(config, team):
 
     # data
     (videos, lines), files = video_folders(config.data.frames), split(config.data.labels, EXPR, f.fold)
-    (frames, labels, train_without), (val_frames, val_labels, val_without) = (
+    (frames, labels, notes), (val_frames, val_labels, val_notes) = (
         expr_frames(of_part, videos) for of_part in files)
     found = {"training": frames.fingerprint(labels), "validation": val_frames.fingerprint(val_labels),
              "training videos": frames.videos}
     if run.still_finished(found):
         return
-    for name, part, without in (("training", frames, train_without), ("validation", val_frames, val_without)):
-        left_out = f"; left out, no frames: {', '.join(without)}" if without else ""
-        lines.append(f"  {name}: {len(part):,} labelled frames with a face image in {len(part.videos)} "
-                     f"videos{left_out}")
+    for name, part, of_part in (("training", frames, notes), ("validation", val_frames, val_notes)):
+        lines += [f"  {name}: {len(part):,} labelled frames with a face image in {len(part.videos)} videos",
+                  *of_part]
     team.say("\n".join(lines))
     train = Images(frames, size, [labels], seed, f.smallest_crop, order=every_kth(len(frames), f.every))
     val = Images(val_frames, size, [val_labels], order=every_kth(len(val_frames), f.every))

@@ -15,7 +15,7 @@ import torch
 from data import Frames
 from datasets.faces import MOST_MISSING
 from engine.config import print_all
-from images import frame_number, list_frames, listed
+from images import FRAME, check_numbers, listed, open_frames
 from labels import AU, EXPR, VA, read_lines
 
 # What stands in a row after the frame's path: a name, and the task whose codes it has.
@@ -63,7 +63,8 @@ def read_annotations(path) -> Annotations:
         try:
             frame, *fields = line.split(",")
             video, _, file = frame.strip().rpartition("/")
-            number, labels = frame_number(file), [float(field) for field in fields]
+            match, labels = FRAME.fullmatch(file), [float(field) for field in fields]
+            number = int(match[1]) if match else 0
             wrong = [f"{name} {x}" for x, (name, task) in zip(labels, COLUMNS) if x != task.invalid
                      and not (task.lowest <= x <= task.highest and (task is VA or x.is_integer()))]
             no_frame = not number or video in ("", ".", "..") or "/" in video
@@ -101,22 +102,24 @@ class LabelledFrames(Frames):
     """The frames of a file that have a label and a face image. `folder_of`: {video: folder of its frames}.
 
     `labels` (n, 15), with the codes of what is missing. `video` (n,): which of `videos`; `used`: those with
-    frames. `skipped` {reason: count}. Raises ValueError if nothing, or nearly no image is there."""
+    frames. `skipped` {reason: count}. Raises ValueError if nothing, or nearly no image is there, if most
+    videos have an image of number 0, or about twice as many frames as the list knows, or half as many."""
 
     def __init__(self, found: Annotations, folder_of: dict):
-        folders, self.without, there = [], [], np.zeros(len(found.frames), bool)
+        files, self.lines = open_frames({v: folder_of[v] for v in found.videos if v in folder_of})
+        self.without = [video for video in found.videos if video not in files]
+        there, last = np.zeros(len(found.frames), bool), {}
         for v, video in enumerate(found.videos):
-            numbers, names, _ = list_frames(folder_of[video]) if video in folder_of else ([], None, None)
-            self.without += [] if len(numbers) else [video]
-            folders.append(names)
             of_video = found.frames[:, 0] == v
-            there[of_video] = np.isin(found.frames[of_video, 1], numbers)
+            numbers, last[video] = found.frames[of_video, 1], int(found.frames[of_video, 1].max())
+            there[of_video] = np.isin(numbers, files[video].numbers if video in files else [])
+        self.lines += check_numbers(files, last, 0.55, 1.8)        # a list need not go on to a video's end
         labelled = annotated(found.labels).any(axis=1)
         absent = [f"{found.videos[v]}/{number:05d}.jpg" for v, number in found.frames[labelled & ~there]]
         if len(absent) > MOST_MISSING * labelled.sum() or not labelled.any():
             raise ValueError(f"{found.path}: {labelled.sum():,} frames with a label, {len(absent):,} of them "
                              f"without an image; looked for {', '.join(absent[:1])}; check data.frames")
-        super().__init__(found.videos, folders, found.frames[labelled & there])
+        super().__init__(found.videos, list(map(files.get, found.videos)), found.frames[labelled & there])
         self.labels, self.video = found.labels[labelled & there], self.rows[:, 0]
         self.used = [found.videos[v] for v in np.unique(self.video)]
         self.skipped = +Counter({"image not on disk": len(absent), "no label": int((~labelled).sum()),
@@ -126,10 +129,11 @@ class LabelledFrames(Frames):
         return super().fingerprint(self.labels)
 
     def summary(self) -> str:
-        """How many frames of how many videos, and what is left out."""
+        """How many frames of how many videos, what is left out, and what is odd."""
         without = f"; videos without frames: {', '.join(self.without)}" if self.without else ""
-        return (f"{len(self):,} frames with a label and a face image in {len(self.used)} videos; left out: "
+        line = (f"{len(self):,} frames with a label and a face image in {len(self.used)} videos; left out: "
                 f"{listed(self.skipped)}{without}")
+        return "\n".join([line, *self.lines])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from datasets.s_aff_wild2 import FILES, LabelledFrames, pos_weight, read_annotat
 from engine.checkpoints import load_vit, write_text
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
-from images import find_videos, normalise
+from images import normalise, video_folders
 from labels import TASKS
 from metrics import score_table
 from pipeline import find_input, folder, open_run, start
@@ -48,7 +48,8 @@ def main(config, team):
     # data
     if not root:
         raise ValueError(f"data.s_aff_wild2 is not given; it holds {' and '.join(FILES)}")
-    files, videos = [read_annotations(f"{root}/{name}") for name in FILES], find_videos(config.data.frames)
+    videos, _ = video_folders(config.data.frames)
+    files = [read_annotations(f"{root}/{name}") for name in FILES]
     both = sorted(set(files[0].videos) & set(files[1].videos))
     if both:
         raise ValueError(f"{files[1].path}: {len(both)} of its videos are in {files[0].path} too, such as "

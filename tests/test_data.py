@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (Images, SegmentData, Video, VideoFrames, describe, every_kth, expr_frames, fingerprint,
-                  noface_path, open_videos, read_features, segments, some_faces)
+from data import (Frames, Images, SegmentData, Video, VideoFrames, describe, every_kth, expr_frames,
+                  fingerprint, noface_path, open_videos, read_features, segments, some_faces)
 from engine.training import generator, loader
-from images import frame_number, list_frames, random_crop, resize, video_folders
+from images import READ, check_ends, open_frames, random_crop, resize, video_folders
 from labels import AU, EXPR, TASKS, VA
 from processes import ALONE
 
@@ -34,24 +36,36 @@ def label_file(root, task, split, video, rows) -> Path:
 
 # ---- Frames on disk
 
-@pytest.mark.parametrize("name, number", [
-    ("1.PNG", 1), ("0000123.jpeg", 123), ("9999999.bmp", 9999999), ("00000.jpg", 0), ("a1.jpg", 0),
-    ("1.txt", 0), ("1.jpg.tmp", 0), ("12345678.jpg", 0), ("1a.jpg", 0), ("1xjpg", 0), ("١٢.jpg", 0)])
-def test_a_frame_is_named_by_its_number(name, number):
-    assert frame_number(name) == number
+@pytest.mark.parametrize("names, numbers", [
+    ("0000123.jpeg 1.PNG 9999999.bmp", [123, 1, 9999999]), ("00001.jpg a2.jpg", [1]), ("12345678.jpg", []),
+    ("frame_0001.jpg frame_0020.JPG frame_7.png", [1, 20, 7]), ("frame2.png frame10.png", [2, 10]),
+    ("frame_det_00_000001.bmp frame_det_00_000012.bmp", [1, 12]), ("00001_0.jpg 00002_0.jpg", [1, 2]),
+    ("2x4-out-003.jpg", [3]), ("a_01_0001.jpg a_01_0002.jpg a_02_0001.jpg", []), ("a1.jpg b2.jpg", []),
+    ("a1.jpg face.jpg", []), ("x12345678.jpg x12345679.jpg", []), ("face.jpg face.png", []),
+    ("1.txt 1.jpg.tmp 1xjpg", []), ("١٢.jpg", [])])
+def test_a_frame_is_named_by_its_number_or_by_the_one_in_which_names_differ(tmp_path, names, numbers):
+    for name in names.split():
+        (tmp_path / name).touch()
+    frames = VideoFrames(tmp_path)
+    found = {int(n): os.path.basename(frames.where(i)) for i, n in enumerate(frames.numbers)}
+    assert found == dict(sorted(zip(numbers, names.split())))
 
 
-def test_frames_of_any_name_are_listed_by_number_and_what_lies_beside_is_counted_by_kind(tmp_path):
-    for name in ("00003.jpg", "00001.jpg", "7.png", ".DS_Store", "00000.jpg", "notes.txt", "raw"):
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "folder").mkdir()
-    numbers, files, beside = list_frames(tmp_path)
-    assert numbers.tolist() == [1, 3, 7] and files.others == {7: "7.png"}
-    assert [os.path.basename(files.path(n)) for n in numbers] == ["00001.jpg", "00003.jpg", "7.png"]
-    assert beside == dict.fromkeys(["hidden", "with number 0", ".txt", "without extension", "folders"], 1)
-    (tmp_path / "1.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="00001.jpg and 1.png are both frame 1; remove one"):
-        list_frames(tmp_path)
+def test_what_lies_beside_frames_is_counted_by_kind_and_two_files_of_a_frame_are_refused(tmp_path):
+    names = "00001.jpg .DS_Store 00000.jpg notes.txt raw cover.jpg a.heic".split()
+    for name in [*names, "other/frame_00.jpg", "other/frame_01.jpg"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    kinds = ["hidden", "with number 0", ".txt", ".heic", "without extension", "folders"]
+    assert VideoFrames(tmp_path).beside == dict.fromkeys([*kinds, "images of other names"], 1)
+    assert VideoFrames(tmp_path, 0).numbers.tolist() == [0, 1]
+    lines = open_frames({"a": tmp_path, "b": tmp_path / "other"})[1]
+    assert lines[0] == "  in 1 videos a number in the name is taken for the frame's, as 1 in frame_01.jpg"
+    assert "2 with number 0" in lines[1] and "read from .jpg, .jpeg" in lines[2] and "ffmpeg -i" in lines[2]
+    for name, before in (("1.png", "00001.jpg"), ("other/frame_1.png", "frame_01.jpg")):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"{before} and .*1.png are both frame 1; remove one"):
+            VideoFrames((tmp_path / name).parent)
 
 
 def test_folders_of_folders_are_entered_and_the_first_root_with_frames_of_a_video_is_taken(tmp_path):
@@ -60,13 +74,16 @@ def test_folders_of_folders_are_entered_and_the_first_root_with_frames_of_a_vide
         draw(tmp_path / folder, [1])
     for folder in ("a/z", "a/.hidden", "a/cropped/twice", "a/new/x", "a/loop"):
         (tmp_path / folder).mkdir()
+    for name in ("a/fig_1.png", "a/video.mp4", "a/new/twice/frame_1.png", "a/new/fig_1.png"):
+        (tmp_path / name).touch()
     (tmp_path / "a/loop/circle").symlink_to(tmp_path / "a/loop")
     videos, lines = video_folders([tmp_path / "a", tmp_path / "b"])
     assert {name: str(path.relative_to(tmp_path)) for name, path in videos.items()} == {
         "4": "a/1/2/3/4", "circle": "a/loop/circle/circle/circle", "deep": "a/1/2/3/deep",
-        "twice": "a/new/twice", "x": "a/cropped/x", "y": "a/y", "z": "b/z"}
+        "new": "a/new", "twice": "a/new/twice", "x": "a/cropped/x", "y": "a/y", "z": "b/z"}
     assert [line.replace(str(tmp_path), "") for line in lines] == [
-        "  frames that lie in /b itself, not in a folder of their video, are not read",
+        "  not read, as in no video's folder: 1 .png, 1 .mp4 in /a; " + READ,
+        "  not read, as in no video's folder: 1 .jpg in /b; " + READ,
         "  1 videos of /b are in an earlier folder of data.frames too, and taken from there"]
 
 
@@ -85,13 +102,16 @@ def test_roots_that_cannot_be_right_are_refused(tmp_path, make, roots, message):
 # ---- Frames with labels
 
 def test_only_frames_with_a_label_and_an_image_are_fine_tuned_on(tmp_path):
-    draw(tmp_path / "frames/a", [2, 3, 4, 6])                              # 6 is past the labels
+    draw(tmp_path / "frames/a", [0, 2, 3, 4, 6])                           # 6 is past the labels
     draw(tmp_path / "frames/b", [1])
     rows = {"a": ["0", "1", "-1", "3", "4"], "b": ["7"], "c": ["2"]}
     files = {video: label_file(tmp_path, EXPR, "Train_Set", video, rows[video]) for video in rows}
-    frames, classes, without = expr_frames(files, video_folders([tmp_path / "frames"])[0])
+    frames, classes, lines = expr_frames(files, video_folders([tmp_path / "frames"])[0])
     assert [frames.where(i)[-11:] for i in range(3)] == ["a/00002.jpg", "a/00004.jpg", "b/00001.jpg"]
-    assert classes.tolist() == [1, 3, 7] and without == ["c"] and frames.videos == ["a", "b"]
+    assert classes.tolist() == [1, 3, 7] and frames.videos == ["a", "b"]
+    assert lines == ["  not read, as no frame (00001.jpg, ...): 1 with number 0",
+                     "  1 videos have an image of number 0, which has no label: a",
+                     "  left out, no frames: c"]
     with pytest.raises(ValueError, match="1 label files, 1 of them without frames; check data.labels"):
         expr_frames({"c": files["c"]}, {})
 
@@ -99,8 +119,34 @@ def test_only_frames_with_a_label_and_an_image_are_fine_tuned_on(tmp_path):
 def test_the_fingerprint_tells_other_labels_other_frames_and_other_images(tmp_path):
     def found(numbers=(1, 2), classes=(0, 1), size=8, video="a"):
         draw(tmp_path / f"{numbers}{size}" / video, numbers, size)
-        return VideoFrames(tmp_path / f"{numbers}{size}" / video).fingerprint(np.array(classes))
+        rows = np.stack([np.zeros(2, int), numbers], axis=1)
+        frames = Frames([video], [VideoFrames(tmp_path / f"{numbers}{size}" / video)], rows)
+        return frames.fingerprint(np.array(classes))
     assert len({found(), found((1, 3)), found(classes=(0, 2)), found(size=20), found(video="b")}) == 5
+
+
+@pytest.mark.parametrize("ends, wrong", [
+    ([40, 44, 41, 36], None), ([40, 80, 41], None), ([33], None), ([33, 30], None), ([1320], "milliseconds"),
+    ([80, 82, 40], "2 images for each label"), ([8, 40, 8], "one frame of 5, numbered anew"),
+    ([20], "one frame of 2,"), ([33, 34, 33], "one frame of 1.2,"), ([50], "1.2 images")])
+def test_videos_that_end_elsewhere_than_their_labels_are_named_if_few_else_refused(ends, wrong):
+    ends = {f"v{i}": end for i, end in enumerate(ends)}
+    with pytest.raises(ValueError, match=wrong) if wrong else nullcontext():
+        odd = [f"{name} (frames to {end}, 40 labels)" for name, end in ends.items() if not 35 < end < 45]
+        assert "".join(check_ends(ends, dict.fromkeys(ends, 40))).endswith(", ".join(odd))
+
+
+@pytest.mark.parametrize("name", ["{:05d}.jpg", "f_{}.png"])
+def test_images_that_count_from_0_are_refused_with_the_command_that_renames_them(tmp_path, name):
+    for path in [tmp_path / "a b" / video / name.format(n) for video in "xy" for n in range(11)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    files = {video: label_file(tmp_path, EXPR, "Train_Set", video, ["0"] * 11) for video in "xy"}
+    with pytest.raises(ValueError, match="2 of 2 videos have an image of number 0, such as x") as refused:
+        expr_frames(files, video_folders([tmp_path / "a b"])[0])
+    subprocess.run(str(refused.value).splitlines()[-1], shell=True, check=True)
+    frames, _, _ = expr_frames(files, video_folders([tmp_path / "a b"])[0])
+    assert len(frames) == 22 and Path(frames.where(10)).read_text() == name.format(10)
 
 
 @pytest.mark.parametrize("n, k", [(12, 1), (12, 4), (3, 5), (1, 1), (11, 3), (13, 5)])
@@ -221,10 +267,12 @@ def test_videos_are_opened_with_their_labels_and_those_left_out_are_told_with_a_
 @pytest.mark.parametrize("change, message", [
     (lambda root: np.save(root / "b.npy", np.zeros((3, 5), np.float16)), "b.npy: features are 3 x 5"),
     (lambda root: np.save(root / "b.npy", np.zeros((2, 3), np.float16)), "b.npy: features are 2 x 3"),
+    (lambda root: [np.save(root / f"{video}.npy", np.zeros((60, 3), np.float16)) for video in "ab"],
+     r"2 of 2 videos do not end .*: a .frames to 60, 4 labels.*\n.* 18 images for each|milliseconds"),
     (lambda root: [path.unlink() for path in root.glob("*.npy")], "none of 2 labelled videos has features"),
     (lambda root: (root / "videos.json").write_text('{"a": {}}'), "the extraction has not ended"),
     (lambda root: (root / "made_of.json").write_text("{}"), "videos.json is gone; put a copy back"),
-], ids=["another width", "too short", "none", "not ended", "table gone"])
+], ids=["another width", "too short", "too long", "none", "not ended", "table gone"])
 def test_features_that_do_not_fit_are_refused(tmp_path, change, message):
     files = extracted(tmp_path, {"a": (4, 6), "b": (3, 3)})
     change(tmp_path)
@@ -294,10 +342,11 @@ def test_a_copy_is_described_with_counts_made_by_hand_or_refused_if_it_cannot_be
     lines = list(describe([tmp_path / "frames"], tmp_path))
     assert lines[0] == "2 videos with frames, 4 face images"
     assert lines[1] == "  not read, as no frame (00001.jpg, ...): 1 .bin"
-    assert lines[2] == "  1 folders without a frame: e"
-    assert " ".join(lines[3].split()) == ("expr Train_Set 2 videos, 4 frames, 3 fully labelled, 1 of them "
+    assert lines[3] == "  1 folders without a frame: e"
+    assert " ".join(lines[4].split()) == ("expr Train_Set 2 videos, 4 frames, 3 fully labelled, 1 of them "
                                           "with a face; 1 videos without frames")
-    assert lines[4].startswith("      Neutral 1, Anger 0, Disgust 0, Fear 1") and len(lines) == 7
+    assert lines[5].startswith("      Neutral 1, Anger 0, Disgust 0, Fear 1") and len(lines) == 9
+    assert lines[8] == "1 images after the last label, 1 lines of labels without an image"
     (tmp_path / "frames/a/00001.jpg").unlink()
     (tmp_path / "none/a").mkdir(parents=True)
     for frames, message in (("frames", "no labelled frame has a face"), ("none", "1 folders, none of which")):

@@ -117,10 +117,11 @@ SETS = {
                 [True] * 8 + [False] * 2),
     "FER2013 with FER+ labels": (make_fer2013, lambda root: fer2013(root, root), {"not a face": 1},
                                  [*range(0, 80, 10), 90], [0, 4, 6, 5, 1, 2, 3, 7, -1], [True] * 8 + [False]),
-    "folder": (make_folder, image_folder, {"hidden": 1, "not an image file": 1}, [0, 1, 2, 6, 3, 4, 5],
+    "folder": (make_folder, image_folder, {"hidden": 1, "not an image file (.txt)": 1}, [0, 1, 2, 6, 3, 4, 5],
                [-1, -1, -1, 1, 5, 4, 4], [False, True, True, True, False, True, True]),
     "class folders": (lambda root: make_folder(root, ["ANGRER/1.png", "DISGUST/1.png", "surprise/a/1.png"]),
-                      class_folders, {"hidden": 1, "not an image file": 1}, [0, 1, 2], [1, 2, 6], [True] * 3)}
+                      class_folders, {"hidden": 1, "not an image file (.txt)": 1}, [0, 1, 2], [1, 2, 6],
+                      [True] * 3)}
 
 
 def assert_holds(found, skipped, levels, labels, training):
@@ -416,7 +417,7 @@ def test_an_epoch_in_balance_has_every_class_equally_often():
 
 COUNTED = """\
 {}: 7 images, 5 for training
-  left out: 1 hidden, 1 not an image file
+  left out: 1 hidden, 1 not an image file (.txt)
   sizes of 7: 6 6 x 4, 1 not readable
   Neutral 0, Anger 1, Disgust 0, Fear 0, Happiness 2, Sadness 1, Surprise 0, Other 0, no label 3
 """

@@ -187,7 +187,8 @@ def test_a_search_finds_every_image_in_one_order_and_counts_what_it_leaves_out(t
     skipped, scandir = Counter(), os.scandir
     assert find_images(root, skipped) == found and find_images(root, Counter(), "b/c") == found[7:9]
     assert skipped == {"link out of the folder (copy with cp -rL, or give the folder it leads to)": 2,
-                       "hidden": 3, "link to no file": 3, "not an image file": 2}
+                       "hidden": 3, "link to no file": 3, "not an image file (.txt)": 1,
+                       "not an image file (without extension)": 1}
     assert all(read_image(os.path.join(os.fsencode(root), name)).size == (5, 4) for name in found)
     monkeypatch.setattr(os, "scandir", lambda path: sorted(scandir(path), key=lambda entry: entry.name)[::-1])
     assert find_images(root, Counter()) == found

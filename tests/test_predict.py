@@ -75,7 +75,7 @@ def test_a_row_per_frame_has_what_the_models_give_for_its_features(here):
 
 def test_what_was_found_is_said(here):
     said = done(here, *PREDICT[:-1], "again.csv")
-    for words in ("8 videos, ", "1 .txt", "left out, no frames: 1 folders, such as empty"):
+    for words in ("8 videos, ", "1 .txt", "1 folders without a frame: empty"):
         assert words in said
     assert "learned from synthetic faces" in said and "left out: " in said and "no readable face" not in said
     assert "rows; " in said and (here / "again.csv").read_bytes() == (here / "p.csv").read_bytes()
@@ -151,7 +151,21 @@ def test_the_frames_of_one_video_may_lie_in_the_folder_itself_beside_what_was_ma
     expected = [row for row in rows_of(here / "p.csv") if row["video"] == video.name]
     assert rows_of(f"{video}.csv") == expected
     said = done(folder, *PREDICT[:-1], "all.csv")               # its pictures are no video
-    assert "8 videos, " in said and "left out, no frames: 1 folders, such as empty" in said
+    assert "8 videos, " in said and "1 folders without a frame: empty" in said
+
+
+def test_images_that_tools_name_from_0_have_the_rows_of_the_same_images_from_1(here, tmp_path):
+    folder = copied(here, tmp_path)
+    video = max((folder / FRAMES).glob("*_*"))
+    for path in video.iterdir():
+        renamed = folder / "own" / video.name / f"frame_det_00_{int(path.stem) - 1:06d}.jpg"
+        renamed.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(renamed)
+    (folder / "own/face.heic").touch()
+    said = done(folder, *PREDICT[:-3], "own", "--out", "own.csv")
+    expected = [row for row in rows_of(here / "p.csv") if row["video"] == video.name]
+    assert rows_of(folder / "own.csv") == expected
+    assert "image 0 is frame 1 of the table" in said and "1 .heic in own; images are read from .jpg" in said
 
 
 @pytest.mark.parametrize("options, message", [

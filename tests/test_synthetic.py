@@ -22,7 +22,7 @@ from datasets.synthetic import (SPLITS, STYLES, check_paths, draw_class_face, dr
 from datasets.synthetic_acting import LABEL_LAG, act, annotate
 from datasets.synthetic_face import SIDE, State, draw_face, person
 from engine.settings import Config, Data, Synthetic
-from images import list_frames
+from images import VideoFrames
 from labels import AUS, TASKS, label_files, read_labels
 from processes import ALONE, in_team
 
@@ -153,7 +153,7 @@ def test_paths_must_lie_in_the_folder_of_the_drawn_data(path, inside, tmp_path, 
 def test_the_faults_of_real_videos_all_occur_in_each_split(split, root):
     has = defaultdict(set)                                       # fault -> {False, True}: some have it
     for video in (video for video in videos(SMALL) if video.split == split):
-        numbers = list_frames(root / "Aff-Wild2/cropped_aligned" / video.name)[0].tolist()
+        numbers = VideoFrames(root / "Aff-Wild2/cropped_aligned" / video.name).numbers.tolist()
         has["a frame without a face"].add(not set(range(1, video.frames + 1)) <= set(numbers))
         has["a frame after the last label"].add(numbers[-1] > video.frames)
         for task in TASKS.values():
