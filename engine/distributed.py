@@ -200,8 +200,7 @@ def launch(main, config, *arguments):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):               # file names may hold bytes of no encoding
             stream.reconfigure(errors="backslashreplace")
-    for number in STOP:
-        signal.signal(number, _end)
+    before = {number: signal.signal(number, _end) for number in STOP}
     try:
         main(config, join(config.run.device), *arguments)
     except (ValueError, OSError) as error:
@@ -237,3 +236,5 @@ def launch(main, config, *arguments):
             # collect them first.
             gc.collect()
             dist.destroy_process_group()
+        for number, act in before.items():
+            signal.signal(number, act)

@@ -174,7 +174,7 @@ def test_a_train_csv_without_usage_is_all_for_training_and_one_of_other_columns_
     assert_holds(fer2013(tmp_path / "train.csv"), {}, [7, 7], [4, 1], [True, True])
     write(tmp_path / "train.csv", "image,label", "happy/a.png,1")
     save(tmp_path / "test/happy/a.png", 5)
-    assert_holds(fer2013(tmp_path), {"not an image file": 1}, [5], [4], [False])
+    assert_holds(fer2013(tmp_path), {"not an image file (.csv)": 1}, [5], [4], [False])
 
 
 def test_the_nearest_folder_named_after_an_expression_gives_the_label_whatever_its_case(tmp_path):
