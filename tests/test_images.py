@@ -30,11 +30,13 @@ def noise(height=40, width=50):
 
 @pytest.fixture
 def stored(tmp_path):
-    """stored(image or array, kind): it is written to a file. -> the path"""
+    """stored(image, array or bytes, kind): it is written to a file. -> the path"""
     def store(image, kind="PNG", **options):
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(np.ascontiguousarray(image))
-        image.save(tmp_path / "face.png", kind, **options)
+        if isinstance(image, bytes):
+            (tmp_path / "face.png").write_bytes(image)
+        else:
+            image = Image.fromarray(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
+            image.save(tmp_path / "face.png", kind, **options)
         return tmp_path / "face.png"
     return store
 
@@ -87,15 +89,52 @@ def test_a_decompression_bomb_is_refused_from_its_header(stored, monkeypatch):
         read_image(path)
 
 
+def tiff(pixels, bits, sign=1, white=255):
+    """A grey TIFF of 16 x 16 pixels. sign: 1 unsigned, 2 signed, 3 floats; white: the largest or 0."""
+    tags = {256: 16, 257: 16, 258: bits, 259: 1, 262: int(white > 0), 273: 122, 278: 16, 279: pixels.nbytes,
+            339: sign}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<4sIH", b"II*\0", 8, len(tags)) + entries + bytes(4) + pixels.tobytes()
+
+
+def png(*channels):
+    """A PNG of 16 bits a channel: grey, grey with alpha, or colours."""
+    rows = np.insert(np.stack(channels, axis=2).astype(">u2").view("u1").reshape(16, -1), 0, 0, axis=1)
+    header = struct.pack(">IIBBBBB", 16, 16, 16, (0, 4, 2)[len(channels) - 1], 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts)
+
+
+WIDE = GREY.astype("<u2") * 257
+TWELVE = np.array([(a * 16 << 12 | b * 16).to_bytes(3) for a, b in GREY.reshape(-1, 2).tolist()])
+
+
 @pytest.mark.parametrize("image, kind, expected", [
-    (Image.fromarray(GREY), "PNG", GREY[..., None]),
+    (Image.fromarray(GREY), "PNG", GREY), (Image.fromarray(GREY > 99), "PNG", 255 * (GREY > 99)),
     (Image.merge("RGBA", [*noise().split(), Image.new("L", (50, 40), 9)]), "PNG", noise()),
-    (Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", (0, 255, 255)),
-    (Image.fromarray(GREY.astype(np.uint16) * 257), "PNG", GREY[..., None])],
-    ids=["grey", "alpha", "ink", "16 bit"])
-def test_every_kind_of_pixel_becomes_rgb_of_its_colours(stored, monkeypatch, image, kind, expected):
+    (Image.merge("LA", [Image.fromarray(GREY)] * 2), "PNG", GREY),
+    (Image.merge("CMYK", [Image.fromarray(GREY)] * 4), "JPEG", (255 - GREY.astype(int)) ** 2 / 255),
+    (png(WIDE), "", GREY), (png(WIDE, WIDE), "", GREY), (png(WIDE, WIDE, WIDE), "", GREY),
+    (tiff(GREY, 8), "", GREY), (tiff(GREY, 8, white=0), "", 255 - GREY), (tiff(TWELVE, 12), "", GREY),
+    (tiff(np.packbits(GREY > 99), 1, white=0), "", 255 * (GREY <= 99)), (tiff(WIDE, 16), "", GREY),
+    (tiff(WIDE, 16, white=0), "", 255 - GREY), (tiff(WIDE.astype("<u4"), 32), "", "grey values of mode I "),
+    (tiff(WIDE.astype("<i4"), 32, 2), "", "grey values of mode I have no known range; convert to 8 bits"),
+    (tiff(WIDE, 16, 2), "", "signed grey values of mode I "), (tiff(GREY, 8, 2), "", "signed grey.* mode L "),
+    (tiff(WIDE.astype("<f4"), 32, 3), "", "grey values of mode F "), (tiff(WIDE, 16, 3), "", "cannot identify"),
+    (Image.new("L", (9, 9)), "BMP", "face.png: one single colour; no face"),
+    (Image.new("RGB", (9, 9), (1, 2, 3)), "JPEG", "one single colour; no face")])
+def test_every_kind_of_pixel_becomes_rgb_by_its_own_range_or_is_refused(stored, monkeypatch, image, kind,
+                                                                         expected):
     monkeypatch.setattr(images, "MAX_PIXELS", 40 * 50)                       # as many as the largest has
-    assert np.abs(read(stored(image, kind)) - np.asarray(expected)).max() <= (4 if kind == "JPEG" else 0)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            read(stored(image, kind))
+    else:
+        pixels = np.asarray(expected).reshape(-1, 1 if np.size(expected) == 256 else 3)
+        found = read(stored(image, kind)).reshape(-1, 3)
+        assert np.abs(found - pixels).max() <= (4 if kind == "JPEG" else 0)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
@@ -178,7 +217,7 @@ def test_a_search_finds_every_image_in_one_order_and_counts_what_it_leaves_out(t
     for folder in ("faces/b/c", "faces/.cache", "outside"):
         (tmp_path / folder).mkdir(parents=True)
     for name in map(os.fsdecode, [*found[:-1], b"../outside/private.jpg"]):
-        Image.new("L", (5, 4), 7).save(root / name, kinds[os.path.splitext(name)[1].lower()])
+        Image.fromarray(UPRIGHT).save(root / name, kinds[os.path.splitext(name)[1].lower()])
     for name in ("b/notes.txt", "jpg", "._a.jpg", "b/.hidden.png", ".cache/a.jpg"):
         (root / name).touch()
     for link, target in {"within.jpg": "a.jpg", "out.jpg": "../outside/private.jpg", "folder": "../outside",
@@ -187,7 +226,7 @@ def test_a_search_finds_every_image_in_one_order_and_counts_what_it_leaves_out(t
     skipped, scandir = Counter(), os.scandir
     assert find_images(root, skipped) == found and find_images(root, Counter(), "b/c") == found[7:9]
     assert skipped == {"hidden": 3, "link out of the folder": 2, "link to no file": 3, "not an image file": 2}
-    assert all(read_image(os.path.join(os.fsencode(root), name)).size == (5, 4) for name in found)
+    assert all(read_image(os.path.join(os.fsencode(root), name)).size == (6, 4) for name in found)
     monkeypatch.setattr(os, "scandir", lambda path: sorted(scandir(path), key=lambda entry: entry.name)[::-1])
     assert find_images(root, Counter()) == found
 
