@@ -24,12 +24,14 @@ IMAGES = "Manually_Annotated_Images"
 AFFECTNET_HEADER = ",".join(AFFECTNET_COLUMNS)
 LIST = "basic/EmoLabel/list_patition_label.txt"
 FERPLUS_HEADER = ",".join(["Usage", "Image name", *FERPLUS])
-FLAT = " ".join(["7"] * 2304)
+FLAT = " ".join(["7"] * 2303 + ["8"])
 
 
 def save(path, grey=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (6, 4), grey).save(path)
+    image = Image.new("L", (6, 4), grey)
+    image.putpixel((5, 3), grey + 1)                # one single colour would be no face
+    image.save(path, "PNG")
 
 
 def write(path, *lines, end="\n"):
@@ -39,8 +41,8 @@ def write(path, *lines, end="\n"):
 
 
 def level(face):
-    """The one grey level of a flat image, which says which image it is."""
-    (_, colour), = face.getcolors()
+    """The grey level of all pixels but one, which says which image it is."""
+    _, colour = max(face.getcolors())
     assert face.mode == "RGB" and len(set(colour)) == 1
     return colour[0]
 
@@ -85,7 +87,7 @@ def make_fer2013(root):
     votes = [",".join(["8" if k == i else "0" for k in range(9)] + ["2"]) for i in range(8)]
     votes += ["0," * 9 + "10", "5,5" + ",0" * 8]
     write(root / "fer2013.csv", "emotion,pixels,Usage",
-          *(f"{i % 7},{' '.join([str(10 * i)] * 2304)},{usage}" for i, usage in enumerate(usages)))
+          *(f"{i % 7},{f'{10 * i} ' * 2303}1,{usage}" for i, usage in enumerate(usages)))
     write(root / "fer2013new.csv", FERPLUS_HEADER,
           *(f"{usage},{'' if i == 8 else 'fer.png'},{votes[i]}" for i, usage in enumerate(usages)))
     return root

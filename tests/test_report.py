@@ -72,7 +72,7 @@ def made(tmp_path_factory):
             np.savez(f"runs/my/task_{name}/predictions.npz", **{v: x for v, (x, _) in videos[name].items()})
         for video in VIDEOS:
             (Path("frames") / video).mkdir(parents=True)
-            Image.new("RGB", (9, 9), (200, 60, 50)).save(f"frames/{video}/00001.png")
+            Image.linear_gradient("L").save(f"frames/{video}/00001.png")
         for stage, m in {"pretrain": {"loss": 0.125}, "finetune": {"val_macro_f1": 0.7072, "chance": 0.0625},
                          "features": {}, "emma": {"score": 1.9359, "chance": {"va": 0.0}}}.items():
             write_stage(stage, m)
