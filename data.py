@@ -22,7 +22,7 @@ from engine.checkpoints import read_json
 from engine.config import from_command_line, print_all
 from engine.training import generator
 from images import FrameFiles, list_frames, listed, random_crop, read_image, resize, sizes, video_folders
-from labels import EXPR, TASKS, Task, has_labels, label_files, read_labels, targets
+from labels import EXPR, TASKS, Task, frames_of_each, has_labels, label_files, read_labels, split, targets
 
 AGAIN = "delete it and run extract_features.py again"
 
@@ -218,12 +218,12 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
     """One split's videos with labels and features. -> videos, {name: why it is left out}, D.
 
     Raises ValueError if a feature array has another width than the first or fewer frames than its labels, if
-    one that was extracted is gone (videos.json tells), or if no video is left.
+    one that was extracted is gone (videos.json tells), or if no video is left, as where nothing is annotated.
     """
     videos, left_out, dim, extracted = [], {}, None, extracted_videos(features)
     for name, file in files.items():
         labels, path = read_labels(file, task), Path(features) / f"{name}.npy"
-        if not len(labels):
+        if not targets(labels, task)[1].any():
             left_out[name] = "no labels"
         elif extracted is not None and name not in extracted:
             left_out[name] = "no frames when features were extracted"
@@ -242,6 +242,10 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
                                  f"frames (as {file} has) x {dim}; "
                                  "run extract_features.py, which extracts changed videos anew")
             videos.append(Video(name, path, labels))
+    if not videos and set(left_out.values()) == {"no labels"}:
+        rows = sum(len(read_labels(file, task)) for file in files.values())
+        raise ValueError(f"none of {rows:,} rows in {len(files)} label files, such as {file}, has a label of "
+                         f"{task.name}: all are {task.invalid}, not annotated")
     if not videos:
         raise ValueError(f"none of {len(files)} labelled videos has features in {features}; "
                          "run extract_features.py with the same data.frames")
@@ -319,10 +323,11 @@ class SegmentData(Dataset):
 
 # ---- What is there
 
-def describe(frames, labels):
+def describe(frames, labels, fold: int = 0):
     """Yield lines that tell what a copy of Aff-Wild2 holds, to compare with the counts in docs/data.md.
 
-    Raises ValueError if no folder holds a frame, and at its end, if no labelled frame has a face image.
+    Raises ValueError if no folder holds a frame, as `split` does, and at its end, if a set has no labelled
+    frame with a face image.
     """
     folders, lines = video_folders(frames)
     found = {video: VideoFrames(folder) for video, folder in folders.items()}
@@ -336,25 +341,28 @@ def describe(frames, labels):
                                     "expected <video>/00001.jpg", *lines]))
     yield f"{len(numbers)} videos with frames, {sum(map(len, numbers.values())):,} face images"
     yield from lines
-    tasks, usable = [task for task in TASKS.values() if has_labels(labels, task)] or list(TASKS.values()), 0
-    for task in tasks:
+    problems = []
+    for task in [task for task in TASKS.values() if has_labels(labels, task)] or TASKS.values():
+        split(labels, task, fold)
         for name, files in label_files(labels, task).items():
             rows = {video: read_labels(file, task) for video, file in files.items()}
             face = [np.isin(np.arange(1, len(of) + 1), numbers.get(video, [])) for video, of in rows.items()]
             without_frames = sum(video not in numbers for video in files)
             rows, face = np.concatenate(list(rows.values())), np.concatenate(face)
-            valid = targets(rows, task)[1].reshape(-1, task.width).all(axis=1)     # (T, ...) -> (T,)
-            usable += (valid & face).sum()
+            valid = targets(rows, task)[1].reshape(-1, task.width)                 # (T, ...) -> (T, width)
+            full, some = valid.all(axis=1), valid.any(axis=1)
+            partly = some & ~full
             yield (f"{task.name:5s}{name:15s}{len(files):4d} videos, {len(rows):9,d} frames, "
-                   f"{valid.sum():9,d} fully labelled, {(valid & face).sum():9,d} of them with a face; "
-                   f"{without_frames} videos without frames")
-            if task.whole_numbers:
-                counts = [(rows == k).sum() if task.one_class else (rows[:, k] == 1).sum()
-                          for k in range(len(task.outputs))]
-                yield "      " + ", ".join(f"{name} {count:,}" for name, count in zip(task.outputs, counts))
-    if not usable:
-        raise ValueError("no labelled frame has a face image, so there is nothing to train on; "
-                         "a label file is named after its video's folder")
+                   f"{full.sum():9,d} fully labelled, {(full & face).sum():9,d} of them with a face; "
+                   + (f"{partly.sum():,} more in part, {(partly & face).sum():,} with a face; "
+                      if partly.any() else "") + f"{without_frames} videos without frames")
+            if not (some & face).any():
+                problems.append(f"{task.name}, {name}: no labelled frame has a face image ({some.sum():,} of "
+                                f"{len(rows):,} have a label), so there is nothing to train on or to score")
+            counts = zip(task.outputs, frames_of_each(rows, task))
+            yield "      " + ", ".join(f"{name} {count:,}" for name, count in counts)
+    if problems:
+        raise ValueError("\n".join([*problems, "a label file is named after its video's folder"]))
 
 
 if __name__ == "__main__":
@@ -362,4 +370,4 @@ if __name__ == "__main__":
     for n in (73, 300, 301, 400, 1000):
         cut = segments(n, window=300, stride=200)
         print(f"{n:5d} frames: {len(cut)} segments, frames " + ", ".join(f"{a + 1}-{b}" for a, b in cut))
-    print_all(describe(config.data.frames, config.data.labels))
+    print_all(describe(config.data.frames, config.data.labels, config.task.fold))

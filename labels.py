@@ -160,6 +160,12 @@ def targets(labels: np.ndarray, task: Task) -> tuple[np.ndarray, np.ndarray]:
     return np.where(valid, labels, 0), valid
 
 
+def frames_of_each(labels: np.ndarray, task: Task) -> np.ndarray:
+    """In how many frames each output occurs: a class, an action unit that is present, a value. -> (K,)"""
+    outputs = np.zeros((len(labels), len(task.outputs)))
+    return task.metric.labelled(task.metric.count(outputs, *targets(labels, task)))[:, 0]
+
+
 # ---- Folds: which videos are trained on and which are validated on
 
 def scene(video: str) -> str:
@@ -201,17 +207,31 @@ def parted(files: dict[str, Path], taken: set[str]) -> tuple[dict[str, Path], di
     return parts
 
 
+def keep_apart(train: dict[str, Path], val: dict[str, Path], same, way_out: str):
+    """Raises ValueError, naming two files and the way out, if same(video) is one for videos of both sets."""
+    known = {same(video): file for video, file in train.items()}
+    both = [video for video in val if same(video) in known]
+    if both:
+        raise ValueError(f"{known[same(both[0])]} and {val[both[0]]} show one scene. {len(both)} of the "
+                         f"{len(val)} videos to validate on are trained on so ({', '.join(both[:5])}); a score on "
+                         f"them says nothing. {way_out}")
+
+
 def split(root, task: Task, fold: int) -> tuple[dict[str, Path], dict[str, Path]]:
     """Training and validation label files of one task. Fold 0 is the official split, of each task for itself.
 
     Folds 1 to 4 (Table 1) pool both sets; fold k validates on the scenes of quarter k. The quarters are those
     of all tasks together, so one encoder serves a fold: no task's validation scene is among the videos that
-    it was fine-tuned on. Raises ValueError for another fold, and if one of the two would be empty.
+    it was fine-tuned on. Raises ValueError for another fold, if one of the two would be empty, and if a video
+    is in both official sets or, which folds mend, a scene.
     """
     if fold not in FOLDS:
         raise ValueError(f"fold: got {fold}, expected 0 (official split) or 1 to 4")
     train, val = label_files(root, task).values()
+    keep_apart(train, val, str, "Remove one of the two files")
     if fold == 0:
+        keep_apart(train, val, scene, "Remove one of the two files, or take folds, which keep scenes whole, "
+                   "--set task.fold=1 --set finetune.fold=1")
         return train, val
     official = {each.name: label_files(root, each) for each in TASKS.values() if has_labels(root, each)}
     quarter = deal({name: scene_frames(files["Train_Set"] | files["Validation_Set"])

@@ -70,7 +70,7 @@ def count_images(network, images: Images, sums, add, config: Config, team: Team,
 
     `network`, in evaluation mode: normalised images (B, 3, height, width) -> outputs (B, K). `add(sums,
     outputs, *columns)` adds those of a batch and of the columns of `images`, all NumPy. Each image is read by
-    one process. `run`: a training, which may be asked to stop.
+    one process. `run`: a training, which may be asked to stop. Raises ValueError if none can be read.
     """
     mine = range(team.rank, len(images), team.world)
     readable, batches = 0, batches_of(images, mine, config, team)
@@ -81,7 +81,10 @@ def count_images(network, images: Images, sums, add, config: Config, team: Team,
         readable += len(x)
     if run:
         run.obey_signals()
-    return all_sum(torch.from_numpy(sums)).numpy(), int(all_sum(torch.tensor(len(mine) - readable)))
+    readable = int(all_sum(torch.tensor(readable)))
+    if not readable:
+        raise ValueError(f"none of {len(images):,} images can be scored, such as {images.files.where(0)}")
+    return all_sum(torch.from_numpy(sums)).numpy(), len(images) - readable
 
 
 def count_classes(network, images: Images, classes: int, config: Config, team: Team, run=None):
@@ -293,14 +296,14 @@ def to_score(videos, left_out, other_videos, task: Task, origin: dict | None, co
     """
     seen = {scene(name) for name in tuned_on(origin)}
     unseen = np.array([scene(video.name) not in seen for video in videos], bool)
-    if config.data.synthetic:
-        return Scored(videos, left_out, unseen, "synthetic data; the paper's and the baseline's numbers are "
-                      "on Aff-Wild2", True)
     found, whole = sum(labelled_faces(video, task) for video in [*videos, *other_videos]), task.labelled_faces
-    if abs(found - whole) <= 0.01 * whole:
-        return Scored(videos, left_out, unseen, "Aff-Wild2", True)
-    return Scored(videos, left_out, unseen, f"{found:,} labelled frames with a face in both sets, a complete "
-                  f"Aff-Wild2 has {whole:,}; so the paper's numbers are left out", False)
+    complete, data = abs(found - whole) <= 0.01 * whole, "Aff-Wild2"
+    if config.data.synthetic:
+        data = "synthetic data; the paper's and the baseline's numbers are on Aff-Wild2"
+    elif not complete:
+        data = (f"{found:,} labelled frames with a face in both sets, a complete Aff-Wild2 has {whole:,}; so "
+                "the paper's numbers are left out")
+    return Scored(videos, left_out, unseen, data, config.data.synthetic or complete)
 
 
 def labelled_faces(video: Video, task: Task) -> int:

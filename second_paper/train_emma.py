@@ -27,7 +27,7 @@ from engine.checkpoints import load_vit, load_weights, read_checkpoint, write_te
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
 from images import find_videos, normalise
-from labels import TASKS
+from labels import TASKS, keep_apart
 from metrics import score_table
 from pipeline import find_input, folder, open_run, start
 from scoring import count_images
@@ -49,10 +49,7 @@ def main(config, team):
     if not root:
         raise ValueError(f"data.s_aff_wild2 is not given; it holds {' and '.join(FILES)}")
     files, videos = [read_annotations(f"{root}/{name}") for name in FILES], find_videos(config.data.frames)
-    both = sorted(set(files[0].videos) & set(files[1].videos))
-    if both:
-        raise ValueError(f"{files[1].path}: {len(both)} of its videos are in {files[0].path} too, such as "
-                         f"{', '.join(both[:5])}; a score on them says nothing")
+    keep_apart(*(dict.fromkeys(file.videos, file.path) for file in files), str, "Remove the rows of one")
     frames, val_frames = (LabelledFrames(file, videos) for file in files)
     cnn_file, cnn_record = find_input(config, team, "emma.cnn")
     found = {"training": frames.fingerprint(), "validation": val_frames.fingerprint(),

@@ -206,15 +206,17 @@ def extracted(tmp_path, lengths: dict):
 
 
 def test_videos_are_opened_with_their_labels_and_those_left_out_are_told_with_a_reason(tmp_path):
-    files = extracted(tmp_path, {"表情.v2": (4, 6), "b": (3, 3), "c": (0, 2), "d": (2, 0)})
+    files = extracted(tmp_path, {"表情.v2": (4, 6), "b": (3, 3), "c": (0, 2), "d": (2, 0), "e": (1, 1)})
+    label_file(tmp_path, VA, "Train_Set", "e", ["-5,-5"])
     videos, left_out, dim = open_videos(files, tmp_path, VA)
     assert [(video.name, len(video.labels)) for video in videos] == [("表情.v2", 4), ("b", 3)] and dim == 3
-    assert left_out == {"c": "no labels", "d": "no features"}
+    assert left_out == {"c": "no labels", "d": "no features", "e": "no labels"}
     rows = {"表情.v2": {"faces": 6}, "b": {"faces": 0}, "c": {"faces": 1}}
     (tmp_path / "videos.json").write_text(json.dumps(rows))
     videos, left_out, _ = open_videos(files, tmp_path, VA)
     assert [video.name for video in videos] == ["表情.v2"] and left_out == {
-        "b": "no readable face", "c": "no labels", "d": "no frames when features were extracted"}
+        "b": "no readable face", "c": "no labels", "e": "no labels",
+        "d": "no frames when features were extracted"}
     (tmp_path / "表情.v2.noface.npy").unlink()
     with pytest.raises(ValueError, match="表情.v2.npy or its .noface.npy was extracted and is gone; run"):
         open_videos(files, tmp_path, VA)
@@ -224,9 +226,11 @@ def test_videos_are_opened_with_their_labels_and_those_left_out_are_told_with_a_
     (lambda root: np.save(root / "b.npy", np.zeros((3, 5), np.float16)), "b.npy: features are 3 x 5"),
     (lambda root: np.save(root / "b.npy", np.zeros((2, 3), np.float16)), "b.npy: features are 2 x 3"),
     (lambda root: [path.unlink() for path in root.glob("*.npy")], "none of 2 labelled videos has features"),
+    (lambda root: [label_file(root, VA, "Train_Set", video, ["-5,-5"] * 3) for video in "ab"],
+     "none of 6 rows in 2 label files, such as .*/b.txt, has a label of va: all are -5, not annotated"),
     (lambda root: (root / "videos.json").write_text('{"a": {}}'), "the extraction has not ended"),
     (lambda root: (root / "made_of.json").write_text("{}"), "videos.json is gone; put a copy back"),
-], ids=["another width", "too short", "none", "not ended", "table gone"])
+], ids=["another width", "too short", "none", "no labels", "not ended", "table gone"])
 def test_features_that_do_not_fit_are_refused(tmp_path, change, message):
     files = extracted(tmp_path, {"a": (4, 6), "b": (3, 3)})
     change(tmp_path)
@@ -290,18 +294,27 @@ def test_a_copy_is_described_with_counts_made_by_hand_or_refused_if_it_cannot_be
     draw(tmp_path / "frames/b", [1])
     (tmp_path / "frames/e").mkdir()
     (tmp_path / "frames/e/x.bin").write_bytes(b"")
-    for split in ("Train_Set", "Validation_Set"):
-        label_file(tmp_path, EXPR, split, "a", ["0", "-1", "3"])
-        label_file(tmp_path, EXPR, split, "gone", ["7"])
+    for split, video in (("Train_Set", "a"), ("Validation_Set", "b")):
+        label_file(tmp_path, EXPR, split, video, ["0", "-1", "3"])
+        label_file(tmp_path, EXPR, split, f"{video} is gone", ["7"])
+        label_file(tmp_path, VA, split, video, ["1,-5", "-5,-5", "0.5,-5"])      # valence only
     lines = list(describe([tmp_path / "frames"], tmp_path))
-    assert lines[0] == "2 videos with frames, 4 face images"
-    assert lines[1] == "  not read, as no frame (00001.jpg, ...): 1 .bin"
-    assert lines[2] == "  1 folders without a frame: e"
-    assert " ".join(lines[3].split()) == ("expr Train_Set 2 videos, 4 frames, 3 fully labelled, 1 of them "
+    assert lines[:3] == ["2 videos with frames, 4 face images",
+                         "  not read, as no frame (00001.jpg, ...): 1 .bin", "  1 folders without a frame: e"]
+    assert [" ".join(line.split()) for line in lines[3:5]] == [
+        "va Train_Set 1 videos, 3 frames, 0 fully labelled, 0 of them with a face; 2 more in part, 1 with a "
+        "face; 0 videos without frames", "valence 2, arousal 0"]
+    assert " ".join(lines[7].split()) == ("expr Train_Set 2 videos, 4 frames, 3 fully labelled, 1 of them "
                                           "with a face; 1 videos without frames")
-    assert lines[4].startswith("      Neutral 1, Anger 0, Disgust 0, Fear 1") and len(lines) == 7
+    assert lines[8].startswith("      Neutral 1, Anger 0, Disgust 0, Fear 1") and len(lines) == 11
+    label_file(tmp_path, VA, "Validation_Set", "b", ["-5,-5", "-5,-5"])
     (tmp_path / "frames/a/00001.jpg").unlink()
     (tmp_path / "none/a").mkdir(parents=True)
-    for frames, message in (("frames", "no labelled frame has a face"), ("none", "1 folders, none of which")):
+    for frames, message in (("none", "1 folders, none of which"),
+                            ("frames", r"va, Train_Set: no labelled frame has a face image .2 of 3 have .*\nva, "
+                             r"Val.*.0 of 2 have .*\nexpr, Train_Set: .*.3 of 4 have a label.*\na label file")):
         with pytest.raises(ValueError, match=message):
             list(describe([tmp_path / frames], tmp_path))
+    label_file(tmp_path, VA, "Train_Set", "b", ["0,0"])
+    with pytest.raises(ValueError, match="Train_Set/b.txt and .*Validation_Set/b.txt show one scene"):
+        list(describe([tmp_path / "frames"], tmp_path))

@@ -122,7 +122,7 @@ TWELVE = np.array([(a * 16 << 12 | b * 16).to_bytes(3) for a, b in GREY.reshape(
     (tiff(WIDE, 16, white=0), "", 255 - GREY), (tiff(WIDE.astype("<u4"), 32), "", "grey values of mode I "),
     (tiff(WIDE.astype("<i4"), 32, 2), "", "grey values of mode I have no known range; convert to 8 bits"),
     (tiff(WIDE, 16, 2), "", "signed grey values of mode I "), (tiff(GREY, 8, 2), "", "signed grey.* mode L "),
-    (tiff(WIDE.astype("<f4"), 32, 3), "", "grey values of mode F "), (tiff(WIDE, 16, 3), "", "cannot identify"),
+    (tiff(WIDE.astype("<f4"), 32, 3), "", "grey values of mode F "), (tiff(WIDE, 16, 3), "", "identify"),
     (Image.new("L", (9, 9)), "BMP", "face.png: one single colour; no face"),
     (Image.new("RGB", (9, 9), (1, 2, 3)), "JPEG", "one single colour; no face")])
 def test_every_kind_of_pixel_becomes_rgb_by_its_own_range_or_is_refused(stored, monkeypatch, image, kind,

@@ -139,7 +139,7 @@ def test_only_a_last_left_or_right_is_cut_from_a_name():
 def test_folds_validate_each_video_once_and_no_scene_is_on_both_sides_whatever_the_task(
         tmp_path, seed, tasks):
     official, held_out = random_labels(tmp_path, seed, tasks), {name: [] for name in tasks}
-    for fold in FOLDS:
+    for fold in FOLDS[1:]:
         sides = ([], [])
         for name in tasks:
             train, val = split(tmp_path, TASKS[name], fold)
@@ -147,10 +147,18 @@ def test_folds_validate_each_video_once_and_no_scene_is_on_both_sides_whatever_t
             assert {video: (file.parent.name, file.name) for video, file in (train | val).items()} == {
                 video: (part, f"{video}.txt") for video, part in official[name].items()}
             sides[0].extend(map(scene, train)), sides[1].extend(map(scene, val))
-            held_out[name] += val if fold else []
-            assert fold or {official[name][video] for video in train} == {"Train_Set"}
-        assert not fold or not set(sides[0]) & set(sides[1])
+            held_out[name] += val
+        assert not set(sides[0]) & set(sides[1])
     assert all(sorted(held_out[name]) == sorted(official[name]) for name in tasks)
+    task, (video, part) = TASKS[name], [*official[name].items()][0]
+    with pytest.raises(ValueError, match=r"Train_Set/(\d+)-.* and .*Validation_Set/\1-.* show .*or take fo"):
+        split(tmp_path, task, 0)                                           # whose sets share scenes
+    for other in ("Train_Set", "Validation_Set"):                          # now they share a video
+        write(tmp_path / task.folders[0] / other / f"{video}.txt", HEADER[name], ROWS[name])
+    for fold in FOLDS:
+        with pytest.raises(ValueError, match=rf"Train_Set/{video}.txt and .*Validation_Set/{video}.txt show "
+                           rf"one scene. 1 of .* \({video}\); a score on.*Remove one of the two files$"):
+            split(tmp_path, task, fold)
 
 
 @pytest.mark.parametrize("seed", range(5))

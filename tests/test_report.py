@@ -66,7 +66,7 @@ def made(tmp_path_factory):
                 for part in ("Train_Set", "Validation_Set"):
                     place = Path("labels") / task.folders[0] / part
                     place.mkdir(parents=True, exist_ok=True)
-                    (place / f"{video}.txt").write_text("\n".join(rows))
+                    (place / f"{part[0] * (part == 'Train_Set')}{video}.txt").write_text("\n".join(rows))
             sums = np.stack([task.metric.count(x, *targets(y, task)) for x, y in videos[name].values()])
             write_stage(f"task_{name}", {**numbers(task, sums), "video_sums": sums.tolist()})
             np.savez(f"runs/my/task_{name}/predictions.npz", **{v: x for v, (x, _) in videos[name].items()})

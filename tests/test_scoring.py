@@ -174,6 +174,8 @@ def test_each_image_is_counted_once_by_its_class_and_what_cannot_be_read_is_coun
     for label, light in zip((0, 1), bright):
         expected[label, 0 if light else 2] += 1
     assert np.array_equal(sums, expected) and unreadable == 1
+    with pytest.raises(ValueError, match="none of 2 images can be scored, such as 5.jpg"):
+        count_classes(lambda x: x.mean(dim=(2, 3)), Images(Files(5, 5), 8, [labels]), 3, config, ALONE)
 
 
 # ---- Checkpoints
