@@ -22,7 +22,7 @@ from engine.checkpoints import read_json
 from engine.config import from_command_line, print_all
 from engine.training import generator
 from images import FrameFiles, list_frames, listed, random_crop, read_image, resize, sizes, video_folders
-from labels import EXPR, TASKS, Task, frames_of_each, has_labels, label_files, read_labels, split, targets
+from labels import EXPR, TASKS, Task, has_labels, label_files, occurrences, read_labels, split, targets
 
 AGAIN = "delete it and run extract_features.py again"
 
@@ -242,13 +242,12 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
                                  f"frames (as {file} has) x {dim}; "
                                  "run extract_features.py, which extracts changed videos anew")
             videos.append(Video(name, path, labels))
-    if not videos and set(left_out.values()) == {"no labels"}:
-        rows = sum(len(read_labels(file, task)) for file in files.values())
-        raise ValueError(f"none of {rows:,} rows in {len(files)} label files, such as {file}, has a label of "
-                         f"{task.name}: all are {task.invalid}, not annotated")
     if not videos:
-        raise ValueError(f"none of {len(files)} labelled videos has features in {features}; "
-                         "run extract_features.py with the same data.frames")
+        rows = sum(len(read_labels(file, task)) for file in files.values())
+        raise ValueError(f"none of {rows:,} rows in {len(files)} label files, such as {file}, can be used: "
+                         f"{listed(Counter(left_out.values()))}; expected labels of {task.name} other than "
+                         f"{task.invalid} (not annotated), and features in {features}; run "
+                         "extract_features.py with the same data.frames")
     return videos, left_out, dim
 
 
@@ -359,8 +358,7 @@ def describe(frames, labels, fold: int = 0):
             if not (some & face).any():
                 problems.append(f"{task.name}, {name}: no labelled frame has a face image ({some.sum():,} of "
                                 f"{len(rows):,} have a label), so there is nothing to train on or to score")
-            counts = zip(task.outputs, frames_of_each(rows, task))
-            yield "      " + ", ".join(f"{name} {count:,}" for name, count in counts)
+            yield f"      {occurrences(rows, task)}"
     if problems:
         raise ValueError("\n".join([*problems, "a label file is named after its video's folder"]))
 

@@ -6,8 +6,6 @@ metric and the numbers to compare with. Another task is another record. Codes of
     va    valence and arousal in [-1, 1]; -5 = not annotated
     expr  0 Neutral, 1 Anger, 2 Disgust, 3 Fear, 4 Happiness, 5 Sadness, 6 Surprise, 7 Other; -1 = invalid
     au    0 or 1 for each of 12 action units; -1 = invalid
-
-    python labels.py      # the record of each task
 """
 
 import math
@@ -160,10 +158,10 @@ def targets(labels: np.ndarray, task: Task) -> tuple[np.ndarray, np.ndarray]:
     return np.where(valid, labels, 0), valid
 
 
-def frames_of_each(labels: np.ndarray, task: Task) -> np.ndarray:
-    """In how many frames each output occurs: a class, an action unit that is present, a value. -> (K,)"""
-    outputs = np.zeros((len(labels), len(task.outputs)))
-    return task.metric.labelled(task.metric.count(outputs, *targets(labels, task)))[:, 0]
+def occurrences(labels: np.ndarray, task: Task) -> str:
+    """In how many frames each output has a value, is the class, or is present: "valence 400, arousal 0"."""
+    sums = task.metric.count(np.zeros((len(labels), len(task.outputs))), *targets(labels, task))
+    return ", ".join(f"{name} {n:,}" for name, (n, _) in zip(task.outputs, task.metric.labelled(sums)))
 
 
 # ---- Folds: which videos are trained on and which are validated on
@@ -212,9 +210,9 @@ def keep_apart(train: dict[str, Path], val: dict[str, Path], same, way_out: str)
     known = {same(video): file for video, file in train.items()}
     both = [video for video in val if same(video) in known]
     if both:
-        raise ValueError(f"{known[same(both[0])]} and {val[both[0]]} show one scene. {len(both)} of the "
-                         f"{len(val)} videos to validate on are trained on so ({', '.join(both[:5])}); a score on "
-                         f"them says nothing. {way_out}")
+        raise ValueError(f"{known[same(both[0])]} and {val[both[0]]} show one scene, and a score on it "
+                         f"says nothing; of {len(val)} validation videos {len(both)} are trained on: "
+                         f"{', '.join(both[:5])}. {way_out}")
 
 
 def split(root, task: Task, fold: int) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -230,7 +228,7 @@ def split(root, task: Task, fold: int) -> tuple[dict[str, Path], dict[str, Path]
     train, val = label_files(root, task).values()
     keep_apart(train, val, str, "Remove one of the two files")
     if fold == 0:
-        keep_apart(train, val, scene, "Remove one of the two files, or take folds, which keep scenes whole, "
+        keep_apart(train, val, scene, "Remove one of the two files, or take folds, which keep scenes apart: "
                    "--set task.fold=1 --set finetune.fold=1")
         return train, val
     official = {each.name: label_files(root, each) for each in TASKS.values() if has_labels(root, each)}
@@ -290,9 +288,3 @@ def for_metric(values: np.ndarray, task: Task, thresholds=()) -> np.ndarray:
     if not task.yes_or_no:
         return values
     return values - (np.asarray(thresholds) if len(thresholds) else 0.5)
-
-
-if __name__ == "__main__":
-    for task in TASKS.values():
-        print(f"{task.name:5s}{len(task.outputs):3d} outputs, {task.metric.name}, {task.loss}, "
-              f"{task.epochs} epochs; labels in {task.folders[0]}\n     {','.join(task.outputs)}")

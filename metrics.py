@@ -228,20 +228,16 @@ def with_mean(title: str, scores: np.ndarray) -> list[str]:
     return [title, *[f"{score:.3f}" for score in [*scores, scores.mean()]]]
 
 
-def absent(names, frames) -> str:
-    """The outputs that do not occur among the labels, as text. frames (K,): in how many each does"""
-    return ", ".join(name for name, count in zip(names, frames) if not count)
-
-
-def on_absent(names, scores: np.ndarray, frames: np.ndarray) -> str:
-    """A line on what does not occur among the labels, if there is such a thing. Both (K,)"""
-    gone, rest = absent(names, frames), scores[frames > 0]
+def absent(names, sums, metric: Metric) -> str:
+    """A line on the outputs that do not occur among the labels; "" if all do."""
+    there = metric.labelled(sums)[:, 0] > 0                    # (K,)
+    gone, rest = [name for name, known in zip(names, there) if not known], metric.score(sums)[there]
     others = f"; the mean of the others is {rest.mean():.3f}" if len(rest) else ""
-    return f"\nnot among the labels, so 0 in the mean: {gone}{others}" if gone else ""
+    return f"\nnot among the labels, so 0 in the mean: {', '.join(gone)}{others}" if gone else ""
 
 
 def score_table(task, sums: np.ndarray, unseen=None, fold: int = 0, comparable: bool = True) -> str:
-    """A line per output and one of their mean, at most 110 characters wide, and `on_absent`. unseen: mask
+    """A line per output and one of their mean, at most 110 characters wide, and `absent`. unseen: mask
     (videos,), then the score of these videos alone stands beside. comparable: with the paper's numbers of
     this fold (Table 1) and, for fold 0, the challenge's baseline."""
     metric, total, names = task.metric, sums.sum(axis=0), [*task.outputs, "mean"]
@@ -256,15 +252,13 @@ def score_table(task, sums: np.ndarray, unseen=None, fold: int = 0, comparable: 
             columns.append([title, *[f"{known[name]:.3f}" if name in known else "-" for name in names]])
     columns.append(["frames", *[f"{part:,}" if part == whole else f"{part:,} of {whole:,}"
                                 for part, whole in metric.labelled(total)], ""])
-    absence = on_absent(task.outputs, metric.score(total), metric.labelled(total)[:, 0])
-    return in_lines(metric.name, names, columns) + absence
+    return in_lines(metric.name, names, columns) + absent(task.outputs, total, metric)
 
 
 def class_table(names, sums: np.ndarray) -> str:
     """F1 of classes beside chance, where images belong to no videos. Shape: sums (K, K)"""
     columns = [with_mean("ours", CLASS_F1.score(sums)), with_mean("chance", CLASS_F1.chance(sums))]
-    absence = on_absent(names, CLASS_F1.score(sums), CLASS_F1.labelled(sums)[:, 0])
-    return in_lines(CLASS_F1.name, [*names, "mean"], columns) + absence
+    return in_lines(CLASS_F1.name, [*names, "mean"], columns) + absent(names, sums, CLASS_F1)
 
 
 def confusion(task, sums: np.ndarray) -> str:

@@ -28,7 +28,7 @@ from engine.training import adamw, clip_gradient
 from images import normalise, video_folders
 from labels import EXPR, split
 from losses import expr_loss
-from metrics import on_absent
+from metrics import absent
 from pipeline import find_input, open_run, start
 from scoring import count_classes, expr_classifier
 
@@ -98,7 +98,7 @@ def main(config, team):
                 "val_unreadable": unreadable, "train_frames": len(frames)})
     team.say(f"fine-tuning is finished: macro F1 {f1.mean():.3f} on {scored:,} single validation frames "
              f"({unreadable:,} more cannot be read), written to {run.folder}"
-             + on_absent(EXPR.outputs, f1, sums.sum(axis=1)))
+             + absent(EXPR.outputs, sums, EXPR.metric))
 
 
 if __name__ == "__main__":

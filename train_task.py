@@ -28,8 +28,8 @@ from images import find_videos
 from engine.checkpoints import write_text
 from engine.config import from_command_line
 from engine.training import clip_gradient, fused
-from labels import TASKS, frames_of_each, hold_out, in_units, split, targets
-from metrics import absent, numbers
+from labels import TASKS, hold_out, in_units, occurrences, split, targets
+from metrics import numbers
 from pipeline import finished, folder, open_run, start
 from scoring import (HELD_OUT, find_features, load, predict_videos, reasons, report, shared_out, sums_of,
                      to_score, write_predictions)
@@ -62,10 +62,9 @@ def main(config, team, task):
     for name, part, without in (("training", videos, left_out), ("validation", val_videos, val_left_out),
                                 ("held out, to choose the epoch", held_out, {})):
         if part:
-            gone = absent(task.outputs, sum(frames_of_each(video.labels, task) for video in part))
             team.say(f"  {name}: {len(part)} videos, {sum(len(video.labels) for video in part):,} frames"
-                     + (f"; not among the labels: {gone}" if gone else "")
-                     + (f"; left out: {reasons(without)}" if without else ""))
+                     + (f"; left out: {reasons(without)}" if without else "")
+                     + f"\n    {occurrences(np.concatenate([video.labels for video in part]), task)}")
     if scored.seen_text():
         team.say(f"  warning: {scored.seen_text()}")
 

@@ -225,9 +225,9 @@ def test_videos_are_opened_with_their_labels_and_those_left_out_are_told_with_a_
 @pytest.mark.parametrize("change, message", [
     (lambda root: np.save(root / "b.npy", np.zeros((3, 5), np.float16)), "b.npy: features are 3 x 5"),
     (lambda root: np.save(root / "b.npy", np.zeros((2, 3), np.float16)), "b.npy: features are 2 x 3"),
-    (lambda root: [path.unlink() for path in root.glob("*.npy")], "none of 2 labelled videos has features"),
+    (lambda root: [path.unlink() for path in root.glob("*.npy")], "none of 7 rows .*: 2 no features; ex"),
     (lambda root: [label_file(root, VA, "Train_Set", video, ["-5,-5"] * 3) for video in "ab"],
-     "none of 6 rows in 2 label files, such as .*/b.txt, has a label of va: all are -5, not annotated"),
+     "none of 6 rows in 2 label files, such as .*/b.txt, can be used: 2 no labels; expected labels of v"),
     (lambda root: (root / "videos.json").write_text('{"a": {}}'), "the extraction has not ended"),
     (lambda root: (root / "made_of.json").write_text("{}"), "videos.json is gone; put a copy back"),
 ], ids=["another width", "too short", "none", "no labels", "not ended", "table gone"])
@@ -310,9 +310,9 @@ def test_a_copy_is_described_with_counts_made_by_hand_or_refused_if_it_cannot_be
     label_file(tmp_path, VA, "Validation_Set", "b", ["-5,-5", "-5,-5"])
     (tmp_path / "frames/a/00001.jpg").unlink()
     (tmp_path / "none/a").mkdir(parents=True)
-    for frames, message in (("none", "1 folders, none of which"),
-                            ("frames", r"va, Train_Set: no labelled frame has a face image .2 of 3 have .*\nva, "
-                             r"Val.*.0 of 2 have .*\nexpr, Train_Set: .*.3 of 4 have a label.*\na label file")):
+    for frames, message in (("none", "1 folders, none of which"), (
+            "frames", r"va, Train_Set: no labelled frame has a face image .2 of 3 have .*\nva, Valid.*"
+            r".0 of 2 have .*\nexpr, Train_Set: .*.3 of 4 have a label.*\na label file")):
         with pytest.raises(ValueError, match=message):
             list(describe([tmp_path / frames], tmp_path))
     label_file(tmp_path, VA, "Train_Set", "b", ["0,0"])

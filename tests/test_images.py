@@ -2,6 +2,7 @@
 normalising loses nothing; nothing outside of a root is read."""
 
 import errno
+import io
 import itertools
 import math
 import os
@@ -12,12 +13,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import images
 from images import find_images, listed, normalise, random_crop, read_image, resize, sizes, unnormalise
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+WIDE = GREY.astype("<u2") * 257                                              # the same in 16 bits, and in 12
+TWELVE = np.array([(a * 16 << 12 | b * 16).to_bytes(3) for a, b in GREY.reshape(-1, 2).tolist()])
 UPRIGHT = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
 # How a camera stores UPRIGHT, by its EXIF orientation.
 STORED = {1: UPRIGHT, 2: UPRIGHT[:, ::-1], 3: UPRIGHT[::-1, ::-1], 4: UPRIGHT[::-1],
@@ -97,18 +100,13 @@ def tiff(pixels, bits, sign=1, white=255):
     return struct.pack("<4sIH", b"II*\0", 8, len(tags)) + entries + bytes(4) + pixels.tobytes()
 
 
-def png(*channels):
-    """A PNG of 16 bits a channel: grey, grey with alpha, or colours."""
-    rows = np.insert(np.stack(channels, axis=2).astype(">u2").view("u1").reshape(16, -1), 0, 0, axis=1)
-    header = struct.pack(">IIBBBBB", 16, 16, 16, (0, 4, 2)[len(channels) - 1], 0, 0, 0)
-    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in parts)
-
-
-WIDE = GREY.astype("<u2") * 257
-TWELVE = np.array([(a * 16 << 12 | b * 16).to_bytes(3) for a, b in GREY.reshape(-1, 2).tolist()])
+def png(channels):
+    """A PNG of 16 x 16 pixels, 16 bits a channel: 1 grey, 2 with alpha, 3 colours, each WIDE."""
+    rows = np.insert(WIDE.repeat(channels, axis=1).astype(">u2").view("u1"), 0, 0, axis=1)
+    file, header = io.BytesIO(), struct.pack(">IIBBBBB", 16, 16, 16, (0, 4, 2)[channels - 1], 0, 0, 0)
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")):
+        PngImagePlugin.putchunk(file, kind, data)
+    return b"\x89PNG\r\n\x1a\n" + file.getvalue()
 
 
 @pytest.mark.parametrize("image, kind, expected", [
@@ -116,7 +114,7 @@ TWELVE = np.array([(a * 16 << 12 | b * 16).to_bytes(3) for a, b in GREY.reshape(
     (Image.merge("RGBA", [*noise().split(), Image.new("L", (50, 40), 9)]), "PNG", noise()),
     (Image.merge("LA", [Image.fromarray(GREY)] * 2), "PNG", GREY),
     (Image.merge("CMYK", [Image.fromarray(GREY)] * 4), "JPEG", (255 - GREY.astype(int)) ** 2 / 255),
-    (png(WIDE), "", GREY), (png(WIDE, WIDE), "", GREY), (png(WIDE, WIDE, WIDE), "", GREY),
+    (png(1), "", GREY), (png(2), "", GREY), (png(3), "", GREY),
     (tiff(GREY, 8), "", GREY), (tiff(GREY, 8, white=0), "", 255 - GREY), (tiff(TWELVE, 12), "", GREY),
     (tiff(np.packbits(GREY > 99), 1, white=0), "", 255 * (GREY <= 99)), (tiff(WIDE, 16), "", GREY),
     (tiff(WIDE, 16, white=0), "", 255 - GREY), (tiff(WIDE.astype("<u4"), 32), "", "grey values of mode I "),
@@ -231,14 +229,11 @@ def test_a_search_finds_every_image_in_one_order_and_counts_what_it_leaves_out(t
     assert find_images(root, Counter()) == found
 
 
-def test_files_are_told_by_a_checksum_of_their_sizes_in_their_order_and_one_may_be_gone(tmp_path):
+def test_files_are_told_by_a_checksum_of_their_sizes_and_counts_are_listed_the_most_frequent_first(tmp_path):
     paths = [tmp_path / name for name in "abc"]
     paths[0].write_bytes(b"1")
     paths[1].write_bytes(b"12")
     assert sizes(paths) == sizes(map(str, paths)) == f"{zlib.crc32(b'1 2 gone '):08x}"
-
-
-def test_counts_are_listed_the_most_frequent_first():
     counts = Counter(a=1, b=2000, c=3)
     assert listed(counts) == "2,000 b, 3 c, 1 a" and listed(counts, 2) == "2,000 b, 3 c, 1 more"
     assert listed(counts, 3) == listed(counts) and listed(Counter()) == "nothing"
