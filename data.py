@@ -245,9 +245,9 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
     if not videos:
         rows = sum(len(read_labels(file, task)) for file in files.values())
         raise ValueError(f"none of {rows:,} rows in {len(files)} label files, such as {file}, can be used: "
-                         f"{listed(Counter(left_out.values()))}; expected labels of {task.name} other than "
-                         f"{task.invalid} (not annotated), and features in {features}; run "
-                         "extract_features.py with the same data.frames")
+                         f"{listed(Counter(left_out.values()))}. Each needs a label of {task.name} other "
+                         f"than {task.invalid} (not annotated), and features in {features}, as "
+                         "extract_features.py makes them from data.frames")
     return videos, left_out, dim
 
 

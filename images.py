@@ -55,10 +55,9 @@ def read_image(path) -> Image.Image:
             with suppress(Exception):           # a broken EXIF block can raise anything; the pixels are whole
                 ImageOps.exif_transpose(image, in_place=True)
             tags = getattr(image, "tag_v2", {})                      # of a TIFF
-            signed = "signed " * (tags.get(TIFF.SAMPLEFORMAT) == (2,))
-            if signed or image.mode in ("I", "F"):
-                raise ValueError(f"{signed}grey values of mode {image.mode} have no known range; convert to "
-                                 "8 bits")
+            if image.mode in ("I", "F") or tags.get(TIFF.SAMPLEFORMAT) == (2,):        # 2: with a sign
+                raise ValueError(f"grey values of mode {image.mode} have no known range; convert to 8 bits "
+                                 "without a sign")
             if image.mode.startswith("I;16"):   # 12 or 16 bits: Pillow would clip them at 255
                 grey = (np.asarray(image) >> tags.get(TIFF.BITSPERSAMPLE, (16,))[0] - 8).astype(np.uint8)
                 white_is_zero = tags.get(TIFF.PHOTOMETRIC_INTERPRETATION) == 0

@@ -211,7 +211,7 @@ def keep_apart(train: dict[str, Path], val: dict[str, Path], same, way_out: str)
     both = [video for video in val if same(video) in known]
     if both:
         raise ValueError(f"{known[same(both[0])]} and {val[both[0]]} show one scene, and a score on it "
-                         f"says nothing; of {len(val)} validation videos {len(both)} are trained on: "
+                         f"says nothing; {len(both)} of {len(val)} validation videos would be trained on: "
                          f"{', '.join(both[:5])}. {way_out}")
 
 
@@ -228,7 +228,7 @@ def split(root, task: Task, fold: int) -> tuple[dict[str, Path], dict[str, Path]
     train, val = label_files(root, task).values()
     keep_apart(train, val, str, "Remove one of the two files")
     if fold == 0:
-        keep_apart(train, val, scene, "Remove one of the two files, or take folds, which keep scenes apart: "
+        keep_apart(train, val, scene, "Remove one of the two files, or take folds, which keep scenes whole: "
                    "--set task.fold=1 --set finetune.fold=1")
         return train, val
     official = {each.name: label_files(root, each) for each in TASKS.values() if has_labels(root, each)}

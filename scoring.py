@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import BatchSampler
 
 from data import Images, Video, noface_path, pad, read_features, segments
-from engine.checkpoints import check_names, load_weights, read_checkpoint, write_file
+from engine.checkpoints import check_names, load_weights, read_checkpoint
 from engine.config import Config
 from engine.distributed import Team, all_sum
 from engine.training import loader
@@ -175,13 +175,8 @@ def sums_of(outputs: dict[str, np.ndarray], videos: list[Video], task: Task, tea
     return np.stack([sums[video.name] for video in videos])
 
 
-def write_predictions(path, outputs: dict[str, np.ndarray]):
-    """predictions.npz: {video: outputs (T, K)}, as the model gives them."""
-    write_file(path, lambda file: np.savez(file, **outputs))
-
-
 def read_predictions(path) -> dict[str, np.ndarray]:
-    """{video: outputs (T, K)} of predictions.npz. Raises ValueError naming the file if it is none."""
+    """{video: outputs (T, K)} of predictions.npz, as the model gives them. Raises ValueError naming a file that is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
@@ -296,14 +291,14 @@ def to_score(videos, left_out, other_videos, task: Task, origin: dict | None, co
     """
     seen = {scene(name) for name in tuned_on(origin)}
     unseen = np.array([scene(video.name) not in seen for video in videos], bool)
-    found, whole = sum(labelled_faces(video, task) for video in [*videos, *other_videos]), task.labelled_faces
-    complete, data = abs(found - whole) <= 0.01 * whole, "Aff-Wild2"
     if config.data.synthetic:
-        data = "synthetic data; the paper's and the baseline's numbers are on Aff-Wild2"
-    elif not complete:
-        data = (f"{found:,} labelled frames with a face in both sets, a complete Aff-Wild2 has {whole:,}; so "
-                "the paper's numbers are left out")
-    return Scored(videos, left_out, unseen, data, config.data.synthetic or complete)
+        return Scored(videos, left_out, unseen, "synthetic data; the paper's and the baseline's numbers are "
+                      "on Aff-Wild2", True)
+    found, whole = sum(labelled_faces(video, task) for video in [*videos, *other_videos]), task.labelled_faces
+    if abs(found - whole) <= 0.01 * whole:
+        return Scored(videos, left_out, unseen, "Aff-Wild2", True)
+    return Scored(videos, left_out, unseen, f"{found:,} labelled frames with a face in both sets, a complete "
+                  f"Aff-Wild2 has {whole:,}; so the paper's numbers are left out", False)
 
 
 def labelled_faces(video: Video, task: Task) -> int:

@@ -25,14 +25,14 @@ import losses
 import pictures
 from data import SegmentData, fingerprint, open_videos, some_faces
 from images import find_videos
-from engine.checkpoints import write_text
+from engine.checkpoints import write_file, write_text
 from engine.config import from_command_line
 from engine.training import clip_gradient, fused
 from labels import TASKS, hold_out, in_units, occurrences, split, targets
 from metrics import numbers
 from pipeline import finished, folder, open_run, start
 from scoring import (HELD_OUT, find_features, load, predict_videos, reasons, report, shared_out, sums_of,
-                     to_score, write_predictions)
+                     to_score)
 from temporal import SegmentModel
 
 
@@ -117,7 +117,7 @@ def finish(run, task, scored, config, team):
     team.say(f"\n{text}")
     if team.rank == 0:
         write_text(run.folder / "scores.txt", f"{text}\n")
-        write_predictions(run.folder / "predictions.npz", outputs)
+        write_file(run.folder / "predictions.npz", lambda file: np.savez(file, **outputs))
         pictures.curves(run.folder, {"loss": task.zero_loss, "score": metrics["chance"]})
         draw_timeline(outputs, videos, task, config, run.folder / "timeline.png")
     run.finish(metrics)

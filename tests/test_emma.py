@@ -247,7 +247,7 @@ def test_a_finished_emma_outlives_its_cnns_file_and_refuses_another_cnn(run, cap
 
 @pytest.mark.parametrize("option, message", [
     ("data.s_aff_wild2=", "data.s_aff_wild2 is not given; it holds training_set_annotations.txt and valid"),
-    ("data.s_aff_wild2=twice", "twice/t.* and twice/v.* show one scene, .* 2 are trained on: a, b. R")])
+    ("data.s_aff_wild2=twice", "twice/t.* and twice/v.* show one scene, .* 2 of 2 .* on: a, b. Rem")])
 def test_what_cannot_be_trained_is_refused(run, option, message):
     with pytest.raises(ValueError, match=message):
         train_emma.main(load("my.yaml", [option]), ALONE)

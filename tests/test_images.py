@@ -109,30 +109,27 @@ def png(channels):
     return b"\x89PNG\r\n\x1a\n" + file.getvalue()
 
 
-@pytest.mark.parametrize("image, kind, expected", [
-    (Image.fromarray(GREY), "PNG", GREY), (Image.fromarray(GREY > 99), "PNG", 255 * (GREY > 99)),
-    (Image.merge("RGBA", [*noise().split(), Image.new("L", (50, 40), 9)]), "PNG", noise()),
-    (Image.merge("LA", [Image.fromarray(GREY)] * 2), "PNG", GREY),
-    (Image.merge("CMYK", [Image.fromarray(GREY)] * 4), "JPEG", (255 - GREY.astype(int)) ** 2 / 255),
-    (png(1), "", GREY), (png(2), "", GREY), (png(3), "", GREY),
-    (tiff(GREY, 8), "", GREY), (tiff(GREY, 8, white=0), "", 255 - GREY), (tiff(TWELVE, 12), "", GREY),
-    (tiff(np.packbits(GREY > 99), 1, white=0), "", 255 * (GREY <= 99)), (tiff(WIDE, 16), "", GREY),
-    (tiff(WIDE, 16, white=0), "", 255 - GREY), (tiff(WIDE.astype("<u4"), 32), "", "grey values of mode I "),
-    (tiff(WIDE.astype("<i4"), 32, 2), "", "grey values of mode I have no known range; convert to 8 bits"),
-    (tiff(WIDE, 16, 2), "", "signed grey values of mode I "), (tiff(GREY, 8, 2), "", "signed grey.* mode L "),
-    (tiff(WIDE.astype("<f4"), 32, 3), "", "grey values of mode F "), (tiff(WIDE, 16, 3), "", "identify"),
-    (Image.new("L", (9, 9)), "BMP", "face.png: one single colour; no face"),
-    (Image.new("RGB", (9, 9), (1, 2, 3)), "JPEG", "one single colour; no face")])
-def test_every_kind_of_pixel_becomes_rgb_by_its_own_range_or_is_refused(stored, monkeypatch, image, kind,
-                                                                         expected):
+@pytest.mark.parametrize("image, expected", [
+    (Image.fromarray(GREY), GREY), (Image.fromarray(GREY > 99), 255 * (GREY > 99)),
+    (Image.merge("RGBA", [*noise().split(), Image.new("L", (50, 40), 9)]), noise()),
+    (Image.merge("LA", [Image.fromarray(GREY)] * 2), GREY), (png(1), GREY), (png(2), GREY), (png(3), GREY),
+    (Image.merge("CMYK", [Image.fromarray(GREY)] * 4), (255 - GREY.astype(int)) ** 2 / 255),
+    (tiff(np.packbits(GREY > 99), 1, white=0), 255 * (GREY <= 99)), (tiff(TWELVE, 12), GREY),
+    (tiff(GREY, 8), GREY), (tiff(GREY, 8, white=0), 255 - GREY), (tiff(GREY, 8, 2), "mode L"),
+    (tiff(WIDE, 16), GREY), (tiff(WIDE, 16, white=0), 255 - GREY), (tiff(WIDE, 16, 2), "mode I"),
+    (tiff(WIDE, 16, 3), "cannot identify"), (tiff(WIDE.astype("<f4"), 32, 3), "mode F"),
+    (tiff(WIDE.astype("<u4"), 32), "values of mode I have no known range; convert to 8 bits without a sign"),
+    (tiff(WIDE.astype("<i4"), 32, 2), "mode I"),
+    (Image.new("RGB", (9, 9), (1, 2, 3)), "face.png: one single colour; no face")])
+def test_every_kind_of_pixel_becomes_rgb_by_its_own_range_or_is_refused(stored, monkeypatch, image, expected):
     monkeypatch.setattr(images, "MAX_PIXELS", 40 * 50)                       # as many as the largest has
+    kind = "JPEG" if getattr(image, "mode", "") == "CMYK" else "PNG"
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
-            read(stored(image, kind))
+            read(stored(image))
     else:
-        pixels = np.asarray(expected).reshape(-1, 1 if np.size(expected) == 256 else 3)
-        found = read(stored(image, kind)).reshape(-1, 3)
-        assert np.abs(found - pixels).max() <= (4 if kind == "JPEG" else 0)
+        expected = np.asarray(expected).reshape(-1, 1 if np.size(expected) == 256 else 3)
+        assert np.abs(read(stored(image, kind)).reshape(-1, 3) - expected).max() <= (4 if kind == "JPEG" else 0)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])

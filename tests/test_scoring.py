@@ -15,7 +15,7 @@ from metrics import binary_f1, ccc, class_f1
 from processes import ALONE, in_team
 from scoring import (HELD_OUT, changed_by, check_features, check_scenes, count_classes, each_frame,
                      labelled_faces, load, predict, read_predictions, reasons, report, shared_out, sums_of,
-                     to_score, tuned, write_predictions)
+                     to_score, tuned)
 from temporal import SegmentModel
 
 SMALL = dict(channels=[8], kernels=[3], dilations=[1], width=8, layers=1, heads=2, hidden=8, head=8)
@@ -95,7 +95,7 @@ def test_every_labelled_frame_counts_once_whatever_the_number_of_processes(tmp_p
 
 def test_predictions_are_kept_as_they_are_and_a_damaged_file_is_named(tmp_path):
     outputs = {"1-30": np.ones((3, 2), np.float32), "video/x": np.zeros((1, 2), np.float32)}
-    write_predictions(tmp_path / "predictions.npz", outputs)
+    np.savez(tmp_path / "predictions.npz", **outputs)
     found = read_predictions(tmp_path / "predictions.npz")
     assert found.keys() == outputs.keys()
     assert all(np.array_equal(found[name], outputs[name]) for name in found)
