@@ -176,7 +176,7 @@ def sums_of(outputs: dict[str, np.ndarray], videos: list[Video], task: Task, tea
 
 
 def read_predictions(path) -> dict[str, np.ndarray]:
-    """{video: outputs (T, K)} of predictions.npz, as the model gives them. Raises ValueError naming a file that is none."""
+    """{video: a model's outputs (T, K)} of predictions.npz. Raises ValueError naming a file that is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

@@ -289,13 +289,15 @@ def test_fer2013s_pixels_run_from_left_to_right_and_stay_in_the_csv(tmp_path):
     pixels = np.arange(2304) % 251
     broken = [f"7 {first} {FLAT[4:]},0,Training" for first in ("256", "-1", "x", "1.5", "")]
     path = write(tmp_path / "fer2013.csv", "pixels,emotion,Usage", f"{' '.join(map(str, pixels))},0,Training",
-                 *broken, f"{FLAT},3,Training")
+                 *broken, f"{'7 ' * 2303}7,3,Training", f"{FLAT},3,Training")
     found = fer2013(tmp_path)
     assert np.array_equal(np.asarray(found.read(0))[..., 0], pixels.reshape(48, 48))
     assert level(found.read(-1)) == 7
     for i in range(1, 6):
         with pytest.raises(ValueError, match=f"fer2013.csv line {i + 2} .*expected 2,304 whole numbers"):
             found.read(i)
+    with pytest.raises(ValueError, match="fer2013.csv line 8 .*: one single colour; no face"):
+        found.read(6)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="fer2013.csv"):         # not a broken row, which is left out
         found.read(0)
