@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (Images, SegmentData, Video, VideoFrames, describe, every_kth, expr_frames, fingerprint,
+from data import (Images, SegmentData, Video, VideoFrames, describe, expr_frames, fingerprint,
                   noface_path, open_videos, read_features, segments, some_faces)
 from engine.training import generator, loader
 from images import frame_number, list_frames, random_crop, resize, video_folders
@@ -102,14 +102,6 @@ def test_the_fingerprint_tells_other_labels_other_frames_and_other_images(tmp_pa
         draw(tmp_path / f"{numbers}{size}" / video, numbers, size)
         return VideoFrames(tmp_path / f"{numbers}{size}" / video).fingerprint(np.array(classes))
     assert len({found(), found((1, 3)), found(classes=(0, 2)), found(size=20), found(video="b")}) == 5
-
-
-@pytest.mark.parametrize("n, k", [(12, 1), (12, 4), (3, 5), (1, 1), (11, 3), (13, 5)])
-def test_every_frame_is_taken_in_some_epoch_and_about_one_in_k_in_each(n, k):
-    order = every_kth(n, k)
-    taken = [order(epoch) for epoch in range(k)]
-    assert all(len(rows) == -(-n // k) and len(set(rows.tolist())) == len(rows) for rows in taken)
-    assert set(np.concatenate(taken).tolist()) == set(range(n))
 
 
 # ---- Batches of images

@@ -145,18 +145,6 @@ def test_equal_constants_score_0_whatever_the_rounding_but_a_tiny_spread_is_no_c
     assert CCC.score(CCC.count(x, x, x < 1)) == pytest.approx(1) and ccc(x[:, 0], x[:, 0]) == pytest.approx(1)
 
 
-# ---- The interval
-
-def test_the_interval_of_a_mean_is_that_of_the_textbook():
-    """Each video has one frame, a hit or a miss with a false alarm, which adds 2 to F1's bottom. So F1
-    is the share of hits, and its deviation is that of a binomial."""
-    hits = np.arange(200) % 2                                             # F1 of each video: 0 or 1
-    sums = np.stack([[[[0, 1 - hit], [1 - hit, hit]]] for hit in hits]).astype(float)
-    value, low, high = interval(sums, BINARY_F1)[-1]
-    half = 1.96 * np.sqrt(0.5 * 0.5 / 200)
-    assert value == 0.5 and (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.01)
-
-
 # ---- The tables
 
 # What an earlier version wrote: new code must draw the same sets, and add in the same order.

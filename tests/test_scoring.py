@@ -93,12 +93,7 @@ def test_every_labelled_frame_counts_once_whatever_the_number_of_processes(tmp_p
     assert all(np.array_equal(sums, results[0][1]) for _, sums in results)
 
 
-def test_predictions_are_kept_as_they_are_and_a_damaged_file_is_named(tmp_path):
-    outputs = {"1-30": np.ones((3, 2), np.float32), "video/x": np.zeros((1, 2), np.float32)}
-    np.savez(tmp_path / "predictions.npz", **outputs)
-    found = read_predictions(tmp_path / "predictions.npz")
-    assert found.keys() == outputs.keys()
-    assert all(np.array_equal(found[name], outputs[name]) for name in found)
+def test_damaged_predictions_are_named(tmp_path):
     (tmp_path / "predictions.npz").write_bytes(b"PK\x03\x04 no")
     with pytest.raises(ValueError, match="predictions.npz: not the predictions that a training has written"):
         read_predictions(tmp_path / "predictions.npz")
