@@ -22,7 +22,8 @@ from torch import nn
 
 import pictures
 from data import Images
-from datasets.s_aff_wild2 import FILES, LabelledFrames, pos_weight, read_annotations
+from datasets.s_aff_wild2 import (FILES, LabelledFrames, annotated, pos_weight, read_annotations,
+                                  split_labels)
 from engine.checkpoints import load_vit, load_weights, read_checkpoint, write_text
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
@@ -51,6 +52,12 @@ def main(config, team):
     files, videos = [read_annotations(f"{root}/{name}") for name in FILES], find_videos(config.data.frames)
     keep_apart(*(dict.fromkeys(file.videos, file.path) for file in files), str, "Remove the rows of one")
     frames, val_frames = (LabelledFrames(file, videos) for file in files)
+    for part, file in ((frames, files[0]), (val_frames, files[1])):
+        given = zip(TASKS.values(), split_labels(annotated(part.labels)))
+        gone = [task.name for task, labels in given if task in tasks and not labels.any()]
+        if gone:
+            raise ValueError(f"{file.path}: no frame with an image has a label of {', '.join(gone)}; set the "
+                             "weight of these in emma.weights to 0")
     cnn_file, cnn_record = find_input(config, team, "emma.cnn")
     found = {"training": frames.fingerprint(), "validation": val_frames.fingerprint(),
              "training videos": frames.used, "cnn": f"checksum {cnn_record.get('checksum') or 'none'}"}
