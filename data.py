@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 from engine.checkpoints import read_json
 from engine.config import from_command_line, print_all
 from engine.training import generator
-from images import (VideoFrames, check_ends, check_numbers, open_frames, random_crop, read_image, resize,
-                    sizes, video_folders)
-from labels import EXPR, TASKS, Task, has_labels, label_files, read_labels, targets
+from images import (VideoFrames, check_ends, check_numbers, listed, open_frames, random_crop, read_image,
+                    resize, sizes, video_folders)
+from labels import EXPR, TASKS, Task, has_labels, label_files, occurrences, read_labels, split, targets
 
 AGAIN = "delete it and run extract_features.py again"
 
@@ -208,12 +208,12 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
     """One split's videos with labels and features. -> videos, {name: why it is left out}, D.
 
     Raises ValueError if a feature array has another width than the first or fewer frames than its labels, if
-    one that was extracted is gone (videos.json tells), or if no video is left.
+    one that was extracted is gone (videos.json tells), or if no video is left, as where nothing is annotated.
     """
     videos, left_out, dim, extracted, ends = [], {}, None, extracted_videos(features), {}
     for name, file in files.items():
         labels, path = read_labels(file, task), Path(features) / f"{name}.npy"
-        if not len(labels):
+        if not targets(labels, task)[1].any():
             left_out[name] = "no labels"
         elif extracted is not None and name not in extracted:
             left_out[name] = "no frames when features were extracted"
@@ -235,8 +235,11 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
             videos.append(Video(name, path, labels))
     check_ends(ends, {video.name: len(video.labels) for video in videos})
     if not videos:
-        raise ValueError(f"none of {len(files)} labelled videos has features in {features}; "
-                         "run extract_features.py with the same data.frames")
+        rows = sum(len(read_labels(file, task)) for file in files.values())
+        raise ValueError(f"none of {rows:,} rows in {len(files)} label files, such as {file}, can be used: "
+                         f"{listed(Counter(left_out.values()))}. Each needs a label of {task.name} other "
+                         f"than {task.invalid} (not annotated), and features in {features}, as "
+                         "extract_features.py makes them from data.frames")
     return videos, left_out, dim
 
 
@@ -311,11 +314,11 @@ class SegmentData(Dataset):
 
 # ---- What is there
 
-def describe(frames, labels):
+def describe(frames, labels, fold: int = 0):
     """Yield lines that tell what a copy of Aff-Wild2 holds, to compare with the counts in docs/data.md.
 
-    Raises ValueError if no folder holds a frame, and at its end as `check_numbers`, and if no labelled frame
-    has a face image.
+    Raises ValueError if no folder holds a frame, as `split` does, and at its end as `check_numbers` does, and
+    if a set has no labelled frame with a face image.
     """
     folders, lines = video_folders(frames)
     found, more = open_frames(folders)
@@ -325,8 +328,9 @@ def describe(frames, labels):
                                     "expected <video>/00001.jpg", *lines]))
     yield f"{len(found)} videos with frames, {sum(map(len, found.values())):,} face images"
     yield from lines
-    tasks, usable = [task for task in TASKS.values() if has_labels(labels, task)] or list(TASKS.values()), 0
-    for task in tasks:
+    problems = []
+    for task in [task for task in TASKS.values() if has_labels(labels, task)] or TASKS.values():
+        split(labels, task, fold)
         for name, files in label_files(labels, task).items():
             rows = {video: read_labels(file, task) for video, file in files.items()}
             longest |= Counter({video: len(of) for video, of in rows.items()})     # the larger of each
@@ -334,22 +338,23 @@ def describe(frames, labels):
                     for video, of in rows.items()]
             without_frames = sum(video not in found for video in files)
             rows, face = np.concatenate(list(rows.values())), np.concatenate(face)
-            valid = targets(rows, task)[1].reshape(-1, task.width).all(axis=1)     # (T, ...) -> (T,)
-            usable += (valid & face).sum()
+            valid = targets(rows, task)[1].reshape(-1, task.width)                 # (T, ...) -> (T, width)
+            full, some = valid.all(axis=1), valid.any(axis=1)
+            partly = some & ~full
             yield (f"{task.name:5s}{name:15s}{len(files):4d} videos, {len(rows):9,d} frames, "
-                   f"{valid.sum():9,d} fully labelled, {(valid & face).sum():9,d} of them with a face; "
-                   f"{without_frames} videos without frames")
-            if task.whole_numbers:
-                counts = [(rows == k).sum() if task.one_class else (rows[:, k] == 1).sum()
-                          for k in range(len(task.outputs))]
-                yield "      " + ", ".join(f"{name} {count:,}" for name, count in zip(task.outputs, counts))
+                   f"{full.sum():9,d} fully labelled, {(full & face).sum():9,d} of them with a face; "
+                   + (f"{partly.sum():,} more in part, {(partly & face).sum():,} with a face; "
+                      if partly.any() else "") + f"{without_frames} videos without frames")
+            if not (some & face).any():
+                problems.append(f"{task.name}, {name}: no labelled frame has a face image ({some.sum():,} of "
+                                f"{len(rows):,} have a label), so there is nothing to train on or to score")
+            yield f"      {occurrences(rows, task)}"
     there = {video: int((found[video].numbers <= n).sum()) for video, n in longest.items() if video in found}
     yield (f"{sum(len(found[video]) - n for video, n in there.items()):,} images after the last label, "
            f"{sum(longest[video] - n for video, n in there.items()):,} lines of labels without an image")
     yield from check_numbers(found, longest)
-    if not usable:
-        raise ValueError("no labelled frame has a face image, so there is nothing to train on; "
-                         "a label file is named after its video's folder")
+    if problems:
+        raise ValueError("\n".join([*problems, "a label file is named after its video's folder"]))
 
 
 if __name__ == "__main__":
@@ -357,4 +362,4 @@ if __name__ == "__main__":
     for n in (73, 300, 301, 400, 1000):
         cut = segments(n, window=300, stride=200)
         print(f"{n:5d} frames: {len(cut)} segments, frames " + ", ".join(f"{a + 1}-{b}" for a, b in cut))
-    print_all(describe(config.data.frames, config.data.labels))
+    print_all(describe(config.data.frames, config.data.labels, config.task.fold))

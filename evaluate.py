@@ -27,7 +27,7 @@ from engine.config import from_command_line
 from engine.distributed import launch
 from engine.training import Progress
 from images import check_numbers, open_frames, video_folders
-from labels import TASKS, has_labels, read_labels, scene, split
+from labels import TASKS, has_labels, read_labels, scene, split, targets
 from metrics import confusion, difference, score_table
 from pipeline import command, finished, folder, lines_of, make, missing, tuned_on
 from scoring import (HELD_OUT, changed_by, check_features, check_scenes, find_features, load, predict_videos,
@@ -112,7 +112,7 @@ def compare(task, sums, videos, other: Path) -> str:
         raise ValueError(f"{other} was scored on other videos, or with other labels, such as "
                          f"{', '.join(differ[:5])}; two systems are compared on the same ones")
     other_sums = np.stack([theirs[name] for name in ours])                     # in the order of our videos
-    found = difference(sums, other_sums, task.metric)
+    found = difference(sums[None], other_sums[None], task.metric)
     verdict = "ours is better" if found.low > 0 else "ours is worse" if found.high < 0 else (
         "the interval holds 0: these videos do not tell which is better")
     return (f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}] against {other} "
@@ -152,7 +152,7 @@ def emma_sums(trained, tasks) -> dict[str, tuple[list[Video], np.ndarray, dict[s
             labels = read_labels(file, task)
             if scene(name) in seen:
                 left_out[name] = "EMMA was trained on its scene"
-            elif not len(labels):
+            elif not targets(labels, task)[1].any():
                 left_out[name] = "no labels"
             elif name not in opened:
                 left_out[name] = "no frames"

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL import TiffImagePlugin as TIFF
 
 MEAN = (0.485, 0.456, 0.406)   # ImageNet, RGB, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
@@ -45,9 +46,10 @@ Image.MAX_IMAGE_PIXELS = None  # the limit above is checked here, with a message
 def read_image(path) -> Image.Image:
     """Decode one image as RGB, turned upright as its EXIF orientation says.
 
-    The size is read from the header and checked before any pixel is decoded. Raises ValueError naming the
-    file if it is missing, empty, truncated, no image, or larger than MAX_PIXELS; OSError if the disk fails or
-    is gone: a run that left such images out would train on what happens to be reachable.
+    The size is read from the header and checked before any pixel is decoded. Grey values are scaled by their
+    own range. Raises ValueError naming the file if it is missing, empty, truncated, no image, larger than
+    MAX_PIXELS, of grey values without a known range, or as `with_face` says; OSError if the disk fails or is
+    gone: a run that left such images out would train on what happens to be reachable.
     """
     name = os.fsdecode(path)
     try:
@@ -59,14 +61,28 @@ def read_image(path) -> Image.Image:
             image.load()
             with suppress(Exception):           # a broken EXIF block can raise anything; the pixels are whole
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16"):   # 16-bit grey: Pillow would clip it at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
+            tags = getattr(image, "tag_v2", {})                      # of a TIFF
+            if image.mode in ("I", "F") or tags.get(TIFF.SAMPLEFORMAT) == (2,):        # 2: with a sign
+                raise ValueError(f"grey values of mode {image.mode} have no known range; convert to 8 bits "
+                                 "without a sign")
+            if image.mode.startswith("I;16"):   # 12 or 16 bits: Pillow would clip them at 255
+                grey = (np.asarray(image) >> tags.get(TIFF.BITSPERSAMPLE, (16,))[0] - 8).astype(np.uint8)
+                white_is_zero = tags.get(TIFF.PHOTOMETRIC_INTERPRETATION) == 0
+                image = Image.fromarray(255 - grey if white_is_zero else grey)
+            image = image.convert("RGB")
     except (OSError, SyntaxError, EOFError, ValueError, TypeError) as error:   # Pillow's, for no image
         folder_gone = isinstance(error, FileNotFoundError) and not os.path.isdir(os.path.dirname(name) or ".")
         if folder_gone or getattr(error, "errno", None) not in NO_IMAGE:
             raise OSError(error.errno, error.strerror, name) from None
         raise ValueError(f"{name}: not a readable image ({error})") from None
+    return with_face(image, name)
+
+
+def with_face(image: Image.Image, name: str) -> Image.Image:
+    """The RGB image. Raises ValueError naming it if it has one single colour, as where a tracker failed."""
+    if all(darkest == brightest for darkest, brightest in image.getextrema()):
+        raise ValueError(f"{name}: one single colour; no face")
+    return image
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:

@@ -6,8 +6,6 @@ metric and the numbers to compare with. Another task is another record. Codes of
     va    valence and arousal in [-1, 1]; -5 = not annotated
     expr  0 Neutral, 1 Anger, 2 Disgust, 3 Fear, 4 Happiness, 5 Sadness, 6 Surprise, 7 Other; -1 = invalid
     au    0 or 1 for each of 12 action units; -1 = invalid
-
-    python labels.py      # the record of each task
 """
 
 import math
@@ -171,6 +169,12 @@ def targets(labels: np.ndarray, task: Task) -> tuple[np.ndarray, np.ndarray]:
     return np.where(valid, labels, 0), valid
 
 
+def occurrences(labels: np.ndarray, task: Task) -> str:
+    """In how many frames each output has a value, is the class, or is present: "valence 400, arousal 0"."""
+    sums = task.metric.count(np.zeros((len(labels), len(task.outputs))), *targets(labels, task))
+    return ", ".join(f"{name} {n:,}" for name, (n, _) in zip(task.outputs, task.metric.labelled(sums)))
+
+
 # ---- Folds: which videos are trained on and which are validated on
 
 def scene(video: str) -> str:
@@ -212,17 +216,31 @@ def parted(files: dict[str, Path], taken: set[str]) -> tuple[dict[str, Path], di
     return parts
 
 
+def keep_apart(train: dict[str, Path], val: dict[str, Path], same, way_out: str):
+    """Raises ValueError, naming two files and the way out, if same(video) is one for videos of both sets."""
+    known = {same(video): file for video, file in train.items()}
+    both = [video for video in val if same(video) in known]
+    if both:
+        raise ValueError(f"{known[same(both[0])]} and {val[both[0]]} show one scene, and a score on it "
+                         f"says nothing; {len(both)} of {len(val)} validation videos would be trained on: "
+                         f"{', '.join(both[:5])}. {way_out}")
+
+
 def split(root, task: Task, fold: int) -> tuple[dict[str, Path], dict[str, Path]]:
     """Training and validation label files of one task. Fold 0 is the official split, of each task for itself.
 
     Folds 1 to 4 (Table 1) pool both sets; fold k validates on the scenes of quarter k. The quarters are those
     of all tasks together, so one encoder serves a fold: no task's validation scene is among the videos that
-    it was fine-tuned on. Raises ValueError for another fold, and if one of the two would be empty.
+    it was fine-tuned on. Raises ValueError for another fold, if one of the two would be empty, and if a video
+    is in both official sets or, which folds mend, a scene.
     """
     if fold not in FOLDS:
         raise ValueError(f"fold: got {fold}, expected 0 (official split) or 1 to 4")
     train, val = label_files(root, task).values()
+    keep_apart(train, val, str, "Remove one of the two files")
     if fold == 0:
+        keep_apart(train, val, scene, "Remove one of the two files, or take folds, which keep scenes whole: "
+                   "--set task.fold=1 --set finetune.fold=1")
         return train, val
     official = {each.name: label_files(root, each) for each in TASKS.values() if has_labels(root, each)}
     quarter = deal({name: scene_frames(files["Train_Set"] | files["Validation_Set"])
@@ -281,9 +299,3 @@ def for_metric(values: np.ndarray, task: Task, thresholds=()) -> np.ndarray:
     if not task.yes_or_no:
         return values
     return values - (np.asarray(thresholds) if len(thresholds) else 0.5)
-
-
-if __name__ == "__main__":
-    for task in TASKS.values():
-        print(f"{task.name:5s}{len(task.outputs):3d} outputs, {task.metric.name}, {task.loss}, "
-              f"{task.epochs} epochs; labels in {task.folders[0]}\n     {','.join(task.outputs)}")

@@ -201,13 +201,9 @@ def interval(sums: np.ndarray, metric: Metric) -> list[Interval]:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, metric: Metric) -> Interval:
-    """Our mean score less theirs, on the same videos in the same order. Shape: both (videos, ...)."""
-    return difference_over_seeds(ours[None], theirs[None], metric)
-
-
-def difference_over_seeds(ours: np.ndarray, theirs: np.ndarray, metric: Metric) -> Interval:
-    """The same, of scores averaged over seeds: both (seeds, videos, ...). The interval tells how sure the
-    difference is for other videos, not for other seeds. Raises ValueError for other shapes."""
+    """Our mean score less theirs, both averaged over seeds, on the same videos in the same order: both
+    (seeds, videos, ...). The interval tells how sure the difference is for other videos, not for other seeds.
+    Raises ValueError for other shapes."""
     if ours.shape[1:] != theirs.shape[1:]:
         raise ValueError(f"two systems are compared on the same videos; got sums of {ours.shape[1:]} and of "
                          f"{theirs.shape[1:]}")
@@ -232,10 +228,18 @@ def with_mean(title: str, scores: np.ndarray) -> list[str]:
     return [title, *[f"{score:.3f}" for score in [*scores, scores.mean()]]]
 
 
+def absent(names, sums, metric: Metric) -> str:
+    """A line on the outputs that do not occur among the labels; "" if all do."""
+    there = metric.labelled(sums)[:, 0] > 0                    # (K,)
+    gone, rest = [name for name, known in zip(names, there) if not known], metric.score(sums)[there]
+    others = f"; the mean of the others is {rest.mean():.3f}" if len(rest) else ""
+    return f"\nnot among the labels, so 0 in the mean: {', '.join(gone)}{others}" if gone else ""
+
+
 def score_table(task, sums: np.ndarray, unseen=None, fold: int = 0, comparable: bool = True) -> str:
-    """A line per output and one of their mean, at most 110 characters wide. unseen: mask (videos,), then the
-    score of these videos alone stands beside. comparable: with the paper's numbers of this fold (Table 1)
-    and, for fold 0, the challenge's baseline."""
+    """A line per output and one of their mean, at most 110 characters wide, and `absent`. unseen: mask
+    (videos,), then the score of these videos alone stands beside. comparable: with the paper's numbers of
+    this fold (Table 1) and, for fold 0, the challenge's baseline."""
     metric, total, names = task.metric, sums.sum(axis=0), [*task.outputs, "mean"]
     ends = [f"[{low:.3f}, {high:.3f}]" if len(sums) > 1 else "-" for _, low, high in interval(sums, metric)]
     columns = [with_mean("ours", metric.score(total)), ["95 %", *ends]]
@@ -248,13 +252,13 @@ def score_table(task, sums: np.ndarray, unseen=None, fold: int = 0, comparable: 
             columns.append([title, *[f"{known[name]:.3f}" if name in known else "-" for name in names]])
     columns.append(["frames", *[f"{part:,}" if part == whole else f"{part:,} of {whole:,}"
                                 for part, whole in metric.labelled(total)], ""])
-    return in_lines(metric.name, names, columns)
+    return in_lines(metric.name, names, columns) + absent(task.outputs, total, metric)
 
 
 def class_table(names, sums: np.ndarray) -> str:
     """F1 of classes beside chance, where images belong to no videos. Shape: sums (K, K)"""
     columns = [with_mean("ours", CLASS_F1.score(sums)), with_mean("chance", CLASS_F1.chance(sums))]
-    return in_lines(CLASS_F1.name, [*names, "mean"], columns)
+    return in_lines(CLASS_F1.name, [*names, "mean"], columns) + absent(names, sums, CLASS_F1)
 
 
 def confusion(task, sums: np.ndarray) -> str:

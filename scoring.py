@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import BatchSampler
 
 from data import Images, Video, noface_path, pad, read_features, segments
-from engine.checkpoints import find_weights, load_vit, load_weights, read_checkpoint, write_file
+from engine.checkpoints import find_weights, load_vit, load_weights, read_checkpoint
 from engine.config import Config
 from engine.distributed import Team, all_sum
 from engine.training import loader
@@ -70,7 +70,7 @@ def count_images(network, images: Images, sums, add, config: Config, team: Team,
 
     `network`, in evaluation mode: normalised images (B, 3, height, width) -> outputs (B, K). `add(sums,
     outputs, *columns)` adds those of a batch and of the columns of `images`, all NumPy. Each image is read by
-    one process. `run`: a training, which may be asked to stop.
+    one process. `run`: a training, which may be asked to stop. Raises ValueError if none can be read.
     """
     mine = range(team.rank, len(images), team.world)
     readable, batches = 0, batches_of(images, mine, config, team)
@@ -81,7 +81,10 @@ def count_images(network, images: Images, sums, add, config: Config, team: Team,
         readable += len(x)
     if run:
         run.obey_signals()
-    return all_sum(torch.from_numpy(sums)).numpy(), int(all_sum(torch.tensor(len(mine) - readable)))
+    readable = int(all_sum(torch.tensor(readable)))
+    if not readable:
+        raise ValueError(f"none of {len(images):,} images can be scored, such as {images.files.where(0)}")
+    return all_sum(torch.from_numpy(sums)).numpy(), len(images) - readable
 
 
 def count_classes(network, images: Images, classes: int, config: Config, team: Team, run=None):
@@ -189,13 +192,8 @@ def sums_of(outputs: dict[str, np.ndarray], videos: list[Video], task: Task, tea
     return np.stack([sums[video.name] for video in videos])
 
 
-def write_predictions(path, outputs: dict[str, np.ndarray]):
-    """predictions.npz: {video: outputs (T, K)}, as the model gives them."""
-    write_file(path, lambda file: np.savez(file, **outputs))
-
-
 def read_predictions(path) -> dict[str, np.ndarray]:
-    """{video: outputs (T, K)} of predictions.npz. Raises ValueError naming the file if it is none."""
+    """{video: a model's outputs (T, K)} of predictions.npz. Raises ValueError naming a file that is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

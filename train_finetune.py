@@ -28,6 +28,7 @@ from engine.training import adamw, clip_gradient
 from images import normalise, video_folders
 from labels import EXPR, split
 from losses import expr_loss
+from metrics import absent
 from pipeline import find_input, open_run, start
 from scoring import count_classes, expr_classifier
 
@@ -95,7 +96,8 @@ def main(config, team):
     run.finish({"val_macro_f1": f1.mean(), "val_f1": f1.tolist(), "val_frames": scored,
                 "val_unreadable": unreadable, "train_frames": len(frames)})
     team.say(f"fine-tuning is finished: macro F1 {f1.mean():.3f} on {scored:,} single validation frames "
-             f"({unreadable:,} more cannot be read), written to {run.folder}")
+             f"({unreadable:,} more cannot be read), written to {run.folder}"
+             + absent(EXPR.outputs, sums, EXPR.metric))
 
 
 if __name__ == "__main__":

@@ -25,14 +25,14 @@ import losses
 import pictures
 from data import SegmentData, fingerprint, open_videos, some_faces
 from images import video_folders
-from engine.checkpoints import write_text
+from engine.checkpoints import write_file, write_text
 from engine.config import from_command_line
 from engine.training import clip_gradient, fused
-from labels import TASKS, hold_out, in_units, split, targets
+from labels import TASKS, hold_out, in_units, occurrences, split, targets
 from metrics import numbers
 from pipeline import finished, folder, open_run, start
 from scoring import (HELD_OUT, find_features, load, predict_videos, reasons, report, shared_out, sums_of,
-                     to_score, write_predictions)
+                     to_score)
 from temporal import SegmentModel
 
 
@@ -40,13 +40,13 @@ def main(config, team, task):
     """Train on a labels.Task, or go on with it, until its run folder is finished; print its scores."""
     t, s, seed, epochs = config.task, config.segments, config.run.seed, config.task.epochs or task.epochs
     run = open_run("task", config, team, task)
-    there = config.task.features or finished(folder("features", config))
+    there, stored = config.task.features or finished(folder("features", config)), run.folder / "scores.txt"
     if run.finished and not team.agree(there):
-        return team.say(f"{run.folder} is finished; its features are gone\n\n{stored(run)}")
+        return team.say(f"{run.folder} is finished; its features are gone\n\n{stored.read_text()}")
 
     # data
-    features, origin = find_features(config, team)
     train_files, val_files = split(config.data.labels, task, t.fold)
+    features, origin = find_features(config, team)
     train_files, held_out_files = hold_out(train_files, t.held_out)
     videos, left_out, dim = open_videos(train_files, features, task)
     val_videos, val_left_out, _ = open_videos(val_files, features, task)
@@ -57,13 +57,14 @@ def main(config, team, task):
     if held_out:
         found |= {"held-out": fingerprint(held_out), HELD_OUT: [video.name for video in held_out]}
     if run.still_finished(found):
-        return team.say(f"\n{stored(run)}")
+        return team.say(f"\n{stored.read_text()}")
     scored = to_score(val_videos, val_left_out, [*videos, *held_out], task, origin, config)
     for name, part, without in (("training", videos, left_out), ("validation", val_videos, val_left_out),
                                 ("held out, to choose the epoch", held_out, {})):
         if part:
             team.say(f"  {name}: {len(part)} videos, {sum(len(video.labels) for video in part):,} frames"
-                     + (f"; left out: {reasons(without)}" if without else ""))
+                     + (f"; left out: {reasons(without)}" if without else "")
+                     + f"\n    {occurrences(np.concatenate([video.labels for video in part]), task)}")
     if scored.seen_text():
         team.say(f"  warning: {scored.seen_text()}")
 
@@ -116,16 +117,11 @@ def finish(run, task, scored, config, team):
     team.say(f"\n{text}")
     if team.rank == 0:
         write_text(run.folder / "scores.txt", f"{text}\n")
-        write_predictions(run.folder / "predictions.npz", outputs)
+        write_file(run.folder / "predictions.npz", lambda file: np.savez(file, **outputs))
         pictures.curves(run.folder, {"loss": task.zero_loss, "score": metrics["chance"]})
         draw_timeline(outputs, videos, task, config, run.folder / "timeline.png")
     run.finish(metrics)
     team.say(f"pictures: {run.folder}/curves.png, {run.folder}/timeline.png")
-
-
-def stored(run) -> str:
-    """The scores of a finished task."""
-    return (run.folder / "scores.txt").read_text()
 
 
 def draw_timeline(outputs, videos, task, config, path, longest: int = 600):

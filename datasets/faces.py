@@ -23,7 +23,7 @@ from PIL import Image
 
 from engine.config import Config, from_command_line, print_all
 from engine.training import generator
-from images import EXTENSIONS, find_images, listed, read_image, sizes
+from images import EXTENSIONS, find_images, listed, read_image, sizes, with_face
 from labels import EXPRESSIONS
 
 # Each set's own codes as ABAW classes; -1 = a face without an expression label, None = no face: left out.
@@ -79,7 +79,7 @@ class Faces:
         if box[0] >= box[2] or box[1] >= box[3]:
             raise ValueError(f"{where}: {image.width} x {image.height} pixels, outside of the face box "
                              f"{self.boxes[i]}; in a copy of cut-out faces set data.affectnet_crop=false")
-        return image.crop(box)
+        return with_face(image.crop(box), where)
 
     def fingerprint(self) -> str:
         """Number, names and boxes of the faces, and the sizes of some files, wherever they lie."""

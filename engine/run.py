@@ -335,8 +335,10 @@ class Run:
 
     def _checked_sums(self) -> dict:
         """The epoch's sums as plain numbers, which waits for the device. Raises ValueError if the loss or the
-        gradient of a step was not finite: such weights are never saved."""
+        gradient of a step was not finite, or no image was readable: such weights are never saved."""
         sums = {name: value.item() if torch.is_tensor(value) else value for name, value in self.sums.items()}
+        if sums.get("unreadable") == len(self.dataset):
+            raise ValueError(f"none of {len(self.dataset):,} images can be read; nothing to train on")
         if not all(map(math.isfinite, sums.values())):
             lr = self.optimizer.param_groups[0]["lr"]
             raise ValueError(f"epoch {self.epoch + 1}, up to step {self.step}: the sum of the losses is "

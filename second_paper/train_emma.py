@@ -22,12 +22,13 @@ from torch import nn
 
 import pictures
 from data import Images
-from datasets.s_aff_wild2 import FILES, LabelledFrames, pos_weight, read_annotations
+from datasets.s_aff_wild2 import (FILES, LabelledFrames, annotated, pos_weight, read_annotations,
+                                  split_labels)
 from engine.checkpoints import load_vit, write_text
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
 from images import normalise, video_folders
-from labels import TASKS
+from labels import TASKS, keep_apart
 from metrics import score_table
 from pipeline import find_input, folder, open_run, start
 from scoring import count_images
@@ -50,11 +51,14 @@ def main(config, team):
         raise ValueError(f"data.s_aff_wild2 is not given; it holds {' and '.join(FILES)}")
     videos, _ = video_folders(config.data.frames)
     files = [read_annotations(f"{root}/{name}") for name in FILES]
-    both = sorted(set(files[0].videos) & set(files[1].videos))
-    if both:
-        raise ValueError(f"{files[1].path}: {len(both)} of its videos are in {files[0].path} too, such as "
-                         f"{', '.join(both[:5])}; a score on them says nothing")
+    keep_apart(*(dict.fromkeys(file.videos, file.path) for file in files), str, "Remove the rows of one")
     frames, val_frames = (LabelledFrames(file, videos) for file in files)
+    for part, file in ((frames, files[0]), (val_frames, files[1])):
+        given = zip(TASKS.values(), split_labels(annotated(part.labels)))
+        gone = [task.name for task, labels in given if task in tasks and not labels.any()]
+        if gone:
+            raise ValueError(f"{file.path}: no frame with an image has a label of {', '.join(gone)}; set the "
+                             "weight of these in emma.weights to 0")
     cnn_file, cnn_record = find_input(config, team, "emma.cnn")
     found = {"training": frames.fingerprint(), "validation": val_frames.fingerprint(),
              "training videos": frames.used, "cnn": f"checksum {cnn_record.get('checksum') or 'none'}"}

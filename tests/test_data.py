@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (Frames, Images, SegmentData, Video, VideoFrames, describe, every_kth, expr_frames,
-                  fingerprint, noface_path, open_videos, read_features, segments, some_faces)
+from data import (Frames, Images, SegmentData, Video, VideoFrames, describe, expr_frames, fingerprint,
+                  noface_path, open_videos, read_features, segments, some_faces)
 from engine.training import generator, loader
 from images import READ, check_ends, open_frames, random_crop, resize, video_folders
 from labels import AU, EXPR, TASKS, VA
@@ -24,7 +24,8 @@ def draw(folder, numbers, size: int = 8):
     """Grey frames, as bright as their number says."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        Image.new("RGB", (size, size), (10 * number,) * 3).save(Path(folder) / f"{number:05d}.jpg")
+        image = Image.linear_gradient("L").resize((size, size)).point(lambda x: x // 16 + 10 * number)
+        image.save(Path(folder) / f"{number:05d}.jpg")
 
 
 def label_file(root, task, split, video, rows) -> Path:
@@ -149,14 +150,6 @@ def test_images_that_count_from_0_are_refused_with_the_command_that_renames_them
     assert len(frames) == 22 and Path(frames.where(10)).read_text() == name.format(10)
 
 
-@pytest.mark.parametrize("n, k", [(12, 1), (12, 4), (3, 5), (1, 1), (11, 3), (13, 5)])
-def test_every_frame_is_taken_in_some_epoch_and_about_one_in_k_in_each(n, k):
-    order = every_kth(n, k)
-    taken = [order(epoch) for epoch in range(k)]
-    assert all(len(rows) == -(-n // k) and len(set(rows.tolist())) == len(rows) for rows in taken)
-    assert set(np.concatenate(taken).tolist()) == set(range(n))
-
-
 # ---- Batches of images
 
 class Pixels:
@@ -214,7 +207,7 @@ def test_some_faces_are_those_that_are_there_and_readable(tmp_path):
     draw(tmp_path / "v", [1, 3, 5])
     (tmp_path / "v/00003.jpg").write_bytes(b"no image")
     (first, _), (last, face) = some_faces(tmp_path / "v", [1, 2, 3, 5, 9], 4)
-    assert (first, last) == (1, 5) and face.shape == (4, 4, 3) and abs(int(face.mean()) - 50) < 3
+    assert (first, last) == (1, 5) and face.shape == (4, 4, 3) and abs(int(face.mean()) - 58) < 3
 
 
 # ---- Feature files
@@ -250,15 +243,17 @@ def extracted(tmp_path, lengths: dict):
 
 
 def test_videos_are_opened_with_their_labels_and_those_left_out_are_told_with_a_reason(tmp_path):
-    files = extracted(tmp_path, {"表情.v2": (4, 6), "b": (3, 3), "c": (0, 2), "d": (2, 0)})
+    files = extracted(tmp_path, {"表情.v2": (4, 6), "b": (3, 3), "c": (0, 2), "d": (2, 0), "e": (1, 1)})
+    label_file(tmp_path, VA, "Train_Set", "e", ["-5,-5"])
     videos, left_out, dim = open_videos(files, tmp_path, VA)
     assert [(video.name, len(video.labels)) for video in videos] == [("表情.v2", 4), ("b", 3)] and dim == 3
-    assert left_out == {"c": "no labels", "d": "no features"}
+    assert left_out == {"c": "no labels", "d": "no features", "e": "no labels"}
     rows = {"表情.v2": {"faces": 6}, "b": {"faces": 0}, "c": {"faces": 1}}
     (tmp_path / "videos.json").write_text(json.dumps(rows))
     videos, left_out, _ = open_videos(files, tmp_path, VA)
     assert [video.name for video in videos] == ["表情.v2"] and left_out == {
-        "b": "no readable face", "c": "no labels", "d": "no frames when features were extracted"}
+        "b": "no readable face", "c": "no labels", "e": "no labels",
+        "d": "no frames when features were extracted"}
     (tmp_path / "表情.v2.noface.npy").unlink()
     with pytest.raises(ValueError, match="表情.v2.npy or its .noface.npy was extracted and is gone; run"):
         open_videos(files, tmp_path, VA)
@@ -269,10 +264,12 @@ def test_videos_are_opened_with_their_labels_and_those_left_out_are_told_with_a_
     (lambda root: np.save(root / "b.npy", np.zeros((2, 3), np.float16)), "b.npy: features are 2 x 3"),
     (lambda root: [np.save(root / f"{video}.npy", np.zeros((60, 3), np.float16)) for video in "ab"],
      r"2 of 2 videos do not end .*: a .frames to 60, 4 labels.*\n.* 18 images for each|milliseconds"),
-    (lambda root: [path.unlink() for path in root.glob("*.npy")], "none of 2 labelled videos has features"),
+    (lambda root: [path.unlink() for path in root.glob("*.npy")], "none of 7 rows .*: 2 no features. Ea"),
+    (lambda root: [label_file(root, VA, "Train_Set", video, ["-5,-5"] * 3) for video in "ab"],
+     "none of 6 rows in 2 label files, such as .*/b.txt, can be used: 2 no labels. Each needs a label o"),
     (lambda root: (root / "videos.json").write_text('{"a": {}}'), "the extraction has not ended"),
     (lambda root: (root / "made_of.json").write_text("{}"), "videos.json is gone; put a copy back"),
-], ids=["another width", "too short", "too long", "none", "not ended", "table gone"])
+], ids=["another width", "too short", "too long", "none", "no labels", "not ended", "table gone"])
 def test_features_that_do_not_fit_are_refused(tmp_path, change, message):
     files = extracted(tmp_path, {"a": (4, 6), "b": (3, 3)})
     change(tmp_path)
@@ -336,19 +333,29 @@ def test_a_copy_is_described_with_counts_made_by_hand_or_refused_if_it_cannot_be
     draw(tmp_path / "frames/b", [1])
     (tmp_path / "frames/e").mkdir()
     (tmp_path / "frames/e/x.bin").write_bytes(b"")
-    for split in ("Train_Set", "Validation_Set"):
-        label_file(tmp_path, EXPR, split, "a", ["0", "-1", "3"])
-        label_file(tmp_path, EXPR, split, "gone", ["7"])
+    for split, video in (("Train_Set", "a"), ("Validation_Set", "b")):
+        label_file(tmp_path, EXPR, split, video, ["0", "-1", "3"])
+        label_file(tmp_path, EXPR, split, f"{video} is gone", ["7"])
+        label_file(tmp_path, VA, split, video, ["1,-5", "-5,-5", "0.5,-5"])      # valence only
     lines = list(describe([tmp_path / "frames"], tmp_path))
-    assert lines[0] == "2 videos with frames, 4 face images"
-    assert lines[1] == "  not read, as no frame (00001.jpg, ...): 1 .bin"
+    assert lines[:2] == ["2 videos with frames, 4 face images",
+                         "  not read, as no frame (00001.jpg, ...): 1 .bin"]
     assert lines[3] == "  1 folders without a frame: e"
-    assert " ".join(lines[4].split()) == ("expr Train_Set 2 videos, 4 frames, 3 fully labelled, 1 of them "
+    assert [" ".join(line.split()) for line in lines[4:6]] == [
+        "va Train_Set 1 videos, 3 frames, 0 fully labelled, 0 of them with a face; 2 more in part, 1 with a "
+        "face; 0 videos without frames", "valence 2, arousal 0"]
+    assert " ".join(lines[8].split()) == ("expr Train_Set 2 videos, 4 frames, 3 fully labelled, 1 of them "
                                           "with a face; 1 videos without frames")
-    assert lines[5].startswith("      Neutral 1, Anger 0, Disgust 0, Fear 1") and len(lines) == 9
-    assert lines[8] == "1 images after the last label, 1 lines of labels without an image"
+    assert lines[9].startswith("      Neutral 1, Anger 0, Disgust 0, Fear 1") and len(lines) == 13
+    assert lines[12] == "1 images after the last label, 3 lines of labels without an image"
+    label_file(tmp_path, VA, "Validation_Set", "b", ["-5,-5", "-5,-5"])
     (tmp_path / "frames/a/00001.jpg").unlink()
     (tmp_path / "none/a").mkdir(parents=True)
-    for frames, message in (("frames", "no labelled frame has a face"), ("none", "1 folders, none of which")):
+    for frames, message in (("none", "1 folders, none of which"), (
+            "frames", r"va, Train_Set: no labelled frame has a face image .2 of 3 have .*\nva, Valid.*"
+            r".0 of 2 have .*\nexpr, Train_Set: .*.3 of 4 have a label.*\na label file")):
         with pytest.raises(ValueError, match=message):
             list(describe([tmp_path / frames], tmp_path))
+    label_file(tmp_path, VA, "Train_Set", "b", ["0,0"])
+    with pytest.raises(ValueError, match="Train_Set/b.txt and .*Validation_Set/b.txt show one scene"):
+        list(describe([tmp_path / "frames"], tmp_path))

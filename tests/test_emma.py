@@ -3,6 +3,7 @@ frames, and what a checkpoint gives back."""
 
 import contextlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,8 @@ def made(tmp_path_factory):
             for name in [f"{video}/{k + 1:05d}.png" for k in range(frames)]:
                 Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(f"frames/{name}")
                 rows[part].append(",".join([name, *map(str, labels.pop())]))
-        for place, first, second in (("lists", *rows), ("twice", rows[0], rows[0])):
+        no_va = [re.sub(",.*?,.*?,", ",-5,-5,", row, count=1) for row in rows[1]]
+        for place, first, second in (("lists", *rows), ("twice", rows[0], rows[0]), ("part", rows[0], no_va)):
             Path(place).mkdir()
             Path(place, FILES[0]).write_text("\n".join([HEADER, *first]))
             Path(place, FILES[1]).write_text("\n".join([HEADER, *second]))
@@ -247,7 +249,8 @@ def test_a_finished_emma_outlives_its_cnns_file_and_refuses_another_cnn(run, cap
 
 @pytest.mark.parametrize("option, message", [
     ("data.s_aff_wild2=", "data.s_aff_wild2 is not given; it holds training_set_annotations.txt and valid"),
-    ("data.s_aff_wild2=twice", "twice/v.*: 2 of its videos are in twice/t.* too, such as a, b; a score on")])
+    ("data.s_aff_wild2=twice", "twice/t.* and twice/v.* show one scene, .* 2 of 2 .* on: a, b. Rem"),
+    ("data.s_aff_wild2=part", "part/validation.*: no frame with an image has a label of va; set the weight")])
 def test_what_cannot_be_trained_is_refused(run, option, message):
     with pytest.raises(ValueError, match=message):
         train_emma.main(load("my.yaml", [option]), ALONE)

@@ -190,7 +190,7 @@ def sums_of(place):                                                       # (see
 
 def cell(ours, theirs, metric) -> list:
     scores = [metric.score(of_seed.sum(axis=0)).mean() for of_seed in ours]
-    change = [] if ours is theirs else metrics.difference_over_seeds(ours, theirs, metric)
+    change = [] if ours is theirs else metrics.difference(ours, theirs, metric)
     return [sum(scores) / 2, abs(scores[0] - scores[1]) / np.sqrt(2), *change]      # √Σ(x - mean)² / (2 - 1)
 
 

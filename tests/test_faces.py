@@ -25,12 +25,14 @@ IMAGES = "Manually_Annotated_Images"
 AFFECTNET_HEADER = ",".join(AFFECTNET_COLUMNS)
 LIST = "basic/EmoLabel/list_patition_label.txt"
 FERPLUS_HEADER = ",".join(["Usage", "Image name", *FERPLUS])
-FLAT = " ".join(["7"] * 2304)
+FLAT = " ".join(["7"] * 2303 + ["8"])
 
 
 def save(path, grey=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (6, 4), grey).save(path)
+    image = Image.new("L", (6, 4), grey)
+    image.putpixel((5, 3), grey + 1)                # one single colour would be no face
+    image.save(path, "PNG")
 
 
 def write(path, *lines, end="\n"):
@@ -40,8 +42,8 @@ def write(path, *lines, end="\n"):
 
 
 def level(face):
-    """The one grey level of a flat image, which says which image it is."""
-    (_, colour), = face.getcolors()
+    """The grey level of all pixels but one, which says which image it is."""
+    _, colour = max(face.getcolors())
     assert face.mode == "RGB" and len(set(colour)) == 1
     return colour[0]
 
@@ -86,7 +88,7 @@ def make_fer2013(root):
     votes = [",".join(["8" if k == i else "0" for k in range(9)] + ["2"]) for i in range(8)]
     votes += ["0," * 9 + "10", "5,5" + ",0" * 8]
     write(root / "fer2013.csv", "emotion,pixels,Usage",
-          *(f"{i % 7},{' '.join([str(10 * i)] * 2304)},{usage}" for i, usage in enumerate(usages)))
+          *(f"{i % 7},{f'{10 * i} ' * 2303}1,{usage}" for i, usage in enumerate(usages)))
     write(root / "fer2013new.csv", FERPLUS_HEADER,
           *(f"{usage},{'' if i == 8 else 'fer.png'},{votes[i]}" for i, usage in enumerate(usages)))
     return root
@@ -310,13 +312,15 @@ def test_fer2013s_pixels_run_from_left_to_right_and_stay_in_the_csv(tmp_path):
     pixels = np.arange(2304) % 251
     broken = [f"7 {first} {FLAT[4:]},0,Training" for first in ("256", "-1", "x", "1.5", "")]
     path = write(tmp_path / "fer2013.csv", "pixels,emotion,Usage", f"{' '.join(map(str, pixels))},0,Training",
-                 *broken, f"{FLAT},3,Training")
+                 *broken, f"{'7 ' * 2303}7,3,Training", f"{FLAT},3,Training")
     found = fer2013(tmp_path)
     assert np.array_equal(np.asarray(found.read(0))[..., 0], pixels.reshape(48, 48))
     assert level(found.read(-1)) == 7
     for i in range(1, 6):
         with pytest.raises(ValueError, match=f"fer2013.csv line {i + 2} .*expected 2,304 whole numbers"):
             found.read(i)
+    with pytest.raises(ValueError, match="fer2013.csv line 8 .*: one single colour; no face"):
+        found.read(6)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="fer2013.csv"):         # not a broken row, which is left out
         found.read(0)

@@ -2,6 +2,7 @@
 normalising loses nothing; nothing outside of a root is read."""
 
 import errno
+import io
 import itertools
 import math
 import os
@@ -12,12 +13,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import images
 from images import find_images, listed, normalise, random_crop, read_image, resize, sizes, unnormalise
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+WIDE = GREY.astype("<u2") * 257                                              # the same in 16 bits, and in 12
+TWELVE = np.array([(a * 16 << 12 | b * 16).to_bytes(3) for a, b in GREY.reshape(-1, 2).tolist()])
 UPRIGHT = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
 # How a camera stores UPRIGHT, by its EXIF orientation.
 STORED = {1: UPRIGHT, 2: UPRIGHT[:, ::-1], 3: UPRIGHT[::-1, ::-1], 4: UPRIGHT[::-1],
@@ -30,11 +33,13 @@ def noise(height=40, width=50):
 
 @pytest.fixture
 def stored(tmp_path):
-    """stored(image or array, kind): it is written to a file. -> the path"""
+    """stored(image, array or bytes, kind): it is written to a file. -> the path"""
     def store(image, kind="PNG", **options):
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(np.ascontiguousarray(image))
-        image.save(tmp_path / "face.png", kind, **options)
+        if isinstance(image, bytes):
+            (tmp_path / "face.png").write_bytes(image)
+        else:
+            image = Image.fromarray(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
+            image.save(tmp_path / "face.png", kind, **options)
         return tmp_path / "face.png"
     return store
 
@@ -87,15 +92,45 @@ def test_a_decompression_bomb_is_refused_from_its_header(stored, monkeypatch):
         read_image(path)
 
 
-@pytest.mark.parametrize("image, kind, expected", [
-    (Image.fromarray(GREY), "PNG", GREY[..., None]),
-    (Image.merge("RGBA", [*noise().split(), Image.new("L", (50, 40), 9)]), "PNG", noise()),
-    (Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", (0, 255, 255)),
-    (Image.fromarray(GREY.astype(np.uint16) * 257), "PNG", GREY[..., None])],
-    ids=["grey", "alpha", "ink", "16 bit"])
-def test_every_kind_of_pixel_becomes_rgb_of_its_colours(stored, monkeypatch, image, kind, expected):
+def tiff(pixels, bits, sign=1, white=255):
+    """A grey TIFF of 16 x 16 pixels. sign: 1 unsigned, 2 signed, 3 floats; white: the largest or 0."""
+    tags = {256: 16, 257: 16, 258: bits, 259: 1, 262: int(white > 0), 273: 122, 278: 16, 279: pixels.nbytes,
+            339: sign}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<4sIH", b"II*\0", 8, len(tags)) + entries + bytes(4) + pixels.tobytes()
+
+
+def png(channels):
+    """A PNG of 16 x 16 pixels, 16 bits a channel: 1 grey, 2 with alpha, 3 colours, each WIDE."""
+    rows = np.insert(WIDE.repeat(channels, axis=1).astype(">u2").view("u1"), 0, 0, axis=1)
+    file, header = io.BytesIO(), struct.pack(">IIBBBBB", 16, 16, 16, (0, 4, 2)[channels - 1], 0, 0, 0)
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")):
+        PngImagePlugin.putchunk(file, kind, data)
+    return b"\x89PNG\r\n\x1a\n" + file.getvalue()
+
+
+@pytest.mark.parametrize("image, expected", [
+    (Image.fromarray(GREY), GREY), (Image.fromarray(GREY > 99), 255 * (GREY > 99)),
+    (Image.merge("RGBA", [*noise().split(), Image.new("L", (50, 40), 9)]), noise()),
+    (Image.merge("LA", [Image.fromarray(GREY)] * 2), GREY), (png(1), GREY), (png(2), GREY), (png(3), GREY),
+    (Image.merge("CMYK", [Image.fromarray(GREY), *[Image.new("L", (16, 16))] * 3]),
+     np.dstack([255 - GREY, 0 * GREY + 255, 0 * GREY + 255])),
+    (tiff(np.packbits(GREY > 99), 1, white=0), 255 * (GREY <= 99)), (tiff(TWELVE, 12), GREY),
+    (tiff(GREY, 8), GREY), (tiff(GREY, 8, white=0), 255 - GREY), (tiff(GREY, 8, 2), "mode L"),
+    (tiff(WIDE, 16), GREY), (tiff(WIDE, 16, white=0), 255 - GREY), (tiff(WIDE, 16, 2), "mode I"),
+    (tiff(WIDE, 16, 3), "cannot identify"), (tiff(WIDE.astype("<f4"), 32, 3), "mode F"),
+    (tiff(WIDE.astype("<u4"), 32), "grey values of mode I have no known range; convert to 8 bits without"),
+    (tiff(WIDE.astype("<i4"), 32, 2), "mode I"),
+    (Image.new("RGB", (9, 9), (1, 2, 3)), "face.png: one single colour; no face")])
+def test_every_kind_of_pixel_becomes_rgb_by_its_range_or_is_refused(stored, monkeypatch, image, expected):
     monkeypatch.setattr(images, "MAX_PIXELS", 40 * 50)                       # as many as the largest has
-    assert np.abs(read(stored(image, kind)) - np.asarray(expected)).max() <= (4 if kind == "JPEG" else 0)
+    kind = "JPEG" if getattr(image, "mode", "") == "CMYK" else "PNG"
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            read(stored(image))
+    else:
+        expected = np.asarray(expected).reshape(-1, 1 if np.size(expected) == 256 else 3)
+        assert np.abs(read(stored(image, kind)).reshape(-1, 3) - expected).max() <= 4 * (kind == "JPEG")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
@@ -178,7 +213,7 @@ def test_a_search_finds_every_image_in_one_order_and_counts_what_it_leaves_out(t
     for folder in ("faces/b/c", "faces/.cache", "outside"):
         (tmp_path / folder).mkdir(parents=True)
     for name in map(os.fsdecode, [*found[:-1], b"../outside/private.jpg"]):
-        Image.new("L", (5, 4), 7).save(root / name, kinds[os.path.splitext(name)[1].lower()])
+        Image.fromarray(UPRIGHT).save(root / name, kinds[os.path.splitext(name)[1].lower()])
     for name in ("b/notes.txt", "jpg", "._a.jpg", "b/.hidden.png", ".cache/a.jpg"):
         (root / name).touch()
     for link, target in {"within.jpg": "a.jpg", "out.jpg": "../outside/private.jpg", "folder": "../outside",
@@ -189,19 +224,16 @@ def test_a_search_finds_every_image_in_one_order_and_counts_what_it_leaves_out(t
     assert skipped == {"link out of the folder (copy with cp -rL, or give the folder it leads to)": 2,
                        "hidden": 3, "link to no file": 3, "not an image file (.txt)": 1,
                        "not an image file (without extension)": 1}
-    assert all(read_image(os.path.join(os.fsencode(root), name)).size == (5, 4) for name in found)
+    assert all(read_image(os.path.join(os.fsencode(root), name)).size == (6, 4) for name in found)
     monkeypatch.setattr(os, "scandir", lambda path: sorted(scandir(path), key=lambda entry: entry.name)[::-1])
     assert find_images(root, Counter()) == found
 
 
-def test_files_are_told_by_a_checksum_of_their_sizes_in_their_order_and_one_may_be_gone(tmp_path):
+def test_files_are_told_by_a_checksum_of_their_sizes_and_counts_are_listed_the_most_frequent_first(tmp_path):
     paths = [tmp_path / name for name in "abc"]
     paths[0].write_bytes(b"1")
     paths[1].write_bytes(b"12")
     assert sizes(paths) == sizes(map(str, paths)) == f"{zlib.crc32(b'1 2 gone '):08x}"
-
-
-def test_counts_are_listed_the_most_frequent_first():
     counts = Counter(a=1, b=2000, c=3)
     assert listed(counts) == "2,000 b, 3 c, 1 a" and listed(counts, 2) == "2,000 b, 3 c, 1 more"
     assert listed(counts, 3) == listed(counts) and listed(Counter()) == "nothing"

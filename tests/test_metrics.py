@@ -8,7 +8,7 @@ import pytest
 
 from labels import AU, EXPR, TASKS, VA, targets
 from metrics import (BINARY_F1, CCC, CLASS_F1, binary_f1, ccc, class_f1, class_table, confusion, difference,
-                     difference_over_seeds, drawn_scores, interval, numbers, score_table)
+                     drawn_scores, interval, numbers, score_table)
 
 # A metric with a number of dimensions, classes or columns: those of the three tasks, and others.
 KINDS = {"CCC": (CCC, 2), "CCC of 3": (CCC, 3), "8 classes": (CLASS_F1, 8), "2 classes": (CLASS_F1, 2),
@@ -145,18 +145,6 @@ def test_equal_constants_score_0_whatever_the_rounding_but_a_tiny_spread_is_no_c
     assert CCC.score(CCC.count(x, x, x < 1)) == pytest.approx(1) and ccc(x[:, 0], x[:, 0]) == pytest.approx(1)
 
 
-# ---- The interval
-
-def test_the_interval_of_a_mean_is_that_of_the_textbook():
-    """Each video has one frame, a hit or a miss with a false alarm, which adds 2 to F1's bottom. So F1
-    is the share of hits, and its deviation is that of a binomial."""
-    hits = np.arange(200) % 2                                             # F1 of each video: 0 or 1
-    sums = np.stack([[[[0, 1 - hit], [1 - hit, hit]]] for hit in hits]).astype(float)
-    value, low, high = interval(sums, BINARY_F1)[-1]
-    half = 1.96 * np.sqrt(0.5 * 0.5 / 200)
-    assert value == 0.5 and (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.01)
-
-
 # ---- The tables
 
 # What an earlier version wrote: new code must draw the same sets, and add in the same order.
@@ -223,21 +211,13 @@ def test_the_tables_and_the_numbers_are_those_that_an_earlier_version_wrote(task
     a, b, c = (some_sums(task, seed) for seed in range(3))
     table = score_table(task, a, unseen=np.array([True, False, True, False]))
     assert f"{table}\n\n{confusion(task, a)}" == TEXT[task.name]
-    found = difference_over_seeds(np.stack([a, b]), np.stack([c, c, a]), task.metric)
+    found = difference(np.stack([a, b]), np.stack([c, c, a]), task.metric)
     assert found == pytest.approx(OVER_SEEDS[task.name], abs=1e-13)
-
-
-@of_each_small_task
-def test_two_systems_are_compared_on_the_same_drawn_videos(task):
-    good, bad = some_sums(task), some_sums(task, seed=1)
-    value, low, high = difference(good, bad, task.metric)
-    ours, theirs = (drawn_scores(sums, task.metric).mean(axis=1) for sums in (good, bad))
-    scores = task.metric.score(good.sum(axis=0))
-    assert [each.value for each in interval(good, task.metric)] == [*scores, scores.mean()]
-    assert value == scores.mean() - task.metric.score(bad.sum(axis=0)).mean()
-    assert (low, high) == tuple(np.quantile(ours[1:] - theirs[1:], (0.025, 0.975)))
+    ours, theirs = (drawn_scores(sums, task.metric).mean(axis=1) for sums in (a, b))      # on the same draws
+    assert difference(a[None], b[None], task.metric)[1:] == tuple(np.quantile(
+        ours[1:] - theirs[1:], (0.025, 0.975)))
     with pytest.raises(ValueError, match=r"on the same videos; got sums of \(4, .* and of \(3, "):
-        difference(good, bad[:3], task.metric)
+        difference(a[None], b[None, :3], task.metric)
 
 
 @pytest.mark.parametrize("task, fold, column", [
@@ -248,6 +228,20 @@ def test_a_fold_is_compared_with_its_own_column_of_table_1_and_with_no_baseline(
     assert shown["paper"] == column and set(shown["baseline"]) == {"-"}
     shown = columns(score_table(task, some_sums(task), comparable=False))
     assert list(shown) == [task.metric.name, "ours", "95 %", "chance", "frames"]
+
+
+@pytest.mark.parametrize("task, occur, mean", [(EXPR, 5, "0.625"), (AU, 8, "0.667"), (VA, 1, "0.500")])
+def test_a_perfect_score_of_what_occurs_is_told_beside_the_challenges_mean(task, occur, mean):
+    values = np.random.default_rng(0).uniform(-1, 1, (99, occur if task is EXPR else len(task.outputs)))
+    target = values.argmax(axis=1) if task is EXPR else values > 0 if task is AU else values
+    outputs = np.pad(values, [(0, 0), (0, len(task.outputs) - values.shape[1])], constant_values=-9)
+    valid = target < 9 if task is EXPR else values * 0 + np.arange(values.shape[1]) < occur
+    sums, gone = task.metric.count(outputs, target, valid), ", ".join(task.outputs[occur:])
+    *_, of_mean, last = score_table(task, sums[None]).splitlines()
+    assert of_mean.split()[:2] == ["mean", mean]
+    assert last == f"not among the labels, so 0 in the mean: {gone}; the mean of the others is 1.000"
+    assert task is not EXPR or class_table(EXPR.outputs, sums).splitlines()[-1] == last
+    assert score_table(task, sums[None] * 0).endswith(f"in the mean: {', '.join(task.outputs)}")
 
 
 @of_each_small_task

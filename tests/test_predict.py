@@ -230,7 +230,7 @@ def test_the_difference_is_ours_less_theirs_whatever_the_order_of_their_videos(t
                  "video_sums": sums[order].tolist()}
         (tmp_path / "metrics.json").write_text(json.dumps(found))
         return tmp_path
-    found = difference(*sums, task.metric)
+    found = difference(*np.stack(sums)[:, None], task.metric)
     assert compare(task, sums[0], videos, stored(sums[1])) == (
         f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}] against {tmp_path} "
         f"({task.metric.score(sums[1].sum(axis=0)).mean():.3f}, as its training ended), 95 % interval "

@@ -66,13 +66,13 @@ def made(tmp_path_factory):
                 for part in ("Train_Set", "Validation_Set"):
                     place = Path("labels") / task.folders[0] / part
                     place.mkdir(parents=True, exist_ok=True)
-                    (place / f"{video}.txt").write_text("\n".join(rows))
+                    (place / f"{part[0] * (part == 'Train_Set')}{video}.txt").write_text("\n".join(rows))
             sums = np.stack([task.metric.count(x, *targets(y, task)) for x, y in videos[name].values()])
             write_stage(f"task_{name}", {**numbers(task, sums), "video_sums": sums.tolist()})
             np.savez(f"runs/my/task_{name}/predictions.npz", **{v: x for v, (x, _) in videos[name].items()})
         for video in VIDEOS:
             (Path("frames") / video).mkdir(parents=True)
-            Image.new("RGB", (9, 9), (200, 60, 50)).save(f"frames/{video}/00001.png")
+            Image.linear_gradient("L").save(f"frames/{video}/00001.png")
         for stage, m in {"pretrain": {"loss": 0.125}, "finetune": {"val_macro_f1": 0.7072, "chance": 0.0625},
                          "features": {}, "emma": {"score": 1.9359, "chance": {"va": 0.0}}}.items():
             write_stage(stage, m)

@@ -281,6 +281,9 @@ def test_weights_after_a_loss_that_is_not_finite_are_never_saved(tmp_path, loss,
     sums = f"the sum of the losses is {loss.item() + 1}, of the gradient norms {norm.item() + 1}, at a lear"
     with pytest.raises(ValueError, match=f"^epoch 1, up to step 3: {sums}ning rate of 2.00e-02\n  the last"):
         act(run)
+    run.sums["unreadable"] = 22
+    with pytest.raises(ValueError, match="none of 22 images can be read; nothing to train on"):
+        act(run)
     assert content(run.folder) == before
 
 

@@ -34,7 +34,7 @@ def folders(root, videos):
     for video, numbers in videos.items():
         (root / "frames" / video).mkdir(parents=True)
         for n in numbers:
-            Image.new("RGB", (8, 8), (10 * n,) * 3).save(root / f"frames/{video}/{n:05d}.jpg")
+            Image.linear_gradient("L").point(lambda x: x + 10 * n).save(root / f"frames/{video}/{n:05d}.jpg")
     return video_folders([root / "frames"])[0]
 
 

@@ -18,7 +18,7 @@ from metrics import binary_f1, ccc, class_f1
 from processes import ALONE, in_team
 from scoring import (HELD_OUT, changed_by, check_features, check_scenes, count_classes, each_frame,
                      extractor, labelled_faces, load, predict, read_predictions, reasons, report, shared_out,
-                     sums_of, to_score, tuned, write_predictions)
+                     sums_of, to_score, tuned)
 from temporal import SegmentModel
 from vit import VisionTransformer
 
@@ -76,17 +76,6 @@ def test_each_frame_gets_the_mean_of_the_segments_that_cover_it(frames, batch):
     assert max(model.batches) <= batch and sum(model.batches) == len(parts)
 
 
-def test_padding_reaches_no_frame_of_a_real_model():
-    torch.manual_seed(0)
-    model, features = SegmentModel(3, 12, **SMALL).eval(), counting(27, 3) / 27
-    y = predict(model, features, 10, 7, 2, ALONE)
-    expected, cover = np.zeros((27, 12)), np.zeros((27, 1))
-    for start, end in [(0, 10), (7, 17), (14, 24), (21, 27)]:
-        expected[start:end] += model(torch.from_numpy(features[start:end]).float()[None])[0].detach().numpy()
-        cover[start:end] += 1
-    assert y == pytest.approx(expected / cover, abs=1e-5)
-
-
 @of_each_task
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_labelled_frame_counts_once_whatever_the_number_of_processes(tmp_path, task, world):
@@ -108,12 +97,7 @@ def test_every_labelled_frame_counts_once_whatever_the_number_of_processes(tmp_p
     assert all(np.array_equal(sums, results[0][1]) for _, sums in results)
 
 
-def test_predictions_are_kept_as_they_are_and_a_damaged_file_is_named(tmp_path):
-    outputs = {"1-30": np.ones((3, 2), np.float32), "video/x": np.zeros((1, 2), np.float32)}
-    write_predictions(tmp_path / "predictions.npz", outputs)
-    found = read_predictions(tmp_path / "predictions.npz")
-    assert found.keys() == outputs.keys()
-    assert all(np.array_equal(found[name], outputs[name]) for name in found)
+def test_damaged_predictions_are_named(tmp_path):
     (tmp_path / "predictions.npz").write_bytes(b"PK\x03\x04 no")
     with pytest.raises(ValueError, match="predictions.npz: not the predictions that a training has written"):
         read_predictions(tmp_path / "predictions.npz")
@@ -151,6 +135,9 @@ def test_a_frame_without_a_face_repeats_the_one_before_it_and_at_the_start_the_f
     assert noface.tolist() == [n not in expected for n in range(1, 10)] and progress.done == 9
     assert outputs.mean(axis=1) == pytest.approx([expected[n] for n in (2, 2, 3, 3, 3, 3, 3, 8, 8)], abs=1e-5)
     assert capfd.readouterr().out.count("left out: 5.jpg: not a readable image") == 1
+    outputs, noface = each_frame(lambda x: x.mean(dim=(2, 3)) + 1, Files(5), 5, 3, torch.float16, config,
+                                 ALONE, progress)
+    assert noface.all() and not outputs.any() and outputs.dtype == np.float16
 
 
 def test_outputs_that_are_not_finite_are_refused_also_if_only_float16_cannot_hold_them():
@@ -177,14 +164,6 @@ def test_a_vit_whose_training_used_another_token_gives_no_features(tmp_path, sta
     assert record["stage"] == stage and said.endswith("unexpected keys, left out: none")
 
 
-def test_without_any_face_all_outputs_are_0(capfd):
-    config = Config()
-    config.vit.image_size, config.run.workers = 8, 0
-    outputs, noface = each_frame(lambda x: 1 / 0, Files(5), 5, 3, torch.float16, config, ALONE,
-                                 Progress(5, "frames", ALONE))
-    assert noface.all() and not outputs.any() and outputs.dtype == np.float16
-
-
 @pytest.mark.parametrize("world", [1, 2])
 def test_each_image_is_counted_once_by_its_class_and_what_cannot_be_read_is_counted_apart(world, capfd):
     config = Config()
@@ -202,6 +181,8 @@ def test_each_image_is_counted_once_by_its_class_and_what_cannot_be_read_is_coun
     for label, light in zip((0, 1), bright):
         expected[label, 0 if light else 2] += 1
     assert np.array_equal(sums, expected) and unreadable == 1
+    with pytest.raises(ValueError, match="none of 2 images can be scored, such as 5.jpg"):
+        count_classes(lambda x: x.mean(dim=(2, 3)), Images(Files(5, 5), 8, [labels]), 3, config, ALONE)
 
 
 # ---- Checkpoints

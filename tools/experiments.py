@@ -23,7 +23,7 @@ from engine.config import Config, from_command_line, load, print_all, value_of
 from engine.distributed import Team, choose_device
 from evaluate import emma_sums
 from labels import FOLDS, TASKS, has_labels, scene
-from metrics import difference_over_seeds
+from metrics import difference
 from pipeline import STAGES, command, finished, folder, read_record, stale, tuned_on
 from second_paper import emma
 
@@ -140,7 +140,7 @@ def compared(part: str, planned: list) -> dict:
             scores = [metric.score(of_seed.sum(axis=0)).mean() for of_seed in rows[title]]
             cell = found.setdefault(title, {})[HEADS[name]] = [np.mean(scores), np.std(scores, ddof=1)]
             if title != first and len(videos) > 1:
-                cell += difference_over_seeds(rows[title], rows[first], metric)
+                cell += difference(rows[title], rows[first], metric)
     return {part: found}
 
 
