@@ -365,7 +365,7 @@ def results(config: Config):
     run = Path(config.run.out) / config.run.name
     for place in sorted(path.parent for path in run.glob("*/made_of.json")):
         metrics = read_json(place / "metrics.json")
-        scores = [metrics[key] for key in ("score", "val_macro_f1", "loss") if key in (metrics or {})]
+        scores = [metrics[key] for key in ("score", "loss") if key in (metrics or {})]
         state = f"{scores[0]:.3f}" if scores else "begun" if metrics is None else "finished"
         other = "" if "+" in place.name else lines_of(other_settings(read_record(place), config))
         yield f"{state:10s}{place}{other}"

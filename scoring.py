@@ -22,7 +22,8 @@ from engine.distributed import Team, all_sum
 from engine.training import loader
 from images import normalise
 from labels import EXPR, TASKS, Task, for_metric, in_units, scene, smoothed, targets
-from metrics import CLASS_F1, score_table
+from metrics import CLASS_F1, class_table, score_table
+from pictures import curves
 from pipeline import find_input, identity, like, named, tuned_on
 from temporal import SegmentModel
 from vit import VisionTransformer
@@ -93,6 +94,22 @@ def count_classes(network, images: Images, classes: int, config: Config, team: T
     def add(sums, scores, labels):
         sums += CLASS_F1.count(scores, labels, labels >= 0)
     return count_images(network, images, np.zeros((classes, classes)), add, config, team, run)
+
+
+def finish_classes(run, network, images: Images, names, config: Config, team: Team, zero_loss: float):
+    """The end of a training on classes `names`: the best epoch's weights on all `images`, curves.png with the
+    loss of outputs that are all 0, metrics.json, and a table."""
+    run.load_best()
+    run.model.eval()
+    sums, unreadable = count_classes(network, images, len(names), config, team)
+    f1, chance = CLASS_F1.score(sums), CLASS_F1.chance(sums).mean()
+    if team.rank == 0:
+        curves(run.folder, {"loss": zero_loss, "val_f1": chance})
+    run.finish({"metric": CLASS_F1.name, "score": f1.mean(), **dict(zip(names, f1.tolist())),
+                "chance": chance, "confusion": sums.tolist(), "val_images": int(sums.sum()),
+                "val_unreadable": unreadable})
+    team.say(f"\n{int(sums.sum()):,} single validation images ({unreadable:,} more cannot be read)\n"
+             f"{class_table(names, sums)}\nwritten to {run.folder}")
 
 
 def extractor(config: Config, team: Team) -> tuple[VisionTransformer, dict, str]:

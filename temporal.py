@@ -6,7 +6,6 @@ The paper gives the dropout of 0.3 (§4.1.2) and no sizes; the sizes are those o
 Read after `tcn.py`; `train_task.py` trains this.
 """
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 

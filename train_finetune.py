@@ -20,7 +20,6 @@ train_pretrain.py.
 
 import torch
 
-import pictures
 from data import Images, every_kth, expr_frames
 from engine.checkpoints import load_vit
 from engine.config import from_command_line
@@ -28,9 +27,8 @@ from engine.training import adamw, clip_gradient
 from images import normalise, video_folders
 from labels import EXPR, split
 from losses import expr_loss
-from metrics import absent
 from pipeline import find_input, open_run, start
-from scoring import count_classes, expr_classifier
+from scoring import count_classes, expr_classifier, finish_classes
 
 
 def main(config, team):
@@ -86,18 +84,9 @@ def main(config, team):
         run.end_epoch(f"validation macro F1 of single frames {f1:.3f}", val_f1=f1, val_unreadable=unreadable)
     run.end()
 
-    # finish: the best epoch's weights on every validation frame
-    run.load_best()
+    # finish: every validation frame
     every_frame = Images(val_frames, size, [val_labels])
-    sums, unreadable = count_classes(model.eval(), every_frame, classes, config, team)
-    f1, scored = EXPR.metric.score(sums), int(sums.sum())
-    if team.rank == 0:
-        pictures.curves(run.folder, {"loss": EXPR.zero_loss, "val_f1": EXPR.metric.chance(sums).mean()})
-    run.finish({"val_macro_f1": f1.mean(), "val_f1": f1.tolist(), "val_frames": scored,
-                "val_unreadable": unreadable, "train_frames": len(frames)})
-    team.say(f"fine-tuning is finished: macro F1 {f1.mean():.3f} on {scored:,} single validation frames "
-             f"({unreadable:,} more cannot be read), written to {run.folder}"
-             + absent(EXPR.outputs, sums, EXPR.metric))
+    finish_classes(run, model, every_frame, EXPR.outputs, config, team, EXPR.zero_loss)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ its number alone: the same bytes each time, with any number of processes. Readin
 What draws yields (file, content).
 
     python -m datasets.synthetic --config configs/demo.yaml     # draws everything
-    python -m datasets.synthetic --sheet faces.png              # only a sheet of examples
 """
 
 import json
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import ImageEnhance, ImageFilter
 
 from datasets.faces import (AFFECTNET, AFFECTNET_COLUMNS, CLASSES, FER2013, FER2013_COLUMNS, FERPLUS,
                             FERPLUS_COLUMNS, RAF_DB)
@@ -308,24 +307,11 @@ def check_paths(config) -> None:
                     "data.synthetic=true draws; set both, or data.synthetic=false to use your own data")
 
 
-def main(config, team, sheet) -> None:
-    """Draw everything, or only a picture of examples into the file `sheet`: a row for each expression, each
-    action unit alone, frames of a video, both styles of the second paper's faces."""
-    if sheet is None:
-        make(config, team)
-        make_second(config, team)
-    elif team.rank == 0:
-        sizes, rng = config.synthetic, np.random.default_rng(0)
-        people = [person(random(sizes, VAL, number)) for number in range(12)]
-        rows = [[draw_face(p, State(0.95 * blend(rng, name)), rng) for p in people] for name in EXPRESSIONS]
-        rows += [[draw_face(people[1], State(unit), rng) for unit in np.eye(12)],
-                 [draw_face(people[3], state, rng)
-                  for state in list(spoil(rng, people[3], act(rng, 1000, 0)))[::84]],
-                 [next(draw_class_face(sizes, style, n))[1] for style in STYLES for n in range(6)]]
-        write(Path(), [(sheet, Image.fromarray(np.vstack([np.hstack(row) for row in rows])))])
+def main(config, team) -> None:
+    """Draw everything."""
+    make(config, team)
+    make_second(config, team)
 
 
 if __name__ == "__main__":
-    config, options = from_command_line(
-        __doc__, sheet={"metavar": "FILE", "help": "write only a contact sheet, a .png or .jpg file"})
-    launch(main, config, options.sheet)
+    launch(main, from_command_line(__doc__)[0])

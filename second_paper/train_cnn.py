@@ -10,12 +10,12 @@ macro F1 of the sets' own validation faces; `val_unreadable` of these; the rest 
 batch is not cut into pieces: BatchNorm and the partition loss are no sums over pieces.
 """
 
+import math
 from zlib import crc32
 
 import numpy as np
 import torch
 
-import pictures
 from data import Images
 from datasets.faces import balanced_order, joined, labelled_sets
 from engine.config import from_command_line
@@ -23,9 +23,8 @@ from engine.training import adamw, clip_gradient
 from images import normalise
 from labels import EXPR, EXPRESSIONS
 from losses import expr_loss
-from metrics import class_table
 from pipeline import find_input, open_run, start
-from scoring import count_classes
+from scoring import count_classes, finish_classes
 from second_paper.cnn import affinity_loss, build, load_trunk, partition_loss
 
 
@@ -82,16 +81,8 @@ def main(config, team):
         run.end_epoch(f"validation macro F1 {f1:.3f}", val_f1=f1, val_unreadable=unreadable)
     run.end()
 
-    # finish: the best epoch's weights on every validation face
-    run.load_best()
-    sums, unreadable = count_classes(cnn.eval(), val, len(EXPRESSIONS), config, team)
-    f1, chance = EXPR.metric.score(sums), EXPR.metric.chance(sums).mean()
-    if team.rank == 0:
-        pictures.curves(run.folder, {"val_f1": chance} if dan else {"val_f1": chance, "loss": EXPR.zero_loss})
-    run.finish({"val_macro_f1": f1.mean(), "val_f1": f1.tolist(), "chance": chance,
-                "val_faces": int(sums.sum()), "val_unreadable": unreadable})
-    team.say(f"\n{s.network}, {int(sums.sum()):,} validation faces ({unreadable:,} more cannot be read)\n"
-             f"{class_table(EXPRESSIONS, sums)}\nwritten to {run.folder}")
+    # finish
+    finish_classes(run, cnn, val, EXPRESSIONS, config, team, math.nan if dan else EXPR.zero_loss)
 
 
 def loss_of(outputs, y):

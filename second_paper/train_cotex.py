@@ -16,16 +16,15 @@ import os
 
 import torch
 
-import pictures
 from data import Images
 from datasets.faces import CLASSES, class_folders
 from engine.checkpoints import load_vit
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
 from images import normalise
-from metrics import CLASS_F1, class_table
+from metrics import CLASS_F1
 from pipeline import find_input, open_run, start
-from scoring import count_classes
+from scoring import count_classes, finish_classes
 from second_paper.cotex import CoTEX, cotex_loss
 
 
@@ -82,16 +81,9 @@ def main(config, team):
         run.end_epoch(f"macro F1 on real faces {f1:.3f}", val_f1=f1, val_unreadable=unreadable)
     run.end()
 
-    # finish: the best epoch's weights on every real face
-    run.load_best()
-    sums, unreadable = count_classes(model.eval().classify, val, len(CLASSES), config, team)
-    f1, chance, scored = CLASS_F1.score(sums), CLASS_F1.chance(sums).mean(), int(sums.sum())
-    if team.rank == 0:
-        pictures.curves(run.folder, {"loss": math.log(len(CLASSES)), "val_f1": chance})
-    run.finish({"val_macro_f1": f1.mean(), "val_f1": f1.tolist(), "chance": chance,
-                "confusion": sums.tolist(), "val_faces": scored, "val_unreadable": unreadable})
-    team.say(f"\nmasked CoTEX on {scored:,} real faces ({unreadable:,} more cannot be read)\n"
-             f"{class_table(CLASSES, sums)}\nwritten to {run.folder}")
+    # finish
+    finish_classes(run, model.classify, val, CLASSES, config, team, math.log(len(CLASSES)))
+
 
 
 if __name__ == "__main__":

@@ -292,7 +292,7 @@ def test_with_real_data_nothing_is_made(here):
 def test_every_result_is_listed_with_its_score_and_what_is_left_with_its_command(here):
     config, _ = chain()
     chain("task.lr=1e-3", number=0.25)
-    made("finetune", config_with("finetune.lr=1"), metrics={"val_macro_f1": 0.5})
+    made("finetune", config_with("finetune.lr=1"), metrics={"score": 0.5})
     (folder("features", config) / "metrics.json").write_text("{}")
     lines = [" ".join(line.split()) for line in results(config)]
     assert "0.250 runs/my/task_au+task.lr=0.001" in lines and "0.500 runs/my/finetune+finetune.lr=1" in lines

@@ -73,7 +73,8 @@ def made(tmp_path_factory):
         for video in VIDEOS:
             (Path("frames") / video).mkdir(parents=True)
             Image.linear_gradient("L").save(f"frames/{video}/00001.png")
-        for stage, m in {"pretrain": {"loss": 0.125}, "finetune": {"val_macro_f1": 0.7072, "chance": 0.0625},
+        for stage, m in {"pretrain": {"loss": 0.125}, "finetune": {"metric": "macro F1", "score": 0.7072,
+                                                             "chance": 0.0625},
                          "features": {}, "emma": {"score": 1.9359, "chance": {"va": 0.0}}}.items():
             write_stage(stage, m)
         Path("runs/my/folds.txt").write_text("fold 3 <b> 0.512\n")
@@ -101,7 +102,7 @@ def test_the_page_shows_the_runs_numbers_names_stay_text_and_nothing_is_loaded(m
     assert widths.count(1160) == 3 and widths.count(5) == 7 and widths.count(64) > 0    # videos, files, faces
     assert [tag.tag for tag in page.tags if "open" in tag.attrib] == ["details"] * 4    # scores, folds
     assert ["pretrain", "loss", "0.125", "-", "-"] in page.rows
-    assert ["finetune", "val_macro_f1", "0.707", "-", "0.062"] in page.rows
+    assert ["finetune", "macro F1", "0.707", "-", "0.062"] in page.rows
     assert ["emma", "score", "1.936", "-", "-"] in page.rows and "cotex" not in sum(page.rows, [])
     for name, task in TASKS.items():
         m = json.loads((root / f"runs/my/task_{name}/metrics.json").read_text())

@@ -3,8 +3,6 @@
 import contextlib
 import csv
 import io
-import runpy
-import sys
 import zlib
 from collections import defaultdict
 from pathlib import Path
@@ -43,7 +41,7 @@ def contents(folder) -> dict:
 def root(tmp_path_factory):
     """-> the folder of data that are all drawn"""
     folder = tmp_path_factory.mktemp("data") / "drawn"
-    main(settings(folder, SMALL), ALONE, sheet=None)
+    main(settings(folder, SMALL), ALONE)
     return folder
 
 
@@ -53,7 +51,7 @@ def test_one_two_and_three_processes_write_the_same_bytes(tmp_path):
     trees = []
     for world in (1, 2, 3):
         config = settings(tmp_path / str(world))
-        assert in_team(world, lambda team: main(config, team, sheet=None))[0] == [0] * world
+        assert in_team(world, lambda team: main(config, team))[0] == [0] * world
         trees.append(contents(config.synthetic.root))
     assert trees[0] == trees[1] == trees[2] and len(trees[0]) > 150
 
@@ -277,21 +275,3 @@ def test_every_third_frame_with_a_face_has_a_row_and_labels_are_missing_in_every
     assert np.abs(tasks.mean(0) - (0.70, 0.65, 0.70)).max() < 0.06
     assert len(np.unique(tasks, axis=0)) == 8 and len(np.unique(known[:, :2], axis=0)) == 4
     assert (~known[tasks[:, 2], 3:]).any(0).all() and set(labels[known[:, 2], 2]) == set(range(8))
-
-
-# ---- The command
-
-@pytest.mark.parametrize("name, reason", [("faces.png", ""), ("faces.xyz", "unknown file extension: .xyz"),
-                                          ("folder.png", "Is a directory: 'folder.png'")])
-def test_the_command_writes_only_a_sheet_or_ends_in_one_line(name, reason, tmp_path, monkeypatch, capsys):
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "my.yaml").write_text("synthetic: {frames: 20}")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["synthetic.py", "--config", "my.yaml", "--sheet", name])
-    monkeypatch.delitem(sys.modules, "datasets.synthetic")
-    with pytest.raises(SystemExit, match="2") if reason else contextlib.nullcontext():
-        runpy.run_module("datasets.synthetic", run_name="__main__")
-    said = capsys.readouterr()
-    assert said.out == "" and reason in said.err and said.err.count("\n") == bool(reason)
-    assert {path.name for path in tmp_path.iterdir()} - {name} == {"folder.png", "my.yaml"} - {name}
-    assert reason or Image.open(name).size == (12 * SIDE, 11 * SIDE)

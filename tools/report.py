@@ -71,7 +71,7 @@ def show(source) -> Markup:
 def read_metrics(path, name: str, task) -> tuple:
     """Of a metrics.json: [stage, metric, score, interval, chance], and of a task what was taken for what."""
     m = read_json(path)
-    key = next((key for key in ("score", "val_macro_f1", "loss") if key in m), None)
+    key = next((key for key in ("score", "loss") if key in m), None)
     interval = "{:.3f} to {:.3f}".format(*m["score_interval"]) if m.get("score_interval") else "-"
     chance = m["chance"] if isinstance(m.get("chance"), float) else "-"
     return ([name, m.get("metric", key), m[key], interval, chance] if key else None,
