@@ -104,9 +104,10 @@ def expression_model(config, team) -> Models:
     load_weights(model, saved.get("model", saved), path)
     model, width = model.to(team.device).eval(), len(EXPR.outputs)
     team.say(f"  {path}, each frame by itself; columns of {EXPR.name}")
-    return Models(lambda files, T, progress: each_frame(model, files, T, width, torch.float32, config, team,
-                                                        progress), {EXPR.name: lambda outputs: outputs},
-                  config, {"vit": {"checksum": origin["checksum"], "token": config.finetune.token}})
+    return Models(lambda files, T, progress: each_frame(model, model.source, files, T, width, torch.float32,
+                                                        config, team, progress),
+                  {EXPR.name: lambda outputs: outputs}, config,
+                  {"vit": {"checksum": origin["checksum"], "token": config.finetune.token}})
 
 
 # ---- What is predicted, in parts: a video, or TOGETHER single images. `parts`: {name: its files}

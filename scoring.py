@@ -126,15 +126,23 @@ def extractor(config: Config, team: Team) -> tuple[VisionTransformer, dict, str]
     return vit.to(team.device).eval(), record, said
 
 
+def check_finite(outputs, source: str):
+    """Raises ValueError if outputs of the checkpoint `source` are NaN or infinite; so none is written."""
+    if not np.isfinite(outputs).all():
+        raise ValueError(f"{source}: its outputs are not finite, or too large for {outputs.dtype}; use one "
+                         "of a training that has not diverged")
+
+
 @torch.no_grad()
-def each_frame(network, frames, length: int, width: int, dtype, config: Config, team: Team, progress):
+def each_frame(network, source: str, frames, length: int, width: int, dtype, config: Config, team: Team,
+               progress):
     """What a network gives for each frame of one video of `length` frames, every frame by itself.
     -> outputs of `dtype` (PyTorch's) as NumPy (T, width), noface bool (T,): True where there was no readable
     face image. Row i belongs to frame i + 1. Raises ValueError if an output is NaN or infinite.
 
-    network: images (B, 3, height, width) -> (B, width). frames: data.VideoFrames. A frame without a face has
-    the outputs of the frame before it; at the start, of the first that has one. Without any face, all outputs
-    are 0. `progress` (training.Progress) counts the frames.
+    network: images (B, 3, height, width) -> (B, width); source: its checkpoint. frames: images.VideoFrames. A
+    frame without a face has the outputs of the frame before it; at the start, of the first that has one.
+    Without any face, all outputs are 0. `progress` (training.Progress) counts the frames.
     """
     noface, outputs = np.ones(length, bool), torch.zeros(length, width, dtype=dtype).numpy()
     images = Images(frames, config.vit.image_size, [frames.numbers - 1])
@@ -143,9 +151,7 @@ def each_frame(network, frames, length: int, width: int, dtype, config: Config, 
             with team.autocast():
                 of_batch = network(normalise(x.to(team.device, non_blocking=True)))         # (B, width)
             outputs[rows] = of_batch.to(dtype).cpu().numpy()
-            if not np.isfinite(outputs[rows]).all():
-                raise ValueError(f"{frames.where(0)} and what follows: the network's outputs are not finite; "
-                                 "its checkpoint is of a training that has diverged")
+            check_finite(outputs[rows], source)
             noface[rows] = False
         progress.add(len(rows))
     progress.add(length - int((~noface).sum()))                      # the frames without a readable image
@@ -158,8 +164,10 @@ def each_frame(network, frames, length: int, width: int, dtype, config: Config, 
 
 def video_features(vit, frames, length: int, config: Config, team: Team, progress):
     """The features of one video of `length` frames, by `each_frame`. -> float16 (T, D), noface bool (T,)"""
-    return each_frame(lambda images: vit.features(images, config.finetune.token), frames, length,
-                      config.vit.dim, torch.float16, config, team, progress)
+    def network(images):
+        return vit.features(images, config.finetune.token)
+    return each_frame(network, vit.source, frames, length, config.vit.dim, torch.float16, config, team,
+                      progress)
 
 
 # ---- Whole videos
@@ -241,7 +249,9 @@ class Trained(NamedTuple):
         if not np.isfinite(features).all():
             raise ValueError("the features hold NaN or infinity; extract them again")
         s = self.config.segments
-        return predict(self.model, features, s.window, s.stride, self.config.task.batch, self.team)
+        outputs = predict(self.model, features, s.window, s.stride, self.config.task.batch, self.team)
+        check_finite(outputs, self.model.source)
+        return outputs
 
 
 def load(path, config: Config | None = None, task: Task | None = None, team: Team | None = None) -> Trained:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import zipfile
 import zlib
 from contextlib import suppress
@@ -21,21 +22,24 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from engine.settings import Vit
+
 # What a checkpoint may hold besides tensors and plain values: the arguments of a training, and paths in them.
 SAFE = [argparse.Namespace, *[(PurePath, f"pathlib{module}.{system}Path") for module in ("", "._local")
                               for system in ("Posix", "Windows")]]
 # What other files begin with.
 SIGNS = {b"<": "a web page", b"version https://git-lfs": "a pointer of Git LFS (git lfs pull gets the file)",
-         b"\x1f\x8b": "a gzip archive", b"\xfd7zXZ": "an xz archive", b"7z": "a 7z archive",
-         b"Rar!": "a rar archive", b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file"}
+         b"\x1f\x8b": "a gzip archive", b"\xfd7zXZ": "an xz archive", b"BZh": "a bzip2 archive",
+         b"7z": "a 7z archive", b"Rar!": "a rar archive", b"\x93NUMPY": "a NumPy array",
+         b"\x89HDF": "an HDF5 file", b"PK\3\4": "a checkpoint or archive that is cut short; get it again"}
 # Under which keys others keep weights; and what no encoder needs: decoders, heads, projectors.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "model_ema", "teacher")
 NOT_NEEDED = re.compile("decoder|mask_token|head|fc|proj|predict|classifier")
-# Public ViTs that expect images of other mean and deviation than ImageNet's (docs/weights.md), by a part of
-# the file's name or of a weight's.
-FAMILIES = {"mae_face": ("MAE-Face", [.49895, .41044, .36561], [.29708, .26990, .26526]),
-            "rep_decoder": ("FSFM", [.54822, .42341, .36547], [.27892, .24385, .23493]),
-            "augreg": ("timm's augreg", [.5, .5, .5], [.5, .5, .5])}
+# Public ViTs whose images have other means and deviations than ImageNet's (docs/weights.md), by a part of the
+# file's path, or of a weight's name.
+FSFM = "FSFM's", [.54822, .42341, .36547], [.27892, .24385, .23493]
+FAMILIES = {"mae_face": ("MAE-Face's", [.49895, .41044, .36561], [.29708, .26990, .26526]), "rep_decoder": FSFM,
+            "FS-VFM": FSFM, "VF2": FSFM, "augreg": ("timm augreg's", [.5, .5, .5], [.5, .5, .5])}
 
 
 # ---- Writing
@@ -114,11 +118,11 @@ def read_checkpoint(path) -> dict:
                 raise ValueError(f"damaged (wrong checksum in {damaged}); use another copy")
         with torch.serialization.safe_globals(SAFE):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("made_of", {}), dict):
             raise ValueError(f"expected a dictionary of tensors, found {type(checkpoint).__name__}")
         return checkpoint
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"{path}: no such checkpoint, which is a file like best.pt") from None
     except Exception as error:        # a foreign file is unpickled as far as it goes; that can raise anything
         raise ValueError(f"{path}: {what_is_wrong(path, error)}") from None
 
@@ -131,7 +135,8 @@ def what_is_wrong(path, error: Exception) -> str:
     with suppress(OSError, ValueError, zipfile.BadZipFile):
         entries = zipfile.ZipFile(path).namelist()
     script = any(name.endswith("/constants.pkl") for name in entries)
-    found = next((kind for sign, kind in SIGNS.items() if start.startswith(sign)), "")
+    text = start.lstrip(b"\xef\xbb\xbf \r\n")
+    found = next((kind for sign, kind in SIGNS.items() if not entries and text.startswith(sign)), "")
     if script or start[8:10] == b'{"':
         found = "a TorchScript file" if script else "a safetensors file"
         load = "torch.jit.load('{}').state_dict()" if script else "safetensors.torch.load_file('{}')"
@@ -142,10 +147,13 @@ def what_is_wrong(path, error: Exception) -> str:
         found = "a tar archive"
     refused = re.search(r"GLOBAL (\S+) ", str(error))
     if refused and not found:
+        code = ('import torch; d = lambda x: getattr(x, "state_dict", lambda: x)(); '
+                f"x = d(torch.load({json.dumps(str(path))}, weights_only=False)); "
+                'x = d(x.get("model", x.get("state_dict", x))); '
+                'w = {k: torch.as_tensor(v) for k, v in x.items() if getattr(v, "ndim", 0)}; '
+                'torch.save(w, "weights.pt")')
         return (f"holds a {refused[1]}, and to load that may run a program; if you trust it, save its "
-                f"weights once: python -c \"import torch; x = torch.load('{path}', weights_only=False); "
-                "x = x.get('model', x) if type(x) is dict else x; "
-                "torch.save(getattr(x, 'state_dict', lambda: x)(), 'weights.pt')\"")
+                f"weights once: python -c {shlex.quote(code)}")
     if type(error) is ValueError and not found:
         return str(error)
     return f"not a whole, plain checkpoint, but {found or f'a file that begins with {start[:24]}'}"
@@ -153,21 +161,25 @@ def what_is_wrong(path, error: Exception) -> str:
 
 # ---- Weights
 
+def tensors_in(table: dict) -> dict:
+    """The tensors of a dictionary or of one in it: under a key of WRAPPERS, else where there are most."""
+    inner = {key: tensors_in(value) for key, value in table.items()
+             if isinstance(value, dict) and "optim" not in str(key)}
+    own = {name: value for name, value in table.items() if torch.is_tensor(value) and not value.is_quantized}
+    return next((inner[key] for key in WRAPPERS if inner.get(key)), max([own, *inner.values()], key=len))
+
+
 def find_weights(checkpoint: dict, known, source) -> tuple[dict, dict]:
     """The tensors of a checkpoint: what has the prefix that all names of the model have there, by its own
     names; and what has not. `known`: the first name of the model, or several that are tried in turn.
     Raises ValueError if there is no tensor."""
-    for inner in [checkpoint.get(wrapper) for wrapper in WRAPPERS]:
-        if isinstance(inner, dict) and any(map(torch.is_tensor, inner.values())):
-            checkpoint = inner
-            break
-    weights = {name: value for name, value in checkpoint.items() if torch.is_tensor(value)}
+    weights = tensors_in(checkpoint)
     if not weights:
         raise ValueError(f"{source}: holds no weights, only {', '.join(map(str, [*checkpoint][:9]))}")
     for first in known:
         prefixes = {name.removesuffix(first) for name in weights if f".{name}".endswith(f".{first}")}
-        if len(prefixes) == 1:
-            prefix = prefixes.pop()
+        prefix = min(prefixes, key=len, default=None)
+        if prefix is not None and all(longer.startswith(prefix) for longer in prefixes):
             inside = {name.removeprefix(prefix): value for name, value in weights.items()
                       if name.startswith(prefix)}
             return inside, {name: value for name, value in weights.items() if not name.startswith(prefix)}
@@ -175,8 +187,10 @@ def find_weights(checkpoint: dict, known, source) -> tuple[dict, dict]:
 
 
 def load_weights(model, weights, source):
-    """Load by name, all of them. Raises ValueError for NaN and infinity, and with the first missing and
-    unexpected names and shapes that differ; the model must not be used then."""
+    """Load by name, all of them; the model's `source` tells where they came from. Raises ValueError for NaN
+    and infinity, and with the first missing and unexpected names and shapes that differ; the model must not
+    be used then."""
+    model.source = str(source)
     broken = [name for name, value in weights.items() if not value.isfinite().all()]
     if broken:
         raise ValueError(f"{source}: NaN or infinity in {', '.join(broken[:3])}; use another copy, or one "
@@ -199,7 +213,7 @@ def load_vit(vit, path) -> str:
     if str(path) == "none":
         return "random weights, as asked"
     checkpoint, ours = read_checkpoint(path), vit.state_dict()
-    record = checkpoint.get("made_of", {})
+    record, usual = checkpoint.get("made_of", {}), Vit()
     weights, outside = find_weights(checkpoint, ["cls_token"], path)
     not_needed = [name for name in weights if name not in ours and NOT_NEEDED.search(name.split(".")[0])]
     # The reference MAE's fine-tuned ViTs have fc_norm in place of norm.
@@ -217,18 +231,20 @@ def load_vit(vit, path) -> str:
     load_weights(vit, kept, f"{path} (of stage {record['stage']})" if record else path)
 
     # What no shape tells.
-    told, heads = record.get("settings", {}), vit.blocks[0].attn.heads
-    head = vit.norm.normalized_shape[0] // heads
-    for name, value in (("vit.heads", heads), ("vit.mean", vit.mean), ("vit.std", vit.std)):
-        if told.get(name, value) != value:
-            raise ValueError(f"{path}: its ViT was trained with {name}={told[name]}, and here it is {value}; "
-                             f"give --set {name}={str(told[name]).replace(' ', '')}, or another checkpoint")
-    if not record and head != 64:
-        said += f"; assumed: {heads} heads of {head} numbers, as the file does not tell"
-    for sign, (family, mean, std) in FAMILIES.items():
-        if sign in f"{path} {' '.join(weights)}" and not record and [mean, std] != [vit.mean, vit.std]:
-            numbers = f"--set vit.mean={mean} --set vit.std={std}".replace(" 0", "0")
-            said += f"; warning: {family} expects images of another mean and deviation, {numbers}"
+    heads, dim = vit.blocks[0].attn.heads, vit.norm.normalized_shape[0]
+    family, mean, std = next((family for sign, family in FAMILIES.items()
+                              if sign in f"{path} {' '.join(weights)}"), ("most ViTs'", usual.mean, usual.std))
+    ours = {"vit.heads": heads, "vit.mean": vit.mean, "vit.std": vit.std}
+    told = {"vit.heads": heads, "vit.mean": usual.mean, "vit.std": usual.std} | record.get("settings", {})
+    other = [name for name in ours if told[name] != ours[name]]
+    if record and other:
+        raise ValueError(f"{path}: its ViT was trained with other settings than this one; give it its own: "
+                         + " ".join(f"--set {name}={told[name]}" for name in other).replace(", ", ","))
+    if not record and dim != 64 * heads:
+        said += f"; assumed: {heads} heads of {dim // heads} numbers, as the file does not tell"
+    if not record and [mean, std] != [vit.mean, vit.std]:
+        said += (f"; warning: {family} images have another mean and deviation, "
+                 + f"--set vit.mean={mean} --set vit.std={std}".replace(", ", ","))
     return said
 
 

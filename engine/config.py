@@ -27,7 +27,7 @@ from engine.settings import SECTIONS, SETTINGS, Config
 MAY_BE_ZERO = ("seed", "workers", "fold", "mean", "weight_decay", "warmup_epochs", "dropout", "drop_path",
                "clip", "held_out", "synthetic.faces", "task.epochs", "emma.weights", "cotex.mask_ratio",
                "js_weight")
-HIGHEST = {"smallest_crop": 1, "layer_decay": 1, "fold": 4}
+HIGHEST = {"smallest_crop": 1, "layer_decay": 1, "fold": 4, "mean": 1, "std": 1}
 BELOW_ONE = ("mask_ratio", "dropout", "drop_path", "held_out", "betas")
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number",
          str: "text; put numbers in quotes"}

@@ -182,7 +182,7 @@ def _fresh_store():
 def _end(number, frame):
     """SIGTERM and Ctrl-C, but in a training (`run.Signals`): a line, and the exit code of an ended process.
     A copy, as torchrun sends, ends at once."""
-    if os.environ.get("RANK", "0") == "0":
+    if (os.environ.get("RANK") or "0") == "0":
         print(f"stopped by {signal.Signals(number).name}; what is finished is kept, start the same command "
               "again to go on", file=sys.stderr, flush=True)
     for later in STOP:

@@ -142,8 +142,8 @@ class Trained(NamedTuple):
 
     def predict(self, frames: VideoFrames, length: int, progress) -> tuple[np.ndarray, np.ndarray]:
         """A video of T = `length` frames -> float32 (T, 22), noface (T,), as scoring.each_frame says."""
-        config, team = self.config, self.team
-        return each_frame(self.model, frames, length, OUTPUTS, torch.float32, config, team, progress)
+        return each_frame(self.model, self.model.source, frames, length, OUTPUTS, torch.float32, self.config,
+                          self.team, progress)
 
 
 def load(path, config: Config | None = None, team: Team | None = None) -> Trained:

@@ -60,6 +60,9 @@ def main(config, team):
             raise ValueError(f"{file.path}: no frame with an image has a label of {', '.join(gone)}; set the "
                              "weight of these in emma.weights to 0")
     cnn_file, cnn_record = find_input(config, team, "emma.cnn")
+    cnn_size = cnn_record.get("settings", {}).get("vit.image_size", size)
+    if cnn_size != size:
+        raise ValueError(f"{cnn_file}: learned from images of {cnn_size} pixels, vit.image_size is {size}")
     found = {"training": frames.fingerprint(), "validation": val_frames.fingerprint(),
              "training videos": frames.used, "cnn": f"checksum {cnn_record.get('checksum') or 'none'}"}
     if run.still_finished(found):

@@ -226,7 +226,8 @@ def ours(model, **change):
 def test_a_file_with_torchvisions_names_fills_both_trunks_whatever_its_classes(tmp_path, key):
     weights = random_weights(resnet_shapes(7, SMALL), torch.float32)
     weights = {name: value for name, value in weights.items() if "num_b" not in name}    # as before 2018
-    path = save(tmp_path / "resnet.pt", weights if key is None else {key: weights, "epoch": 3})
+    found = {f"{'module.' if key == 'model' else ''}{name}": value for name, value in weights.items()}
+    path = save(tmp_path / "resnet.pt", found if key is None else {key: found, "epoch": 3})
     resnet, dan, images = build(config_of("resnet18")), build(config_of("dan")), torch.randn(2, 3, 64, 64)
     last = resnet.fc.weight.clone()
     for trunk in (resnet, dan.dan.trunk):

@@ -130,12 +130,12 @@ def test_a_frame_without_a_face_repeats_the_one_before_it_and_at_the_start_the_f
     files = Files(2, 3, 5, 8)
     expected = {n: normalise(torch.full((1, 8, 8, 3), 30 * n, dtype=torch.uint8)).mean().item()
                 for n in (2, 3, 8)}
-    outputs, noface = each_frame(lambda x: x.mean(dim=(2, 3)), files, 9, 3, torch.float32, config, ALONE,
+    outputs, noface = each_frame(lambda x: x.mean(dim=(2, 3)), "", files, 9, 3, torch.float32, config, ALONE,
                                  progress)
     assert noface.tolist() == [n not in expected for n in range(1, 10)] and progress.done == 9
     assert outputs.mean(axis=1) == pytest.approx([expected[n] for n in (2, 2, 3, 3, 3, 3, 3, 8, 8)], abs=1e-5)
     assert capfd.readouterr().out.count("left out: 5.jpg: not a readable image") == 1
-    outputs, noface = each_frame(lambda x: x.mean(dim=(2, 3)) + 1, Files(5), 5, 3, torch.float16, config,
+    outputs, noface = each_frame(lambda x: x.mean(dim=(2, 3)) + 1, "", Files(5), 5, 3, torch.float16, config,
                                  ALONE, progress)
     assert noface.all() and not outputs.any() and outputs.dtype == np.float16
 
@@ -144,9 +144,9 @@ def test_outputs_that_are_not_finite_are_refused_also_if_only_float16_cannot_hol
     config = Config()
     config.vit.image_size, config.run.workers = 8, 0
     for dtype, value in ((torch.float32, math.nan), (torch.float16, 7e4)):
-        with pytest.raises(ValueError, match="2.jpg and what follows: the network's outputs are not finite"):
-            each_frame(lambda x: torch.full((len(x), 3), value), Files(2, 3), 3, 3, dtype, config, ALONE,
-                       Progress(3, "frames", ALONE))
+        with pytest.raises(ValueError, match="a.pt: its outputs are not finite"):
+            each_frame(lambda x: torch.full((len(x), 3), value), "a.pt", Files(2, 3), 3, 3, dtype, config,
+                       ALONE, Progress(3, "frames", ALONE))
 
 
 @pytest.mark.parametrize("stage, told, token", [("finetune", "cls", "mean"), ("finetune", "mean", "cls"),
