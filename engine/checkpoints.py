@@ -38,8 +38,9 @@ NOT_NEEDED = re.compile("decoder|mask_token|head|fc|proj|predict|classifier")
 # Public ViTs whose images have other means and deviations than ImageNet's (docs/weights.md), by a part of the
 # file's path, or of a weight's name.
 FSFM = "FSFM's", [.54822, .42341, .36547], [.27892, .24385, .23493]
-FAMILIES = {"mae_face": ("MAE-Face's", [.49895, .41044, .36561], [.29708, .26990, .26526]), "rep_decoder": FSFM,
-            "FS-VFM": FSFM, "VF2": FSFM, "augreg": ("timm augreg's", [.5, .5, .5], [.5, .5, .5])}
+FAMILIES = {"mae_face": ("MAE-Face's", [.49895, .41044, .36561], [.29708, .26990, .26526]),
+            "rep_decoder": FSFM, "FS-VFM": FSFM, "VF2": FSFM,
+            "augreg": ("timm augreg's", [.5, .5, .5], [.5, .5, .5])}
 
 
 # ---- Writing
@@ -232,8 +233,8 @@ def load_vit(vit, path) -> str:
 
     # What no shape tells.
     heads, dim = vit.blocks[0].attn.heads, vit.norm.normalized_shape[0]
-    family, mean, std = next((family for sign, family in FAMILIES.items()
-                              if sign in f"{path} {' '.join(weights)}"), ("most ViTs'", usual.mean, usual.std))
+    known = [family for sign, family in FAMILIES.items() if sign in f"{path} {' '.join(weights)}"]
+    family, mean, std = [*known, ("most ViTs'", usual.mean, usual.std)][0]
     ours = {"vit.heads": heads, "vit.mean": vit.mean, "vit.std": vit.std}
     told = {"vit.heads": heads, "vit.mean": usual.mean, "vit.std": usual.std} | record.get("settings", {})
     other = [name for name in ours if told[name] != ours[name]]

@@ -137,7 +137,8 @@ def tar() -> bytes:
 
 # Files that are no checkpoints, and what is said of them.
 KINDS = {b"": "a file that begins with b''", b"hello, I am text\n": "a file that begins with b'hello",
-         b"\x00" * 999: "a file that", b"PK\x03\x04": "a check.* cut short", b"\x89PNG\r\n\x1a\n": "a file that beg",
+         b"\x00" * 999: "a file that", b"PK\x03\x04": "a check.* cut short",
+         b"\x89PNG\r\n\x1a\n": "a file that beg",
          b"<!DOCTYPE html><p>Sign in": "a web page", b"\x1f\x8b\x08weights": "a gzip archive",
          b"version https://git-lfs.github.com/spec/v1\noid": "a pointer of Git LFS .git lfs pull",
          tar(): "a tar archive", archive(["a/", "a/weights.pt"]): "a zip archive of a/, a/weights.pt",
@@ -262,8 +263,8 @@ def test_a_vit_of_other_names_or_settings_is_refused_and_positions_of_another_si
         refused({"model": weights, "made_of": {"stage": "finetune", "settings": {name: value}}},
                 f"with other settings than this one; give it its own: --set {name}=")
     other = dict(mean=[.5, .5, .5], std=[.5, .5, .5])
-    refused({"model": weights, "made_of": {"stage": "pretrain"}}, "--set vit.mean=.0.485.*--set vit.std=.0.229",
-            sizes=VIT | other)                                             # of before there was vit.mean
+    before = {"model": weights, "made_of": {"stage": "pretrain"}}         # of before there was vit.mean
+    refused(before, "--set vit.mean=.0.485.*--set vit.std=.0.229", sizes=VIT | other)
     said = load_vit(small(VisionTransformer, VIT, **other), save(tmp_path / "FMAE.pth", weights))
     assert "warning: most ViTs' images have another mean and deviation, --set vit.mean=[0.485," in said
     told = {"model": mae, "made_of": {"stage": "pretrain", "settings": {"vit.heads": 2, "vit.dim": 16}}}
