@@ -22,15 +22,6 @@ def test_patchify_and_unpatchify_undo_each_other_exactly(channels, size):
     assert torch.equal(model.patchify(model.unpatchify(patches)), patches)
 
 
-def test_patches_come_row_by_row_and_flatten_as_row_column_channel():
-    model = small(MaskedAutoencoder, MAE, image_size=(4, 6), patch=2)
-    row, column, channel = torch.arange(4.0), torch.arange(6.0), torch.arange(3.0)
-    image = 100 * row[:, None] + 10 * column + channel[:, None, None]                    # (3, 4, 6)
-    patches = model.patchify(image[None])
-    assert patches[0, 0].tolist() == [0, 1, 2, 10, 11, 12, 100, 101, 102, 110, 111, 112]
-    assert patches[0, :, 0].tolist() == [0, 20, 40, 200, 220, 240]
-
-
 def test_the_example_of_the_double_argsort():
     model = small(MaskedAutoencoder, MAE, image_size=8)                                  # 2 of 4 visible
     noise, x = torch.tensor([[0.3, 0.9, 0.1, 0.5]]), torch.randn(1, 4, 5)

@@ -303,10 +303,12 @@ def test_new_changed_and_lost_videos_are_extracted_and_the_others_kept(finished,
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     codes, said = run(folder, "extract_features", *TINY, hook=stop("engine.checkpoints.write_array", 3))
     assert codes == [-signal.SIGKILL]
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     done(folder, "extract_features", *TINY)
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     changed = {name.split(".")[0] for name in after if after[name] != before.get(name)}
     assert changed == {"new", names[1], names[2]}
+    assert sum(after[name] == kept[name] != before.get(name) for name in kept) == 2     # a video before the kill
     assert np.array_equal(np.load(out / "new.npy"), np.load(out / f"{names[0]}.npy"))
     assert not list(out.glob("blind*"))                                         # a video without any face
     shutil.rmtree(frames / "new")

@@ -95,16 +95,6 @@ def test_workers_that_read_ahead_and_are_told_to_stop_too_change_nothing(undistu
     assert_same(place, undisturbed / "runs/tiny/finetune")
 
 
-def test_an_extraction_that_is_killed_keeps_what_is_done(undisturbed, tmp_path):
-    folder, place = ready(undisturbed, tmp_path, "features")
-    command = [*STAGES["features"], *TINY]
-    assert run(folder, *command, hook=stop("engine.checkpoints.write_file", 9))[0] == [-KILL]
-    kept = {path: path.stat().st_mtime_ns for path in place.glob("*.npy")}
-    done(folder, *command)
-    assert_same(place, undisturbed / "runs/tiny/features")
-    assert sum(path.stat().st_mtime_ns == when for path, when in kept.items()) == 4     # of two videos
-
-
 # ---- Under torchrun
 
 def killed_once():

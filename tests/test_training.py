@@ -15,7 +15,7 @@ from torch import nn
 
 from engine.distributed import Team
 from engine.training import (STOP, Batches, Progress, adamw, clip_gradient, generator, in_pieces, layers_of,
-                             learning_rate, loader, seed_dropout, set_learning_rate)
+                             loader, seed_dropout, set_learning_rate)
 from processes import ALONE, CPU, in_child
 from vit import VisionTransformer
 
@@ -134,12 +134,6 @@ def test_a_gradient_longer_than_the_longest_is_cut_and_its_length_before_is_told
     assert clip_gradient(model, longest).item() == 7                       # √(4 + 9 + 36); the rest has none
     assert model[0].weight.grad.tolist()[0] == pytest.approx([2 * shorter, -3 * shorter], rel=1e-6)
     assert model[0].bias.grad.item() == pytest.approx(6 * shorter, rel=1e-6)
-
-
-def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
-    for progress, warmup, share in [(0, .2, 0), (.05, .2, .25), (.2, .2, 1), (.6, .2, .5), (1, .2, 0),
-                                    (.4, .2, .5 + math.sqrt(.125)), (.5, 0, .5), (.999, 1, .999)]:
-        assert learning_rate(progress, warmup, 3e-5) == pytest.approx(3e-5 * share, abs=1e-15)
 
 
 def rates(steps, warmup, peak=2.0, **group):

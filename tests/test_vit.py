@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models import VIT, shuffled, small
-from vit import Attention, Block, PatchEmbed, VisionTransformer, attention, drop_path, sincos_positions
+from vit import Block, PatchEmbed, VisionTransformer, attention, drop_path, sincos_positions
 
 TORCH_NAMES = {"attn.qkv.weight": "self_attn.in_proj_weight", "attn.qkv.bias": "self_attn.in_proj_bias"}
 for ours, theirs in (("norm1", "norm1"), ("norm2", "norm2"), ("attn.proj", "self_attn.out_proj"),
@@ -20,22 +20,6 @@ def test_written_out_attention_is_torchs_fused_attention():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 7, 5, dtype=torch.double)
     assert torch.allclose(attention(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=1e-12, atol=1e-14)
-
-
-def test_the_attention_module_is_written_out_attention_between_two_linear_layers():
-    module = shuffled(Attention(12, heads=3))
-    x = torch.randn(2, 5, 12, dtype=torch.double)
-    q, k, v = (F.linear(x, w, b) for w, b in zip(module.qkv.weight.chunk(3), module.qkv.bias.chunk(3)))
-    heads = [attention(*(y[:, None, :, h * 4:h * 4 + 4] for y in (q, k, v)))[:, 0] for h in range(3)]
-    expected = F.linear(torch.cat(heads, dim=-1), module.proj.weight, module.proj.bias)
-    assert torch.allclose(module(x), expected, rtol=1e-12, atol=1e-14)
-    assert torch.allclose(module.split(x)[1][:, 2], k[..., 8:], rtol=1e-12, atol=1e-14)      # head 2 of k
-
-
-def test_attention_drops_out_only_in_training():
-    module, x = shuffled(Attention(8, heads=2)), torch.randn(1, 6, 8, dtype=torch.double)
-    assert not torch.equal(module(x, dropout=0.5), module(x))
-    assert torch.equal(module.eval()(x, dropout=0.5), module(x))
 
 
 def test_a_block_is_torchs_pre_norm_encoder_layer_forward_and_backward():
