@@ -9,10 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.checkpoints import load_vit
 from engine.config import load
 from engine.training import in_pieces
-from mae import MaskedAutoencoder
 from processes import ALONE, in_team
 from second_paper import train_cotex
 from second_paper.cotex import CoTEX, cotex_loss
@@ -80,17 +78,6 @@ def test_each_view_sees_the_patches_with_the_smallest_noise_of_its_own_in_evalua
     assert torch.allclose(model.classify(images).double(), whole.sum(0), rtol=1e-5, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert model.float().classify(images.float()).dtype == torch.float32
-
-
-def test_both_views_start_from_one_mae_and_hide_patches_as_it_does(tmp_path):
-    mae = MaskedAutoencoder(**TINY, decoder_dim=12, decoder_depth=1, decoder_heads=3, mask_ratio=0.5)
-    torch.save({"model": mae.state_dict()}, tmp_path / "mae.pt")
-    model, images, noise = tiny().float(), torch.randn(2, 3, 8, 12), torch.rand(2, 6)
-    for view in model.views:
-        assert load_vit(view.vit, tmp_path / "mae.pt").startswith(f"{tmp_path}/mae.pt; missing keys: none")
-    encoded = mae.forward_encoder(images, noise)[0][:, 0]
-    for view, found in zip(model.views, model(images, torch.stack([noise, noise], dim=1))):
-        assert torch.equal(view.head(encoded), found)
 
 
 # ---- The loss

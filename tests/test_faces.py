@@ -20,6 +20,7 @@ from datasets import faces
 from datasets.faces import (AFFECTNET_COLUMNS, FERPLUS, affectnet_2017, affectnet_2021, balanced_order,
                             class_folders, fer2013, image_folder, joined, labelled_sets, load_faces, raf_db)
 from engine.config import Config
+from files import write
 
 IMAGES = "Manually_Annotated_Images"
 AFFECTNET_HEADER = ",".join(AFFECTNET_COLUMNS)
@@ -33,12 +34,6 @@ def save(path, grey=0):
     image = Image.new("L", (6, 4), grey)
     image.putpixel((5, 3), grey + 1)                # one single colour would be no face
     image.save(path, "PNG")
-
-
-def write(path, *lines, end="\n"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(end.join([*lines, ""]).encode())
-    return path
 
 
 def level(face):

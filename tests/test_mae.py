@@ -31,21 +31,6 @@ def test_the_example_of_the_double_argsort():
     assert restore.tolist() == [[1, 3, 0, 2]] and mask.tolist() == [[0, 1, 0, 1]]
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.6, 0.8, 0.93])
-@pytest.mark.parametrize("size", [16, (12, 20)])
-def test_the_patches_with_the_smallest_noise_are_visible_their_number_rounded_down(ratio, size):
-    model = small(MaskedAutoencoder, MAE, image_size=size, mask_ratio=ratio)
-    N = model.pos_embed.shape[1] - 1
-    x, noise = torch.randn(3, N, 5), torch.rand(3, N)
-    kept, mask, restore = model.random_masking(x, noise)
-    assert model.visible == int(N * (1 - ratio)) and kept.shape == (3, model.visible, 5)
-    assert torch.equal(mask, (noise > noise.sort(dim=1).values[:, model.visible - 1:model.visible]).float())
-    for b in range(3):
-        assert sorted(restore[b].tolist()) == list(range(N))
-        for n, place in enumerate(restore[b].tolist()):
-            assert place >= model.visible or torch.equal(kept[b, place], x[b, n])
-
-
 def test_without_noise_each_image_and_each_call_gets_its_own_mask():
     model, images = small(MaskedAutoencoder, MAE, image_size=16, mask_ratio=0.75), torch.randn(2, 3, 16, 16)
     masks = torch.cat([model(images)[2] for _ in range(300)])
@@ -114,7 +99,7 @@ def second_implementation(w, images, noise, P, heads, decoder_heads, visible, no
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-@pytest.mark.parametrize("size, channels, ratio", [((8, 12), 3, 0.5), ((16, 16), 3, 0.75), ((12, 4), 1, 0.5)])
+@pytest.mark.parametrize("size, channels, ratio", [((8, 12), 3, 0.6), ((16, 16), 3, 0.93), ((12, 4), 1, 0.5)])
 def test_a_second_implementation_gives_the_same_loss_prediction_and_gradients(size, channels, ratio,
                                                                               norm_pix_loss):
     model = shuffled(small(MaskedAutoencoder, MAE, image_size=size, channels=channels, mask_ratio=ratio,

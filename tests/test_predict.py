@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data import Video
+from engine.checkpoints import read_checkpoint
 from evaluate import compare
 from labels import EXPR, TASKS, in_units, smoothed, targets
 from metrics import difference
@@ -203,6 +204,11 @@ def test_an_experiment_is_compared_with_the_configuration_as_it_stands(finished,
     idea = ["--task", "au", *TINY, "--set", "task.held_out=0.4"]
     said = done(folder, "train_task", *idea)
     assert "new, differs from the configuration in task.held_out" in said
+    assert "held out, to choose the epoch" in said
+    ours, plain = (read_checkpoint(folder / f"runs/tiny/task_au{of}/best.pt")["made_of"]["data"]
+                   for of in ("+task.held_out=0.4", ""))
+    held, trained = set(ours["held-out videos"]), set(ours["training videos"])
+    assert held and trained and not held & trained and held | trained == set(plain["training videos"])
     assert content(folder / "runs/tiny/features") == content(finished / "runs/tiny/features")
     ours = metrics(folder / "runs/tiny/task_au+task.held_out=0.4")["score"]
     theirs = metrics(folder / "runs/tiny/task_au")["score"]
@@ -211,7 +217,8 @@ def test_an_experiment_is_compared_with_the_configuration_as_it_stands(finished,
         found = re.search(r"([+-][.\d]+) \[.*\] against runs/tiny/task_au \(([.\d]+)", said)
         assert float(found[1]) == pytest.approx(ours - theirs, abs=6e-4)
         assert float(found[2]) == pytest.approx(theirs, abs=6e-4)
-    assert "chosen on 2 held-out training videos: mean over " in done(folder, "evaluate", *idea, "--tune")
+    said = done(folder, "evaluate", *idea, "--tune", "--against")
+    assert f"chosen on {len(held)} held-out training videos: mean over " in said
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -247,7 +254,7 @@ def test_the_difference_is_ours_less_theirs_whatever_the_order_of_their_videos(t
 @pytest.mark.parametrize("words, message", [
     (["--task", "au", "--against", "runs/tiny/pretrain"], "no finished task with the sums of its videos"),
     (["--task", "au", "--against", "runs/tiny/task_va"], "no finished task with the sums of its videos"),
-    (["--task", "au", "--tune"], "0 training videos were held back"),
+    (["--task", "au", "--tune"], "0 training videos were held back.*--set task.held_out=0.15"),
     (["--task", "va", "--checkpoint", "runs/tiny/task_au/best.pt"], "of stage task_au, not a segment model"),
     (["--task", "au", "--checkpoint", "gone.pt"], "gone.pt"),
     ([], "--task: expected va, expr or au"),

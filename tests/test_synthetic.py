@@ -1,7 +1,6 @@
 """Drawn data: the same bytes each time, the real layouts and faults, pictures that show what labels say."""
 
 import contextlib
-import csv
 import io
 import runpy
 import sys
@@ -15,11 +14,10 @@ import pytest
 from PIL import Image
 
 from datasets import faces, synthetic
-from datasets.s_aff_wild2 import FILES, HEADER, read_annotations, split_labels
+from datasets.s_aff_wild2 import FILES, read_annotations, split_labels
 from datasets.synthetic import (SPLITS, STYLES, check_paths, draw_class_face, draw_still, draw_video,
                                 frame_lists, is_complete, main, make, make_second, played, still_lists,
                                 videos)
-from datasets.synthetic_acting import LABEL_LAG, act, annotate
 from datasets.synthetic_face import SIDE, State, draw_face, person
 from engine.settings import Config, Data, Synthetic
 from images import VideoFrames
@@ -183,20 +181,6 @@ def test_the_loaders_of_still_faces_read_every_set(root):
         assert (root / "ABAW4" / file).read_bytes() == jpeg.getvalue()
 
 
-def test_the_lists_of_still_faces_have_the_rows_that_nobody_can_use():
-    lists = {file: [*csv.DictReader(text.splitlines())] for file, text in still_lists(MANY)}
-    rows = lists["AffectNet-2017/training.csv"] + lists["AffectNet-2017/validation.csv"]
-    assert {row["expression"] for row in rows} == set(map(str, range(11)))
-    assert all((row["valence"] == "-2") == (int(row["expression"]) >= 8) for row in rows)
-    fer, plus = lists["FER2013/fer2013.csv"], lists["FERPlus/fer2013new.csv"]
-    assert [row["Usage"] for row in fer] == [row["Usage"] for row in plus]
-    assert {row["Usage"] for row in fer} == {"Training", "PublicTest", "PrivateTest"}
-    assert {row["NF"] for row in plus if not row["Image name"]} == {"10"}
-    votes = np.array([[int(row[name]) for name in faces.FERPLUS] for row in plus])
-    voted = np.array([*faces.FERPLUS.values()])[votes.argmax(1)]
-    assert (voted == [faces.FER2013[row["emotion"]] for row in fer]).mean() > 0.9
-
-
 # ---- What is seen, and what is written about it
 
 @pytest.mark.parametrize("unit", AUS)
@@ -225,17 +209,6 @@ def test_nobody_is_in_two_splits_sets_or_styles(monkeypatch):
     assert len(set(people)) == len(people) > 90
 
 
-def test_valence_and_arousal_follow_the_face_late_and_other_labels_at_once():
-    rng = np.random.default_rng(0)
-    acting = act(rng, 3000, 0)
-    labels = {name: rows.astype(float) for name, rows in annotate(rng, acting).items()}
-    for i in (0, 1):
-        match = [np.corrcoef(acting.shown[:3000 - lag, i], labels["va"][lag:, i])[0, 1] for lag in range(30)]
-        assert LABEL_LAG[0] - 2 <= int(np.argmax(match)) <= LABEL_LAG[1] + 2 and max(match) > 0.95
-    assert (labels["expr"][:, 0] == acting.expression).all()
-    assert acting.au[labels["au"] == 1].min() > acting.au[labels["au"] == 0].max() > 0.3
-
-
 # ---- The second paper's lists
 
 def test_the_labels_of_the_lists_are_those_of_the_label_files(root):
@@ -255,28 +228,6 @@ def test_the_labels_of_the_lists_are_those_of_the_label_files(root):
                 else:
                     assert (labels != task.invalid).any()        # a list has labels that no file has
     assert min(compared.values()) > 60
-
-
-def test_every_third_frame_with_a_face_has_a_row_and_labels_are_missing_in_every_way():
-    rows = []
-    for (file, text), name in zip(frame_lists(MANY), FILES):
-        header, *lines = text.splitlines()
-        assert (file, header) == (name, HEADER) and 0 < len(lines) - len(set(lines)) < 0.03 * len(lines)
-        rows += [line.split(",") for line in lines]
-    listed, absent = {row[0] for row in rows}, 0
-    for video in videos(MANY):
-        found = np.array(played(MANY, video)[3][:video.frames])
-        there = np.array([f"{video.name}/{n + 1:05d}.jpg" in listed for n in range(video.frames)])
-        places = np.flatnonzero(there[found])
-        assert places[0] < 3 and found.sum() - places[-1] <= 3 and (np.diff(places) == 3).all()
-        absent += there[~found].sum()
-    assert 0 < absent < 0.03 * len(rows)
-    labels = np.array([row[1:] for row in rows], float)          # (n, 15)
-    known = labels != np.repeat([-5, -1], [2, 13])
-    tasks = np.stack([known[:, :2].any(1), known[:, 2], known[:, 3:].any(1)], 1)
-    assert np.abs(tasks.mean(0) - (0.70, 0.65, 0.70)).max() < 0.06
-    assert len(np.unique(tasks, axis=0)) == 8 and len(np.unique(known[:, :2], axis=0)) == 4
-    assert (~known[tasks[:, 2], 3:]).any(0).all() and set(labels[known[:, 2], 2]) == set(range(8))
 
 
 # ---- The command
