@@ -66,6 +66,10 @@ def test_va_loss_is_the_sum_of_one_minus_ccc_over_valence_and_arousal_each_over_
     assert ccc_loss(pred, target, valid).item() == pytest.approx(expected, rel=1e-13)
     parts = [ccc_loss(pred[b], target[b], valid[b]).item() for b in range(6)]
     assert abs(sum(parts) / 6 - expected) > 0.01                     # it is no mean over parts
+    arousal = 1 - ccc(pred[..., 1][valid[..., 1]], target[..., 1][valid[..., 1]]).item()
+    for frames in (0, 1):                       # no frame of a dimension counts 0, one has a CCC of 0
+        valid[..., 0] = torch.arange(42).view(6, 7) < frames
+        assert ccc_loss(pred, target, valid).item() == pytest.approx(frames + arousal, rel=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.double], ids=str)
@@ -186,20 +190,6 @@ def test_views_and_weights_that_do_not_fit_are_refused():
     for shape in ((11,), (1,), (), (7, 12)):
         with pytest.raises(ValueError, match=re.escape(f"pos_weight {shape}: expected (12,), one for each")):
             weighted_au_loss(*batch("emma au"), torch.ones(shape))
-
-
-@pytest.mark.parametrize("name, goal", [("va", 0.02), ("expr", 0.05), ("au", 0.05), ("js", 0.01)])
-def test_gradient_descent_reaches_a_perfect_prediction(name, goal):
-    pred, target, valid = batch(name)
-    pred = (0.1 if name != "js" else 1) * pred
-    optimizer = torch.optim.Adam([pred.requires_grad_()], lr=0.05)
-    for _ in range(150):
-        loss = LOSSES[name][0](pred, target, valid)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < goal
-    assert name != "va" or (pred - target)[valid].abs().mean() < 0.05     # also of the same scale and mean
 
 
 # ---- Pieces and processes

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mae import MaskedAutoencoder
-from models import MAE, SEGMENT, TCN, VIT, shuffled, small
+from models import MAE, SEGMENT, TCN, VIT, learn, shuffled, small
 from tcn import TemporalConvNet
 from temporal import SegmentModel
 from vit import VisionTransformer, sincos_positions
@@ -173,17 +173,6 @@ def test_weights_start_as_in_mae():
 
 
 # ---- Learning
-
-def learn(loss_of_step, *models, steps: int, lr: float) -> float:
-    """-> the mean loss of the last ten steps"""
-    optimizer, losses = torch.optim.Adam([p for model in models for p in model.parameters()], lr=lr), []
-    for _ in range(steps):
-        losses.append(loss_of_step())
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    return sum(losses[-10:]).item() / 10
-
 
 @pytest.mark.parametrize("token", ["mean", "cls"])
 def test_eight_random_images_are_learned_by_heart(token):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from models import TCN, shuffled, small
-from tcn import DilatedConv, Level, TemporalConvNet, hide
+from tcn import DilatedConv, Level, TemporalConvNet
 
 each_side = pytest.mark.parametrize("causal", [True, False])
 
@@ -78,9 +78,3 @@ def test_a_level_is_two_convolutions_and_a_shortcut_with_dropout_after_activatio
     level.eval()
     expected = level.act2(level.conv2(level.act1(level.conv1(x))))
     assert torch.allclose(level(x), level.act3(expected + shortcut), rtol=1e-12, atol=1e-13)
-
-
-def test_hide_zeroes_padded_frames_and_copies_the_others():
-    x = torch.tensor([[[1.0, 2], [math.nan, math.inf]]])
-    assert hide(x, torch.tensor([[True, False]])).tolist() == [[[1, 2], [0, 0]]]
-    assert hide(x, None) is x
