@@ -25,3 +25,8 @@ def run_without(packages: str, folder, module: str, *arguments) -> tuple[int, st
     command = [sys.executable, "-c", WITHOUT, packages, module, *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": f"{ROOT}"})
     return done.returncode, done.stdout, done.stderr
+
+
+def label_file(root, task, split: str, video: str, rows) -> Path:
+    """The label file of a video, below a folder like Aff-Wild2's. -> its path"""
+    return write(Path(root) / task.folders[0] / split / f"{video}.txt", ",".join(task.outputs), *rows)

@@ -184,16 +184,13 @@ def test_a_pickle_runs_nothing_and_its_weights_can_be_saved_alone(tmp_path, monk
         read_checkpoint(path)
 
 
-def test_every_missing_unexpected_and_differing_name_is_listed():
+def test_weights_that_do_not_fit_are_listed_by_name_and_none_or_such_that_are_not_finite_refused():
     weights = {"0.weight": torch.ones(2, 4), "0.bias": torch.ones(2), "c": torch.ones(1)}
     with pytest.raises(ValueError) as refusal:
         load_weights(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2, bias=False)), weights, "best.pt")
     for words in ("best.pt: a checkpoint of another architecture; use the configuration it was made with\n",
                   'Missing key(s) in state_dict: "1.weight"', 'state_dict: "c"', "mismatch for 0.weight"):
         assert words in str(refusal.value)
-
-
-def test_weights_that_are_none_or_not_finite_are_refused():
     for weights in ({"weight": 3}, {"model": [torch.zeros(1)]}, {"model": {}}):
         with pytest.raises(ValueError, match="best.pt: holds no weights, only (weight|model)"):
             find_weights(weights, [], "best.pt")

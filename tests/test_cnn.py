@@ -67,7 +67,10 @@ def test_resnets_scores_are_those_of_the_network_written_out(training):
     images = torch.randn(3, 3, 70, 96, dtype=torch.double)
     features = resnet_map(weights, images, training=training)                        # (3, 32, 3, 3)
     expected = features.flatten(2).sum(2) / 9 @ weights["fc.weight"].T + weights["fc.bias"]
-    assert expected.std() > 0.1 and torch.allclose(model(images), expected, rtol=1e-9, atol=1e-11)
+    scores = model(images)
+    assert expected.std() > 0.1 and torch.allclose(scores, expected, rtol=1e-9, atol=1e-11)
+    scores.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @BOTH
@@ -85,6 +88,8 @@ def test_a_public_dan_gives_the_scores_of_its_own_network_in_our_order_of_classe
     assert torch.allclose(heads, theirs, rtol=1e-9, atol=1e-9) and expected.std() > 0.1
     public = [0, 6, 5, 4, 1, 2, 3, 7]       # Neutral Anger Disgust Fear Happiness Sadness Surprise Other
     assert torch.allclose(scores, expected[:, public], rtol=1e-9, atol=1e-9)
+    scores.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         assert [x.dtype for x in model.float().parts(images.float())] == [torch.float32] * 3
 
@@ -193,7 +198,7 @@ def ours(model, **change):
 
 
 @pytest.mark.parametrize("key", [None, "model", "state_dict"])
-def test_a_file_with_torchvisions_names_fills_both_trunks_whatever_its_classes(tmp_path, key):
+def test_only_a_file_with_torchvisions_names_fills_both_trunks_whatever_its_classes(tmp_path, key):
     weights = random_weights(resnet_shapes(7, SMALL), torch.float32)
     weights = {name: value for name, value in weights.items() if "num_b" not in name}    # as before 2018
     path = save(tmp_path / "resnet.pt", weights if key is None else {key: weights, "epoch": 3})
@@ -203,10 +208,6 @@ def test_a_file_with_torchvisions_names_fills_both_trunks_whatever_its_classes(t
         assert load_trunk(trunk, path) == "left out: fc.weight, fc.bias"
         assert torch.allclose(trunk.eval().features(images), resnet_map(weights, images), atol=1e-3)
     assert torch.equal(resnet.fc.weight, last)
-
-
-def test_a_file_of_another_network_is_no_trunk(tmp_path):
-    weights = random_weights(resnet_shapes(1000, SMALL), torch.float32)
     weights.pop("layer2.0.bn1.bias")
     with pytest.raises(ValueError, match=r'(?s)other.pt: .*Missing key\(s\).* "layer2.0.bn1.bias"'):
         load_trunk(ResNet18(8, SMALL), save(tmp_path / "other.pt", weights))

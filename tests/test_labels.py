@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from files import write
+from files import label_file, write
 from labels import (AU, EXPR, FOLDS, TASKS, VA, deal, for_metric, has_labels, hold_out, in_units, label_files,
                     read_labels, scene, smoothed, split, targets)
 
@@ -119,8 +119,7 @@ def random_labels(root, seed, tasks, count=40) -> dict[str, dict[str, str]]:
                 part, rows = ("Train_Set", "Validation_Set")[rng.integers(2)], frames + int(rng.integers(3))
                 if rng.random() < 0.7:
                     official[name][video] = part
-                    path = root / TASKS[name].folders[0] / part / f"{video}.txt"
-                    write(path, HEADER[name], *[ROWS[name]] * rows, "", " ")
+                    label_file(root, TASKS[name], part, video, [*[ROWS[name]] * rows, "", " "])
     return official
 
 

@@ -102,15 +102,6 @@ def test_the_cross_entropies_are_written_out_means_of_valid_frames_and_entries()
     assert LOSSES["emma au"][0](x, y, valid).item() == pytest.approx(expected, rel=1e-13)
 
 
-def test_each_au_of_emma_costs_2_ln_2_times_its_share_of_negatives_at_logit_0():
-    frames = 103_316                                                 # of s-Aff-Wild2, and its positives
-    positives = torch.tensor([18713, 8745, 20342, 30605, 41337, 38286, 26783, 2460, 2980, 5003, 70584, 10756])
-    target, weight = torch.arange(frames)[:, None] < positives, (frames - positives) / positives
-    loss = weighted_au_loss(torch.zeros(target.shape), target, torch.ones_like(target), weight).item()
-    assert loss == pytest.approx(2 * math.log(2) * (12 - positives.sum().item() / frames), rel=1e-5)
-    assert loss == pytest.approx(12.92, abs=0.005)
-
-
 @pytest.mark.parametrize("V", [1, 2, 3])
 def test_js_is_the_mean_divergence_of_the_views_from_their_mean(V):
     views = 2 * torch.randn(V, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.double)
@@ -130,6 +121,7 @@ def test_js_is_the_mean_divergence_of_the_views_from_their_mean(V):
 @each_loss
 def test_gradients_are_those_of_finite_differences(name):
     pred, target, valid = batch(name, B=2, T=4)
+    assert LOSSES[name][0](pred.half(), target, valid).dtype == torch.float32           # bf16: test_gpu.py
     assert torch.autograd.gradcheck(lambda x: LOSSES[name][0](x, target, valid), pred.requires_grad_())
 
 
@@ -152,17 +144,6 @@ def test_nothing_valid_gives_exactly_zero_and_zero_gradients(name, B):
     for N in [(), (5,)] if name in IN_PIECES else [()]:
         loss, gradient = loss_and_gradient(name, pred * math.nan, target, torch.zeros_like(valid), *N)
         assert loss == 0 and gradient.shape == pred.shape and not gradient.any()
-
-
-@each_loss
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_predictions_give_the_float32_loss_of_their_values(name, dtype):
-    pred, target, valid = batch(name, B=40, T=300, dtype=torch.float32)
-    loss, gradient = loss_and_gradient(name, pred.to(dtype), target, valid)
-    exact, exact_gradient = loss_and_gradient(name, pred.to(dtype).float(), target, valid)
-    assert loss.dtype == torch.float32 and torch.equal(loss, exact)
-    assert gradient.dtype == dtype and torch.equal(gradient, exact_gradient.to(dtype))
-    assert torch.equal(loss_and_gradient(name, pred.to(dtype), target.double(), valid)[0], loss)
 
 
 @pytest.mark.parametrize("name", ["expr", "au", "emma au", "js"])

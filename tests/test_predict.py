@@ -74,19 +74,16 @@ def test_a_row_per_frame_has_what_the_models_give_for_its_features(here):
             assert [row["expression"] for row in mine] == best
 
 
-def test_what_was_found_is_said(here):
+def test_what_was_found_is_said_and_more_processes_write_the_same_table(here):
     said = done(here, *PREDICT[:-1], "again.csv")
     for words in ("8 videos, ", "1 .txt", "1 folders without a frame: empty"):
         assert words in said
     assert "learned from synthetic faces" in said and "left out: " in said and "no readable face" not in said
     assert "rows; " in said and (here / "again.csv").read_bytes() == (here / "p.csv").read_bytes()
     assert "is finished; nothing to do" in done(here, *PREDICT[:-1], "again.csv")
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_more_processes_write_the_same_table(here, world):
-    done(here, *PREDICT[:-1], f"by{world}.csv", world=world)
-    assert (here / f"by{world}.csv").read_bytes() == (here / "p.csv").read_bytes()
+    for world in (2, 3):
+        done(here, *PREDICT[:-1], f"by{world}.csv", world=world)
+        assert (here / f"by{world}.csv").read_bytes() == (here / "p.csv").read_bytes()
 
 
 def test_time_and_smoothing(here):
@@ -315,7 +312,7 @@ def test_new_changed_and_lost_videos_are_extracted_and_the_others_kept(finished,
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     changed = {name.split(".")[0] for name in after if after[name] != before.get(name)}
     assert changed == {"new", names[1], names[2]}
-    assert sum(after[name] == kept[name] != before.get(name) for name in kept) == 2     # a video before the kill
+    assert sum(after[name] == kept[name] != before.get(name) for name in kept) == 2    # made before the kill
     assert np.array_equal(np.load(out / "new.npy"), np.load(out / f"{names[0]}.npy"))
     assert not list(out.glob("blind*"))                                         # a video without any face
     shutil.rmtree(frames / "new")

@@ -38,11 +38,6 @@ def everything(undisturbed):
     return undisturbed
 
 
-def source_of(stage, request):
-    """Finished runs, among them the one of this stage."""
-    return request.getfixturevalue("everything" if stage in ("stills", "emma", "cotex") else "undisturbed")
-
-
 def disturbed(world, number, function, count):
     """A hook: all processes are killed, or the last one is told to stop."""
     if number == KILL or int(os.environ["RANK"]) == world - 1:
@@ -53,7 +48,8 @@ def disturbed(world, number, function, count):
 def test_killed_and_stopped_at_many_moments_a_stage_ends_with_the_same_bits(
         request, tmp_path, stage, world, starts):
     """Of several processes one is told to stop; the others stop after the same step."""
-    source, command = source_of(stage, request), [*STAGES[stage], *TINY, *EACH_STEP]
+    source = request.getfixturevalue("everything" if stage in ("stills", "emma", "cotex") else "undisturbed")
+    command = [*STAGES[stage], *TINY, *EACH_STEP]
     folder, place = ready(source, tmp_path / "disturbed", stage)
     expected = source / "runs/tiny" / stage
     if world > 1:

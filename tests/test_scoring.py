@@ -212,7 +212,7 @@ def test_a_checkpoint_alone_predicts(tmp_path, task):
     ({}, VA, 0, "best.pt: of stage task_au, not a segment model for --task va"),
     ({"stage": "finetune"}, None, 0, "best.pt: of stage finetune, not a segment model"),
     (None, None, 0, "best.pt: does not tell what it was made of; give its configuration and its task"),
-    ({"settings": {"temporal.width": 16}}, None, 0, "best.pt: a checkpoint of another arch.*mismatch for tcn"),
+    ({"settings": {"temporal.width": 16}}, None, 0, "best.pt: a checkpoint of another arch.*mismatch for t"),
     ({}, AU, np.zeros((4, 5)), "expected the features of a video, .T, 3., got .4, 5."),
     ({}, AU, np.zeros((0, 3)), "got .0, 3."), ({}, AU, np.zeros(3), "got .3,."),
     ({}, AU, np.full((4, 3), np.nan), "NaN or infinity")])

@@ -125,7 +125,8 @@ def run(tmp_path):
     (tmp_path / "features").mkdir()
     for video, frames in (("1", 45), ("2_left", 7)):
         np.save(tmp_path / f"features/{video}.npy", rng.normal(size=(frames, 6)).astype(np.float16))
-    write(tmp_path / "t.txt", *names_of("1", *range(1, 48)), *names_of("a/2_left", 7, 1), "3/1.jpg", "4/1.jpg")
+    names = [*names_of("1", *range(1, 48)), *names_of("a/2_left", 7, 1), "3/1.jpg", "4/1.jpg"]
+    write(tmp_path / "t.txt", *names)
     for task in TASKS.values():
         folder = tmp_path / f"tiny/task_{task.name}"
         folder.mkdir(parents=True)
@@ -251,7 +252,7 @@ def test_a_broken_submission_is_refused_with_its_first_wrong_line(tmp_path, name
 # ---- The command, where torch is not installed
 
 def test_writing_from_a_table_and_checking_need_no_torch_and_no_configuration(tmp_path):
-    called = partial(run_without, "torch", tmp_path, "tools.submission", "--task", "va", "--template", "t.txt")
+    called = partial(run_without, "torch", tmp_path, "tools.submission", "--task", "va", "--template=t.txt")
     write(tmp_path / "t.txt", "9/1.jpg", "9/2.jpg"), write(tmp_path / "table.csv", TABLE, "9,1,0,0")
     code, out, err = called("--out", "p.txt", "--predictions", "table.csv")
     assert (code, err) == (0, "") and "p.txt is right: 2 rows of 1 videos" in out
