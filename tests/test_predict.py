@@ -202,13 +202,15 @@ def test_an_experiment_is_compared_with_the_configuration_as_it_stands(finished,
     said = done(folder, "train_task", *idea)
     assert "new, differs from the configuration in task.held_out" in said
     assert "held out, to choose the epoch" in said
-    ours, plain = (read_checkpoint(folder / f"runs/tiny/task_au{of}/best.pt")["made_of"]["data"]
+    best, plain = (read_checkpoint(folder / f"runs/tiny/task_au{of}/best.pt")
                    for of in ("+task.held_out=0.4", ""))
-    held, trained = set(ours["held-out videos"]), set(ours["training videos"])
-    assert held and trained and not held & trained and held | trained == set(plain["training videos"])
+    held, trained = (set(best["made_of"]["data"][f"{kind} videos"]) for kind in ("held-out", "training"))
+    assert held and trained and not held & trained
+    assert held | trained == set(plain["made_of"]["data"]["training videos"])
     assert content(folder / "runs/tiny/features") == content(finished / "runs/tiny/features")
     ours = metrics(folder / "runs/tiny/task_au+task.held_out=0.4")["score"]
     theirs = metrics(folder / "runs/tiny/task_au")["score"]
+    assert plain["score"] == pytest.approx(theirs) and best["score"] != pytest.approx(ours)   # on held-out
     for against in (["--against"], ["--against", "runs/tiny/task_au"]):
         said = done(folder, "evaluate", *idea, *against)
         found = re.search(r"([+-][.\d]+) \[.*\] against runs/tiny/task_au \(([.\d]+)", said)
