@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.checkpoints import load_vit
 from engine.config import load
 from engine.training import in_pieces
-from mae import MaskedAutoencoder
+from models import learn
 from processes import ALONE, in_team
 from second_paper import train_cotex
 from second_paper.cotex import CoTEX, cotex_loss
@@ -78,17 +77,8 @@ def test_each_view_sees_the_patches_with_the_smallest_noise_of_its_own_in_evalua
             assert torch.allclose(logits[v, b], by_hand(view, images[b], kept), rtol=1e-10, atol=1e-12)
             assert torch.allclose(whole[v, b], by_hand(view, images[b], range(6)), rtol=1e-10, atol=1e-12)
     assert torch.allclose(model.classify(images).double(), whole.sum(0), rtol=1e-5, atol=1e-6)
-
-
-def test_both_views_start_from_one_mae_and_hide_patches_as_it_does(tmp_path):
-    mae = MaskedAutoencoder(**TINY, decoder_dim=12, decoder_depth=1, decoder_heads=3, mask_ratio=0.5)
-    torch.save({"model": mae.state_dict()}, tmp_path / "mae.pt")
-    model, images, noise = tiny().float(), torch.randn(2, 3, 8, 12), torch.rand(2, 6)
-    for view in model.views:
-        assert load_vit(view.vit, tmp_path / "mae.pt").startswith(f"{tmp_path}/mae.pt; missing keys: none")
-    encoded = mae.forward_encoder(images, noise)[0][:, 0]
-    for view, found in zip(model.views, model(images, torch.stack([noise, noise], dim=1))):
-        assert torch.equal(view.head(encoded), found)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.float().classify(images.float()).dtype == torch.float32
 
 
 # ---- The loss
@@ -136,15 +126,6 @@ def test_pieces_and_processes_give_the_step_of_one_process_with_the_whole_batch(
         assert all((found[name] - g).norm() < 1e-11 * g.norm() for name, g in whole.items())
 
 
-def test_under_mixed_precision_loss_and_scores_are_float32_and_near_the_exact_ones():
-    model, (images, labels, noise) = tiny().float(), batch()
-    exact = cotex_loss(model(images.float(), noise), labels, labels >= 0, 1.0).item()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = cotex_loss(model(images.float(), noise), labels, labels >= 0, 1.0)
-        assert model.eval().classify(images.float()).dtype == loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(exact, rel=0.02) and loss != exact
-
-
 # ---- Refusals
 
 @pytest.mark.parametrize("make, message", [
@@ -177,13 +158,9 @@ def test_six_images_are_learned_by_heart_and_the_views_come_to_agree():
     torch.manual_seed(0)
     model = CoTEX(**TINY | dict(dim=32), mask_ratio=0.5)
     images, labels, valid = torch.randn(6, 3, 8, 12), torch.arange(6), torch.ones(6, dtype=torch.bool)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     first = cotex_loss(model(images, torch.rand(6, 2, 6)), labels, valid, 16.7)
     assert first.item() == pytest.approx(math.log(6), abs=2e-4)      # all classes are equally likely
-    for _ in range(120):
-        loss = cotex_loss(model(images, torch.rand(6, 2, 6)), labels, valid, 1.0)     # other masks each time
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.4 * math.log(6) and (model.eval().classify(images).argmax(1) == labels).all()
+    last = learn(lambda: cotex_loss(model(images, torch.rand(6, 2, 6)), labels, valid, 1.0), model,
+                 steps=120, lr=3e-3)                                 # other masks each time
+    assert last < 0.4 * math.log(6) and (model.eval().classify(images).argmax(1) == labels).all()
     assert cotex_loss(model(images), labels, valid, 1.0) < 0.1 * math.log(6)

@@ -15,6 +15,7 @@ from PIL import Image
 from data import (Frames, Images, SegmentData, Video, VideoFrames, describe, expr_frames, fingerprint,
                   noface_path, open_videos, read_features, segments, some_faces)
 from engine.training import generator, loader
+from files import label_file
 from images import READ, check_ends, open_frames, random_crop, resize, video_folders
 from labels import AU, EXPR, TASKS, VA
 from processes import ALONE
@@ -26,13 +27,6 @@ def draw(folder, numbers, size: int = 8):
     for number in numbers:
         image = Image.linear_gradient("L").resize((size, size)).point(lambda x: x // 16 + 10 * number)
         image.save(Path(folder) / f"{number:05d}.jpg")
-
-
-def label_file(root, task, split, video, rows) -> Path:
-    path = Path(root) / task.folders[0] / split / f"{video}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([",".join(task.outputs), *rows, ""]))
-    return path
 
 
 # ---- Frames on disk

@@ -206,10 +206,6 @@ def test_an_end_that_a_user_can_help_is_one_line_that_others_do_not_repeat(monke
         launch(main, CONFIG, "au")
     assert end.value.code == code and capsys.readouterr().err == said
     assert slept == [2] * (rank == 1 and code == 2)                  # torchrun ends them meanwhile
-
-
-def test_another_error_is_raised(monkeypatch):
-    monkeypatch.setattr(distributed, "STOP", ())
     with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied"):
         launch(lambda config, team: torch.ones(2, 3) @ torch.ones(2, 3), CONFIG)
 

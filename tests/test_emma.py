@@ -23,7 +23,7 @@ from engine.training import Progress
 from images import normalise, resize
 from labels import AU, EXPR, TASKS
 from losses import ccc_loss, expr_loss, weighted_au_loss
-from processes import ALONE, in_team
+from processes import ALONE
 from second_paper import emma, train_emma
 from second_paper.cnn import DAN, ResNet18
 from second_paper.emma import EMMA, by_task, count, emma_losses, outputs_of, scores
@@ -113,26 +113,6 @@ def test_the_losses_are_those_of_three_tasks_without_missing_labels():
     expected = [ccc_loss(x[:, :2], y[:, :2], y[:, :2] != -5), expr_loss(x[:, 2:10], y[:, 2], y[:, 2] != -1),
                 weighted_au_loss(x[:, 10:], y[:, 3:], y[:, 3:] != -1, WEIGHT)]
     assert emma_losses(x, y, WEIGHT).tolist() == [loss.item() for loss in expected]
-
-
-def step(part, team=ALONE):
-    """A training step on a part of eight images without VA. -> the three terms, gradients"""
-    model = tiny()
-    ddp = team.parallel(model)
-    losses = emma_losses(ddp(pictures()[part]), batch(missing="va")[part], WEIGHT)
-    losses.sum().backward()
-    return losses.tolist(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def test_a_step_over_processes_is_that_of_one_with_the_whole_batch():
-    losses, gradients = step(slice(0, 8))
-    parts = [slice(0, 5), slice(5, 8), slice(8, 8)]
-    codes, results = in_team(3, lambda team: step(parts[team.rank], team))
-    assert codes == [0] * 3
-    for got, found in results:
-        assert got == pytest.approx(losses, rel=1e-10) and got[0] == 0
-        for name, whole in gradients.items():
-            assert torch.allclose(found[name], whole, rtol=1e-7, atol=1e-10), name
 
 
 # ---- The score

@@ -24,6 +24,7 @@ import evaluate
 import metrics
 from engine.checkpoints import checksum
 from engine.config import load
+from files import label_file
 from labels import EXPR, TASKS, scene, split
 from pipeline import STAGES, find_input, folder, read_record, settings_of, tuned_on
 from processes import ALONE
@@ -80,9 +81,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text(SETTINGS)
     for (name, task), n in itertools.product(TASKS.items(), range(16)):                 # labelled videos
-        place = Path("labels", task.folders[0], "Validation_Set" if n < 4 else "Train_Set")
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{name}{n}.txt").write_text("header\n0\n")
+        label_file("labels", task, "Validation_Set" if n < 4 else "Train_Set", f"{name}{n}", ["0"])
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(subprocess, "check_output", lambda words, text: "a table\n" + " ".join(words[1:]))
     monkeypatch.setattr(metrics, "ROUNDS", 40)

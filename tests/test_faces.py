@@ -2,7 +2,6 @@
 hand; copies that differ and are read alike; what is refused; all sets as one list, in balance, counted."""
 
 import errno
-import itertools
 import os
 import re
 import runpy
@@ -17,9 +16,10 @@ import yaml
 from PIL import Image
 
 from datasets import faces
-from datasets.faces import (AFFECTNET_COLUMNS, FERPLUS, affectnet_2017, affectnet_2021, balanced_order,
-                            class_folders, fer2013, image_folder, joined, labelled_sets, load_faces, raf_db)
+from datasets.faces import (AFFECTNET_COLUMNS, FERPLUS, affectnet_2017, affectnet_2021, class_folders,
+                            fer2013, image_folder, joined, labelled_sets, load_faces, raf_db)
 from engine.config import Config
+from files import write
 
 IMAGES = "Manually_Annotated_Images"
 AFFECTNET_HEADER = ",".join(AFFECTNET_COLUMNS)
@@ -33,12 +33,6 @@ def save(path, grey=0):
     image = Image.new("L", (6, 4), grey)
     image.putpixel((5, 3), grey + 1)                # one single colour would be no face
     image.save(path, "PNG")
-
-
-def write(path, *lines, end="\n"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(end.join([*lines, ""]).encode())
-    return path
 
 
 def level(face):
@@ -401,22 +395,6 @@ def test_a_disk_that_fails_is_no_wrong_setting_but_a_folder_that_may_not_be_open
     monkeypatch.setattr(os, "scandir", fail)
     with pytest.raises(ValueError if number == errno.EACCES else OSError, match=os.strerror(number)):
         load_faces(data)
-
-
-def slow_order(labels, rng) -> list:
-    """Sample i is of class i mod K; each class goes through its rows in a shuffled order, again and again."""
-    rows = {k: [i for i, label in enumerate(labels) if label == k] for k in sorted(set(labels) - {-1})}
-    queues = [itertools.cycle(rng.permutation(of_class)) for of_class in rows.values()]
-    return [next(queues[i % len(queues)]) for i in range(sum(map(len, rows.values())))]
-
-
-def test_an_epoch_in_balance_has_every_class_equally_often():
-    labels = np.random.default_rng(0).permutation([0] * 9 + [1] * 4 + [4] * 2 + [7] + [-1] * 5)
-    order = balanced_order(labels, 3)
-    for epoch in range(3):
-        rows = order(epoch)
-        assert np.bincount(labels[rows], minlength=8).tolist() == [4, 4, 0, 0, 4, 0, 0, 4]
-        assert rows.tolist() == slow_order(labels, np.random.default_rng([2, 3, epoch]))
 
 
 COUNTED = """\

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from files import label_file, write
 from labels import (AU, EXPR, FOLDS, TASKS, VA, deal, for_metric, has_labels, hold_out, in_units, label_files,
                     read_labels, scene, smoothed, split, targets)
 
@@ -10,12 +11,6 @@ HEADER = {"va": "valence,arousal",
           "expr": "Neutral,Anger,Disgust,Fear,Happiness,Sadness,Surprise,Other",
           "au": "AU1,AU2,AU4,AU6,AU7,AU10,AU12,AU15,AU23,AU24,AU25,AU26"}
 ROWS = {"va": "0,0", "expr": "1", "au": ",".join("0" * 12)}
-
-
-def write(path, *lines, end="\n", bom=""):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes((bom + end.join([*lines, ""])).encode())
-    return path
 
 
 # ---- The records
@@ -58,6 +53,7 @@ def test_a_header_may_have_spaces_and_another_case_and_a_file_may_have_no_frames
     assert read_labels(write(tmp_path / "v.txt", "Valence, Arousal", "0, 1"), VA).tolist() == [[0, 1]]
     for task, shape in ((VA, (0, 2)), (EXPR, (0,)), (AU, (0, 12))):
         assert read_labels(write(tmp_path / "v.txt", HEADER[task.name]), task).shape == shape
+
 
 @pytest.mark.parametrize("content, kind", [
     (b"PK\3\4", "a zip archive or an Excel file"), (b"\x1f\x8b\x08", "a gzip file"), (b"Rar!", "a rar arc"),
@@ -123,8 +119,7 @@ def random_labels(root, seed, tasks, count=40) -> dict[str, dict[str, str]]:
                 part, rows = ("Train_Set", "Validation_Set")[rng.integers(2)], frames + int(rng.integers(3))
                 if rng.random() < 0.7:
                     official[name][video] = part
-                    path = root / TASKS[name].folders[0] / part / f"{video}.txt"
-                    write(path, HEADER[name], *[ROWS[name]] * rows, "", " ")
+                    label_file(root, TASKS[name], part, video, [*[ROWS[name]] * rows, "", " "])
     return official
 
 

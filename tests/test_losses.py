@@ -66,16 +66,10 @@ def test_va_loss_is_the_sum_of_one_minus_ccc_over_valence_and_arousal_each_over_
     assert ccc_loss(pred, target, valid).item() == pytest.approx(expected, rel=1e-13)
     parts = [ccc_loss(pred[b], target[b], valid[b]).item() for b in range(6)]
     assert abs(sum(parts) / 6 - expected) > 0.01                     # it is no mean over parts
-
-
-@pytest.mark.parametrize("valence, arousal", [(0, 7), (7, 0), (1, 7)])
-def test_a_dimension_with_no_valid_frame_counts_nothing(valence, arousal):
-    pred, target, _ = batch("va", B=1)
-    valid = torch.arange(7)[None, :, None] < torch.tensor([valence, arousal])
-    loss, gradient = loss_and_gradient("va", pred, target, valid)
-    alone = [ccc_loss(*(x[..., k:k + 1] for x in (pred, target, valid))).item() for k in range(2)]
-    assert loss.item() == pytest.approx(sum(alone), rel=1e-14) and alone.count(0) == (valence != 1)
-    assert not gradient[~valid].any() and gradient.isfinite().all()
+    arousal = 1 - ccc(pred[..., 1][valid[..., 1]], target[..., 1][valid[..., 1]]).item()
+    for frames in (0, 1):                       # no frame of a dimension counts 0, one has a CCC of 0
+        valid[..., 0] = torch.arange(42).view(6, 7) < frames
+        assert ccc_loss(pred, target, valid).item() == pytest.approx(frames + arousal, rel=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.double], ids=str)
@@ -108,15 +102,6 @@ def test_the_cross_entropies_are_written_out_means_of_valid_frames_and_entries()
     assert LOSSES["emma au"][0](x, y, valid).item() == pytest.approx(expected, rel=1e-13)
 
 
-def test_each_au_of_emma_costs_2_ln_2_times_its_share_of_negatives_at_logit_0():
-    frames = 103_316                                                 # of s-Aff-Wild2, and its positives
-    positives = torch.tensor([18713, 8745, 20342, 30605, 41337, 38286, 26783, 2460, 2980, 5003, 70584, 10756])
-    target, weight = torch.arange(frames)[:, None] < positives, (frames - positives) / positives
-    loss = weighted_au_loss(torch.zeros(target.shape), target, torch.ones_like(target), weight).item()
-    assert loss == pytest.approx(2 * math.log(2) * (12 - positives.sum().item() / frames), rel=1e-5)
-    assert loss == pytest.approx(12.92, abs=0.005)
-
-
 @pytest.mark.parametrize("V", [1, 2, 3])
 def test_js_is_the_mean_divergence_of_the_views_from_their_mean(V):
     views = 2 * torch.randn(V, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.double)
@@ -136,6 +121,7 @@ def test_js_is_the_mean_divergence_of_the_views_from_their_mean(V):
 @each_loss
 def test_gradients_are_those_of_finite_differences(name):
     pred, target, valid = batch(name, B=2, T=4)
+    assert LOSSES[name][0](pred.half(), target, valid).dtype == torch.float32           # bf16: test_gpu.py
     assert torch.autograd.gradcheck(lambda x: LOSSES[name][0](x, target, valid), pred.requires_grad_())
 
 
@@ -158,17 +144,6 @@ def test_nothing_valid_gives_exactly_zero_and_zero_gradients(name, B):
     for N in [(), (5,)] if name in IN_PIECES else [()]:
         loss, gradient = loss_and_gradient(name, pred * math.nan, target, torch.zeros_like(valid), *N)
         assert loss == 0 and gradient.shape == pred.shape and not gradient.any()
-
-
-@each_loss
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_predictions_give_the_float32_loss_of_their_values(name, dtype):
-    pred, target, valid = batch(name, B=40, T=300, dtype=torch.float32)
-    loss, gradient = loss_and_gradient(name, pred.to(dtype), target, valid)
-    exact, exact_gradient = loss_and_gradient(name, pred.to(dtype).float(), target, valid)
-    assert loss.dtype == torch.float32 and torch.equal(loss, exact)
-    assert gradient.dtype == dtype and torch.equal(gradient, exact_gradient.to(dtype))
-    assert torch.equal(loss_and_gradient(name, pred.to(dtype), target.double(), valid)[0], loss)
 
 
 @pytest.mark.parametrize("name", ["expr", "au", "emma au", "js"])
@@ -196,20 +171,6 @@ def test_views_and_weights_that_do_not_fit_are_refused():
     for shape in ((11,), (1,), (), (7, 12)):
         with pytest.raises(ValueError, match=re.escape(f"pos_weight {shape}: expected (12,), one for each")):
             weighted_au_loss(*batch("emma au"), torch.ones(shape))
-
-
-@pytest.mark.parametrize("name, goal", [("va", 0.02), ("expr", 0.05), ("au", 0.05), ("js", 0.01)])
-def test_gradient_descent_reaches_a_perfect_prediction(name, goal):
-    pred, target, valid = batch(name)
-    pred = (0.1 if name != "js" else 1) * pred
-    optimizer = torch.optim.Adam([pred.requires_grad_()], lr=0.05)
-    for _ in range(150):
-        loss = LOSSES[name][0](pred, target, valid)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < goal
-    assert name != "va" or (pred - target)[valid].abs().mean() < 0.05     # also of the same scale and mean
 
 
 # ---- Pieces and processes

@@ -22,15 +22,6 @@ def test_patchify_and_unpatchify_undo_each_other_exactly(channels, size):
     assert torch.equal(model.patchify(model.unpatchify(patches)), patches)
 
 
-def test_patches_come_row_by_row_and_flatten_as_row_column_channel():
-    model = small(MaskedAutoencoder, MAE, image_size=(4, 6), patch=2)
-    row, column, channel = torch.arange(4.0), torch.arange(6.0), torch.arange(3.0)
-    image = 100 * row[:, None] + 10 * column + channel[:, None, None]                    # (3, 4, 6)
-    patches = model.patchify(image[None])
-    assert patches[0, 0].tolist() == [0, 1, 2, 10, 11, 12, 100, 101, 102, 110, 111, 112]
-    assert patches[0, :, 0].tolist() == [0, 20, 40, 200, 220, 240]
-
-
 def test_the_example_of_the_double_argsort():
     model = small(MaskedAutoencoder, MAE, image_size=8)                                  # 2 of 4 visible
     noise, x = torch.tensor([[0.3, 0.9, 0.1, 0.5]]), torch.randn(1, 4, 5)
@@ -38,21 +29,6 @@ def test_the_example_of_the_double_argsort():
     kept, mask, restore = model.random_masking(x, noise)
     assert order.tolist() == [[2, 0, 3, 1]] and torch.equal(kept, x[:, [2, 0]])
     assert restore.tolist() == [[1, 3, 0, 2]] and mask.tolist() == [[0, 1, 0, 1]]
-
-
-@pytest.mark.parametrize("ratio", [0.25, 0.6, 0.8, 0.93])
-@pytest.mark.parametrize("size", [16, (12, 20)])
-def test_the_patches_with_the_smallest_noise_are_visible_their_number_rounded_down(ratio, size):
-    model = small(MaskedAutoencoder, MAE, image_size=size, mask_ratio=ratio)
-    N = model.pos_embed.shape[1] - 1
-    x, noise = torch.randn(3, N, 5), torch.rand(3, N)
-    kept, mask, restore = model.random_masking(x, noise)
-    assert model.visible == int(N * (1 - ratio)) and kept.shape == (3, model.visible, 5)
-    assert torch.equal(mask, (noise > noise.sort(dim=1).values[:, model.visible - 1:model.visible]).float())
-    for b in range(3):
-        assert sorted(restore[b].tolist()) == list(range(N))
-        for n, place in enumerate(restore[b].tolist()):
-            assert place >= model.visible or torch.equal(kept[b, place], x[b, n])
 
 
 def test_without_noise_each_image_and_each_call_gets_its_own_mask():
@@ -63,19 +39,16 @@ def test_without_noise_each_image_and_each_call_gets_its_own_mask():
     assert (masks.mean(dim=0) - 0.75).abs().max() < 0.08
 
 
-@pytest.mark.parametrize("shape", [(1, 6), (2, 5), (2, 6, 1)])
-def test_noise_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=r"^expected noise \(2, 6\) \(images, patches\), got \("):
-        small(MaskedAutoencoder, MAE)(torch.zeros(2, 3, 8, 12), torch.rand(shape))
-
-
-def test_hidden_pixels_reach_neither_the_encoder_nor_the_prediction():
+def test_hidden_pixels_reach_neither_the_encoder_nor_the_prediction_and_other_noise_is_refused():
     model, images, noise = small(MaskedAutoencoder, MAE), torch.randn(2, 3, 8, 12), torch.rand(2, 6)
     loss, pred, mask = model(images, noise)
     changed = images.masked_fill(model.unpatchify(mask[..., None].expand(-1, -1, 48)).bool(), math.nan)
     other_loss, other_pred, other_mask = model(changed, noise)
     assert torch.equal(model.forward_encoder(changed, noise)[0], model.forward_encoder(images, noise)[0])
     assert torch.equal(other_pred, pred) and torch.equal(other_mask, mask) and other_loss.isnan()
+    for shape in ((1, 6), (2, 5), (2, 6, 1)):
+        with pytest.raises(ValueError, match=r"^expected noise \(2, 6\) \(images, patches\), got \("):
+            model(images, torch.rand(shape))
 
 
 def second_implementation(w, images, noise, P, heads, decoder_heads, visible, norm_pix_loss):
@@ -123,7 +96,7 @@ def second_implementation(w, images, noise, P, heads, decoder_heads, visible, no
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-@pytest.mark.parametrize("size, channels, ratio", [((8, 12), 3, 0.5), ((16, 16), 3, 0.75), ((12, 4), 1, 0.5)])
+@pytest.mark.parametrize("size, channels, ratio", [((8, 12), 3, 0.6), ((16, 16), 3, 0.93), ((12, 4), 1, 0.5)])
 def test_a_second_implementation_gives_the_same_loss_prediction_and_gradients(size, channels, ratio,
                                                                               norm_pix_loss):
     model = shuffled(small(MaskedAutoencoder, MAE, image_size=size, channels=channels, mask_ratio=ratio,

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data import Video
+from engine.checkpoints import read_checkpoint
 from evaluate import compare
 from labels import EXPR, TASKS, in_units, smoothed, targets
 from metrics import difference
@@ -73,19 +74,16 @@ def test_a_row_per_frame_has_what_the_models_give_for_its_features(here):
             assert [row["expression"] for row in mine] == best
 
 
-def test_what_was_found_is_said(here):
+def test_what_was_found_is_said_and_more_processes_write_the_same_table(here):
     said = done(here, *PREDICT[:-1], "again.csv")
     for words in ("8 videos, ", "1 .txt", "1 folders without a frame: empty"):
         assert words in said
     assert "learned from synthetic faces" in said and "left out: " in said and "no readable face" not in said
     assert "rows; " in said and (here / "again.csv").read_bytes() == (here / "p.csv").read_bytes()
     assert "is finished; nothing to do" in done(here, *PREDICT[:-1], "again.csv")
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_more_processes_write_the_same_table(here, world):
-    done(here, *PREDICT[:-1], f"by{world}.csv", world=world)
-    assert (here / f"by{world}.csv").read_bytes() == (here / "p.csv").read_bytes()
+    for world in (2, 3):
+        done(here, *PREDICT[:-1], f"by{world}.csv", world=world)
+        assert (here / f"by{world}.csv").read_bytes() == (here / "p.csv").read_bytes()
 
 
 def test_time_and_smoothing(here):
@@ -203,15 +201,23 @@ def test_an_experiment_is_compared_with_the_configuration_as_it_stands(finished,
     idea = ["--task", "au", *TINY, "--set", "task.held_out=0.4"]
     said = done(folder, "train_task", *idea)
     assert "new, differs from the configuration in task.held_out" in said
+    assert "held out, to choose the epoch" in said
+    best, plain = (read_checkpoint(folder / f"runs/tiny/task_au{of}/best.pt")
+                   for of in ("+task.held_out=0.4", ""))
+    held, trained = (set(best["made_of"]["data"][f"{kind} videos"]) for kind in ("held-out", "training"))
+    assert held and trained and not held & trained
+    assert held | trained == set(plain["made_of"]["data"]["training videos"])
     assert content(folder / "runs/tiny/features") == content(finished / "runs/tiny/features")
     ours = metrics(folder / "runs/tiny/task_au+task.held_out=0.4")["score"]
     theirs = metrics(folder / "runs/tiny/task_au")["score"]
+    assert plain["score"] == pytest.approx(theirs) and best["score"] != pytest.approx(ours)   # on held-out
     for against in (["--against"], ["--against", "runs/tiny/task_au"]):
         said = done(folder, "evaluate", *idea, *against)
         found = re.search(r"([+-][.\d]+) \[.*\] against runs/tiny/task_au \(([.\d]+)", said)
         assert float(found[1]) == pytest.approx(ours - theirs, abs=6e-4)
         assert float(found[2]) == pytest.approx(theirs, abs=6e-4)
-    assert "chosen on 2 held-out training videos: mean over " in done(folder, "evaluate", *idea, "--tune")
+    said = done(folder, "evaluate", *idea, "--tune", "--against")
+    assert f"chosen on {len(held)} held-out training videos: mean over " in said
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -247,7 +253,7 @@ def test_the_difference_is_ours_less_theirs_whatever_the_order_of_their_videos(t
 @pytest.mark.parametrize("words, message", [
     (["--task", "au", "--against", "runs/tiny/pretrain"], "no finished task with the sums of its videos"),
     (["--task", "au", "--against", "runs/tiny/task_va"], "no finished task with the sums of its videos"),
-    (["--task", "au", "--tune"], "0 training videos were held back"),
+    (["--task", "au", "--tune"], "0 training videos were held back.*--set task.held_out=0.15"),
     (["--task", "va", "--checkpoint", "runs/tiny/task_au/best.pt"], "of stage task_au, not a segment model"),
     (["--task", "au", "--checkpoint", "gone.pt"], "gone.pt"),
     ([], "--task: expected va, expr or au"),
@@ -303,10 +309,12 @@ def test_new_changed_and_lost_videos_are_extracted_and_the_others_kept(finished,
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     codes, said = run(folder, "extract_features", *TINY, hook=stop("engine.checkpoints.write_array", 3))
     assert codes == [-signal.SIGKILL]
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     done(folder, "extract_features", *TINY)
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     changed = {name.split(".")[0] for name in after if after[name] != before.get(name)}
     assert changed == {"new", names[1], names[2]}
+    assert sum(after[name] == kept[name] != before.get(name) for name in kept) == 2    # made before the kill
     assert np.array_equal(np.load(out / "new.npy"), np.load(out / f"{names[0]}.npy"))
     assert not list(out.glob("blind*"))                                         # a video without any face
     shutil.rmtree(frames / "new")

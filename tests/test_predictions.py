@@ -2,17 +2,15 @@
 
 import csv
 import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 
+from files import run_without, write
 from labels import AU, EXPR, TASKS, VA, for_metric, targets
 from tools.predictions import read_predictions, score_file
 
-ROOT = Path(__file__).parent.parent
 COLUMNS = ["video", "frame", "time", "face", *VA.outputs, "expression", *EXPR.outputs, *AU.outputs]
 FRAMES = {"136": [1, 2], "28-30-1280x720-2_left": [3], "a,b/c": [1, 2, 4, 1_000]}
 of_each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -45,14 +43,9 @@ def write_table(path, rows, columns=COLUMNS):
     return path
 
 
-def write_lines(path, *lines, end="\n"):
-    path.write_bytes("".join(line + end for line in lines).encode())
-    return path
-
-
 def submission(path, task, rows, **keywords):
     """rows: {"136/00001.jpg": what stands behind it}"""
-    return write_lines(path, ",".join(["image_location", *task.outputs]),
+    return write(path, ",".join(["image_location", *task.outputs]),
                        *[f"{name},{cells}" for name, cells in rows.items()], **keywords)
 
 
@@ -109,9 +102,9 @@ ROWS = [
     pytest.param(*kind, row, id=f"{name} {task.name} {row[:30]}") for *kind, rows in ROWS
     for name, task in [kind[:2]] for row in rows])
 def test_a_broken_row_is_refused_with_its_file_and_line(tmp_path, name, task, lines, expected, row):
-    path = write_lines(tmp_path / name, *lines)
+    path = write(tmp_path / name, *lines)
     assert len(read_predictions(path, task)) == 1
-    write_lines(path, *lines, row, *lines[-1:])
+    write(path, *lines, row, *lines[-1:])
     with pytest.raises(ValueError) as refusal:
         read_predictions(path, task)
     assert str(refusal.value).startswith(f"{path}, line {len(lines) + 1}: {row[:80]!r}, expected ")
@@ -125,7 +118,6 @@ FILES = {
     "a column twice": (VA, "p.csv", [VA_TABLE + ",valence", "a,1,0,0,0"], f"{HEADER}.*one column each of"),
     "a submission of another task": (VA, "p.txt", [EXPR_SENT, "a/1.jpg,1"], f"{HEADER}.*'image_location,val"),
     "UTF-16": (VA, "p.csv", ["v\0i\0d\0e\0o\0"], "this seems to be text in UTF-16; .*or one column each of"),
-    "JSON lines": (VA, "p.jsonl", ['{"video": "a", "frame": 1}'], f"{HEADER}.*one column each of"),
     "a long first line": (VA, "p.csv", ['"' + "a" * 200_000], HEADER),
     "a frame twice": (VA, "p.csv", [VA_TABLE, "a,1,0,0", "b,1,0,0", "a,1,1,1"],
                       "lines 2 and 4: both are frame 1 of a, expected each frame once")}
@@ -133,7 +125,7 @@ FILES = {
 
 @pytest.mark.parametrize("task, name, lines, message", FILES.values(), ids=FILES)
 def test_a_broken_file_is_refused_with_its_name(tmp_path, task, name, lines, message):
-    path = write_lines(tmp_path / name, *lines)
+    path = write(tmp_path / name, *lines)
     with pytest.raises(ValueError, match=message) as refusal:
         read_predictions(path, task)
     assert str(refusal.value).startswith(str(path)) and len(str(refusal.value)) < 1000
@@ -146,7 +138,7 @@ def write_labels(folder, task, videos: dict):
     folder.mkdir(parents=True, exist_ok=True)
     for video, labels in videos.items():
         rows = [",".join(f"{value:g}" for value in np.atleast_1d(row)) for row in labels]
-        write_lines(folder / f"{video}.txt", ",".join(task.outputs), *rows)
+        write(folder / f"{video}.txt", ",".join(task.outputs), *rows)
     return folder
 
 
@@ -206,24 +198,12 @@ def test_predictions_of_other_videos_and_folders_without_labels_are_refused(tmp_
 
 # ---- The command, where only NumPy is installed
 
-COMMAND = """
-import runpy, sys
-sys.modules |= dict.fromkeys(["torch", "PIL", "yaml"])
-runpy.run_module("tools.predictions", run_name="__main__", alter_sys=True)
-"""
-
-
-def called(*arguments):
-    command = [sys.executable, "-c", COMMAND, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_the_command_scores_a_file_without_torch_or_says_why_not(tmp_path):
     values, labels = drawn(AU, 30, 0)
     folder = write_labels(tmp_path / "labels", AU, {"a": labels})
     path = write_table(tmp_path / "p.csv", rows_of(AU, "a", values))
     arguments = ["--task", "au", "--labels", folder, "--predictions"]
+    called = partial(run_without, "torch PIL yaml", tmp_path, "tools.predictions")
     assert called(*arguments, path) == (0, score_file(path, folder, AU) + "\n", "")
     code, out, err = called(*arguments, tmp_path / "none.csv")
     assert (code, out) == (2, "") and re.match(r"error: .*No such file.*none.csv'\n$", err)

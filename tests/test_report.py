@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from engine.config import load
+from files import label_file
 from labels import TASKS, in_units, targets
 from metrics import confusion, numbers
 from tools import report
@@ -62,11 +63,9 @@ def made(tmp_path_factory):
                           "au": rng.integers(0, 2, (T, K))}[name]
                 labels[6:10 if video != "few labels" else T] = task.invalid
                 videos[name][video] = rng.normal(size=(T, K)).astype(np.float32), labels
-                rows = [",".join(map(str, row)) for row in [task.outputs, *labels.reshape(T, -1).tolist()]]
-                for part in ("Train_Set", "Validation_Set"):
-                    place = Path("labels") / task.folders[0] / part
-                    place.mkdir(parents=True, exist_ok=True)
-                    (place / f"{part[0] * (part == 'Train_Set')}{video}.txt").write_text("\n".join(rows))
+                rows = [",".join(map(str, row)) for row in labels.reshape(T, -1).tolist()]
+                label_file("labels", task, "Train_Set", f"T{video}", rows)
+                label_file("labels", task, "Validation_Set", video, rows)
             sums = np.stack([task.metric.count(x, *targets(y, task)) for x, y in videos[name].values()])
             write_stage(f"task_{name}", {**numbers(task, sums), "video_sums": sums.tolist()})
             np.savez(f"runs/my/task_{name}/predictions.npz", **{v: x for v, (x, _) in videos[name].items()})

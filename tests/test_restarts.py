@@ -38,11 +38,6 @@ def everything(undisturbed):
     return undisturbed
 
 
-def source_of(stage, request):
-    """Finished runs, among them the one of this stage."""
-    return request.getfixturevalue("everything" if stage in ("stills", "emma", "cotex") else "undisturbed")
-
-
 def disturbed(world, number, function, count):
     """A hook: all processes are killed, or the last one is told to stop."""
     if number == KILL or int(os.environ["RANK"]) == world - 1:
@@ -53,7 +48,8 @@ def disturbed(world, number, function, count):
 def test_killed_and_stopped_at_many_moments_a_stage_ends_with_the_same_bits(
         request, tmp_path, stage, world, starts):
     """Of several processes one is told to stop; the others stop after the same step."""
-    source, command = source_of(stage, request), [*STAGES[stage], *TINY, *EACH_STEP]
+    source = request.getfixturevalue("everything" if stage in ("stills", "emma", "cotex") else "undisturbed")
+    command = [*STAGES[stage], *TINY, *EACH_STEP]
     folder, place = ready(source, tmp_path / "disturbed", stage)
     expected = source / "runs/tiny" / stage
     if world > 1:
@@ -93,16 +89,6 @@ def test_workers_that_read_ahead_and_are_told_to_stop_too_change_nothing(undistu
     assert codes == [128 + TERM] and "worker" not in said and "after step 2; saved" in said
     done(folder, *command)
     assert_same(place, undisturbed / "runs/tiny/finetune")
-
-
-def test_an_extraction_that_is_killed_keeps_what_is_done(undisturbed, tmp_path):
-    folder, place = ready(undisturbed, tmp_path, "features")
-    command = [*STAGES["features"], *TINY]
-    assert run(folder, *command, hook=stop("engine.checkpoints.write_file", 9))[0] == [-KILL]
-    kept = {path: path.stat().st_mtime_ns for path in place.glob("*.npy")}
-    done(folder, *command)
-    assert_same(place, undisturbed / "runs/tiny/features")
-    assert sum(path.stat().st_mtime_ns == when for path, when in kept.items()) == 4     # of two videos
 
 
 # ---- Under torchrun

@@ -93,7 +93,7 @@ def signals_act_as_before():
 
 # ---- The folder and the record
 
-def test_a_folder_in_use_is_refused_to_another_process_until_it_is_free(tmp_path):
+def test_a_folder_in_use_is_refused_until_it_is_free_and_one_that_cannot_be_locked(tmp_path, monkeypatch):
     def another():
         with pytest.raises(ValueError, match="run: another run is writing here; wait for it, or choose"):
             opened(tmp_path)
@@ -102,9 +102,6 @@ def test_a_folder_in_use_is_refused_to_another_process_until_it_is_free(tmp_path
     assert in_child(another) == 0
     run.lock.close()
     assert in_child(lambda: opened(tmp_path)) == 0
-
-
-def test_a_folder_that_cannot_be_written_or_locked_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.lockf", lambda *ignored: os.listdir(tmp_path / "nowhere"))    # an OSError
     (tmp_path / "file").write_text("")
     for folder in (tmp_path, tmp_path / "file"):

@@ -95,9 +95,6 @@ def test_every_labelled_frame_counts_once_whatever_the_number_of_processes(tmp_p
     labels = np.concatenate([video.labels for video in videos])
     assert one == pytest.approx(alone(task, everything, labels), abs=1e-12)
     assert all(np.array_equal(sums, results[0][1]) for _, sums in results)
-
-
-def test_damaged_predictions_are_named(tmp_path):
     (tmp_path / "predictions.npz").write_bytes(b"PK\x03\x04 no")
     with pytest.raises(ValueError, match="predictions.npz: not the predictions that a training has written"):
         read_predictions(tmp_path / "predictions.npz")
@@ -211,25 +208,19 @@ def test_a_checkpoint_alone_predicts(tmp_path, task):
     assert load(old).task is task
 
 
-@pytest.mark.parametrize("record, task, message", [
-    ({}, VA, "of stage task_au, not a segment model for --task va"),
-    ({"stage": "finetune"}, None, "of stage finetune, not a segment model"),
-    (None, None, "does not tell what it was made of; give its configuration and its task"),
-    ({"settings": {"temporal.width": 16}}, None, "a checkpoint of another architecture.*mismatch for tcn"),
-])
-def test_what_is_no_segment_model_of_this_task_is_refused(tmp_path, record, task, message):
+@pytest.mark.parametrize("record, task, features, message", [
+    ({}, VA, 0, "best.pt: of stage task_au, not a segment model for --task va"),
+    ({"stage": "finetune"}, None, 0, "best.pt: of stage finetune, not a segment model"),
+    (None, None, 0, "best.pt: does not tell what it was made of; give its configuration and its task"),
+    ({"settings": {"temporal.width": 16}}, None, 0, "best.pt: a checkpoint of another arch.*mismatch for t"),
+    ({}, AU, np.zeros((4, 5)), "expected the features of a video, .T, 3., got .4, 5."),
+    ({}, AU, np.zeros((0, 3)), "got .0, 3."), ({}, AU, np.zeros(3), "got .3,."),
+    ({}, AU, np.full((4, 3), np.nan), "NaN or infinity")])
+def test_what_is_no_segment_model_of_this_task_or_does_not_fit_it_is_refused(
+        tmp_path, record, task, features, message):
     path, _ = checkpoint(tmp_path, AU, record is not None, **record or {})
-    with pytest.raises(ValueError, match=f"(?s)best.pt: {message}"):
-        load(path, task=task)
-
-
-@pytest.mark.parametrize("features, message", [
-    (np.zeros((4, 5)), "expected the features of a video, .T, 3., got .4, 5."),
-    (np.zeros((0, 3)), "got .0, 3."), (np.zeros(3), "got .3,."),
-    (np.full((4, 3), np.nan), "NaN or infinity")])
-def test_features_that_do_not_fit_are_not_predicted(tmp_path, features, message):
-    with pytest.raises(ValueError, match=message):
-        load(checkpoint(tmp_path, VA)[0]).predict(features)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load(path, task=task).predict(features)
 
 
 def test_a_model_is_not_scored_on_other_features_nor_on_scenes_that_it_was_trained_on(tmp_path):

@@ -2,9 +2,8 @@
 checker, against files that are right and broken ones."""
 
 import dataclasses
-import subprocess
-import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +15,15 @@ import tiny
 from datasets.s_aff_wild2 import HEADER
 from engine.config import load
 from engine.distributed import Team
-from labels import AU, EXPR, TASKS, VA, in_units, smoothed
+from files import ROOT, run_without, write
+from labels import TASKS, VA, in_units, smoothed
 from temporal import SegmentModel
 from tools.predictions import header_of
 from tools.submission import check, main, matched, read_template
 
-ROOT = Path(__file__).parent.parent
 TABLE = "video,frame,valence,arousal"
 NAMED = {name: [task] for name, task in TASKS.items()} | {"mtl": list(TASKS.values())}     # what --task names
 of_each_task = pytest.mark.parametrize("tasks", NAMED.values(), ids=NAMED)
-
-
-def put(path, *lines, end="\n"):
-    path.write_bytes("".join(f"{line}{end}" for line in lines).encode())
-    return path
 
 
 def names_of(video, *frames):
@@ -55,8 +49,8 @@ def test_any_template_gets_what_a_plain_search_for_each_frame_gives(tmp_path, se
     for video in videos:
         names += names_of(video, *rng.choice(40, 5, replace=False))            # some copies count from 0
     names = [names[i] for i in rng.permutation(len(names))]
-    put(tmp_path / "t.txt", header_of(VA), *(f"{name}," for name in names))
-    put(tmp_path / "table.csv", TABLE,
+    write(tmp_path / "t.txt", header_of(VA), *(f"{name}," for name in names))
+    write(tmp_path / "table.csv", TABLE,
         *(f"{video},{t},{t / 1000},{k / 10}" for k, video in enumerate(videos) for t in known[video]))
     top, *lines = start(tmp_path, "va", predictions=tmp_path / "table.csv")
     for line, name in zip(lines, names, strict=True):
@@ -68,8 +62,8 @@ def test_any_template_gets_what_a_plain_search_for_each_frame_gives(tmp_path, se
 
 def test_what_is_not_as_usual_is_counted_and_said(tmp_path, capsys):
     names = names_of("a", 2, 1, 2, 9, 8) + names_of("b", 1, 5) + names_of("gone", 1, 2, 3)
-    put(tmp_path / "t.txt", *names)
-    put(tmp_path / "table.csv", TABLE, "a,1,2,0", "a,2,0,-3", "b,1,0,0")
+    write(tmp_path / "t.txt", *names)
+    write(tmp_path / "table.csv", TABLE, "a,1,2,0", "a,2,0,-3", "b,1,0,0")
     lines = start(tmp_path, "va", predictions=tmp_path / "table.csv")
     assert [line.split(",")[0] for line in lines[1:]] == names
     assert lines[1] == lines[3] == "a/00002.jpg,0.000000,-1.000000"
@@ -98,12 +92,11 @@ def test_a_video_is_found_by_its_whole_name_first_then_by_its_last_part():
     ({"template": "other.txt"}, "none of its videos, 137, has values in table.csv"),
     ({"out": "t.txt"}, "--out: t.txt exists and is no submission"),
     ({"out": "notes.txt"}, "notes.txt exists and is no submission of --task va; delete it")])
-
 def test_nothing_is_written_where_it_should_not_be(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    put(tmp_path / "table.csv", TABLE, "9,1,0,0")
-    put(tmp_path / "t.txt", header_of(VA), "9/1.jpg,0,0"), put(tmp_path / "other.txt", "137/1.jpg")
-    put(tmp_path / "notes.txt", "my notes")
+    write(tmp_path / "table.csv", TABLE, "9,1,0,0")
+    write(tmp_path / "t.txt", header_of(VA), "9/1.jpg,0,0"), write(tmp_path / "other.txt", "137/1.jpg")
+    write(tmp_path / "notes.txt", "my notes")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=message):
         start(Path(), "va", **{"predictions": "table.csv"} | options)
@@ -111,7 +104,7 @@ def test_nothing_is_written_where_it_should_not_be(tmp_path, monkeypatch, option
 
 
 def test_a_submission_is_made_again_whole_and_a_kill_leaves_the_former_one(tmp_path, monkeypatch):
-    put(tmp_path / "table.csv", TABLE, "9,1,0,0"), put(tmp_path / "t.txt", "9/1.jpg")
+    write(tmp_path / "table.csv", TABLE, "9,1,0,0"), write(tmp_path / "t.txt", "9/1.jpg")
     for content in (f"{header_of(VA)}\nold/00001.jpg,-5,-5\n", ""):
         (tmp_path / "p.txt").write_text(content)
         with monkeypatch.context() as patch, pytest.raises(TypeError):
@@ -132,7 +125,8 @@ def run(tmp_path):
     (tmp_path / "features").mkdir()
     for video, frames in (("1", 45), ("2_left", 7)):
         np.save(tmp_path / f"features/{video}.npy", rng.normal(size=(frames, 6)).astype(np.float16))
-    put(tmp_path / "t.txt", *names_of("1", *range(1, 48)), *names_of("a/2_left", 7, 1), "3/1.jpg", "4/1.jpg")
+    names = [*names_of("1", *range(1, 48)), *names_of("a/2_left", 7, 1), "3/1.jpg", "4/1.jpg"]
+    write(tmp_path / "t.txt", *names)
     for task in TASKS.values():
         folder = tmp_path / f"tiny/task_{task.name}"
         folder.mkdir(parents=True)
@@ -196,7 +190,7 @@ def test_both_kinds_of_template_with_any_line_ends_are_read_alike(tmp_path, task
     (["136/1.jpg", "image_location,", "2/1.jpg"], "line 2: 'image_location,', expected a frame")])
 def test_a_broken_template_is_refused_with_its_line(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
-        read_template(put(tmp_path / "t.txt", *lines), VA)
+        read_template(write(tmp_path / "t.txt", *lines), VA)
 
 
 NAMES = [*names_of("1-30-1280x720", 1, 2, 3, 6, 7), *names_of("video86_3_left", 2, 3),
@@ -213,8 +207,8 @@ def right(tasks, names=NAMES) -> list[str]:
 
 def told(folder, tasks, lines, names=NAMES, end="\n"):
     """What the checker says of these lines, the first of which is line 1."""
-    put(folder / "t.txt", header_of(*tasks), *(f"{name}," for name in names))
-    return check(put(folder / "p.txt", *lines, end=end), folder / "t.txt", *tasks).replace(f"{folder}/", "")
+    write(folder / "t.txt", header_of(*tasks), *(f"{name}," for name in names))
+    return check(write(folder / "p.txt", *lines, end=end), folder / "t.txt", *tasks).replace(f"{folder}/", "")
 
 
 @of_each_task
@@ -257,23 +251,12 @@ def test_a_broken_submission_is_refused_with_its_first_wrong_line(tmp_path, name
 
 # ---- The command, where torch is not installed
 
-WITHOUT_TORCH = """
-import runpy, sys
-sys.modules["torch"] = None
-runpy.run_module("tools.submission", run_name="__main__", alter_sys=True)
-"""
-
-
 def test_writing_from_a_table_and_checking_need_no_torch_and_no_configuration(tmp_path):
-    def called(*arguments):
-        command = [sys.executable, "-c", WITHOUT_TORCH, "--task", "va", "--template", "t.txt", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                              env={"PYTHONPATH": f"{ROOT}"})
-        return done.returncode, done.stdout, done.stderr
-    put(tmp_path / "t.txt", "9/1.jpg", "9/2.jpg"), put(tmp_path / "table.csv", TABLE, "9,1,0,0")
+    called = partial(run_without, "torch", tmp_path, "tools.submission", "--task", "va", "--template=t.txt")
+    write(tmp_path / "t.txt", "9/1.jpg", "9/2.jpg"), write(tmp_path / "table.csv", TABLE, "9,1,0,0")
     code, out, err = called("--out", "p.txt", "--predictions", "table.csv")
     assert (code, err) == (0, "") and "p.txt is right: 2 rows of 1 videos" in out
-    put(tmp_path / "p.txt", *(tmp_path / "p.txt").read_text().splitlines()[:-1])
+    write(tmp_path / "p.txt", *(tmp_path / "p.txt").read_text().splitlines()[:-1])
     code, out, err = called("--check", "p.txt")
     assert (code, out) == (2, "") and "error: p.txt, line 3: the file ends, expected" in err
     code, out, err = called("--out", "q.txt", "--config", ROOT / "configs/demo.yaml")
