@@ -20,8 +20,7 @@ from torch.utils.data import Dataset
 from engine.checkpoints import read_json
 from engine.config import from_command_line, print_all
 from engine.training import generator
-from images import (VideoFrames, check_ends, check_numbers, listed, open_frames, random_crop, read_image,
-                    resize, sizes, video_folders)
+from images import Files, VideoFrames, check_ends, find_videos, listed, random_crop, resize, sizes
 from labels import EXPR, TASKS, Task, has_labels, label_files, occurrences, read_labels, split, targets
 
 AGAIN = "delete it and run extract_features.py again"
@@ -29,21 +28,15 @@ AGAIN = "delete it and run extract_features.py again"
 
 # ---- Batches of images
 
-class Frames:
+class Frames(Files):
     """Single frames, n of several videos: `rows` (n, 2) says which video, and which number in it."""
 
     def __init__(self, videos: list[str], folders: list[VideoFrames], rows: np.ndarray):
-        self.videos, self.folders, self.rows = videos, folders, rows
-
-    def __len__(self):
-        return len(self.rows)
+        self.videos, self.folders, self.rows, self.numbers = videos, folders, rows, rows[:, 1]
 
     def where(self, i) -> str:
         video, number = self.rows[i]
         return self.folders[video].where(np.searchsorted(self.folders[video].numbers, number))
-
-    def read(self, i):
-        return read_image(self.where(i))
 
     def fingerprint(self, labels: np.ndarray) -> str:
         """Which frames with which labels, for the record; of the images the size of each video's first."""
@@ -52,12 +45,13 @@ class Frames:
         return f"{len(self):,} frames, checksum {crc:08x}, sizes {sizes(self.where(i) for i in first)}"
 
 
-def expr_frames(files: dict[str, Path], videos: dict[str, Path]) -> tuple[Frames, np.ndarray, list[str]]:
-    """The frames that have an expression label and an image, for fine-tuning (§3.1). -> frames, their
-    classes (n,), lines about the rest. Raises ValueError if there is no such frame, or as `check_numbers`."""
-    found, lines = open_frames({video: videos[video] for video in files if video in videos})
+def expr_frames(files: dict[str, Path], videos: dict[str, VideoFrames]):
+    """The frames that have an expression label and an image, for fine-tuning (§3.1). -> Frames, their
+    classes (n,), lines about the rest. Raises ValueError if there is no such frame, or as `check_ends`."""
+    found = {video: videos[video] for video in files if video in videos}
     labels, rows, classes = {video: read_labels(file, EXPR) for video, file in files.items()}, [], []
-    lines += check_numbers(found, {video: len(of_video) for video, of_video in labels.items()})
+    lines = check_ends({video: frames.last for video, frames in found.items()},
+                       {video: len(of_video) for video, of_video in labels.items()})
     for which, (video, frames) in enumerate(found.items()):
         numbers = frames.numbers[frames.numbers <= len(labels[video])]
         numbers = numbers[labels[video][numbers - 1] != EXPR.invalid]
@@ -140,10 +134,9 @@ def every_kth(n: int, k: int):
     return lambda epoch: (np.arange(-(-n // k)) * k + epoch % k) % n
 
 
-def some_faces(frames, numbers, size: int) -> list[tuple[int, np.ndarray]]:
-    """(number, uint8 (size, size, 3)) of those of these frames that are there and readable. `frames`: the
-    VideoFrames, or their folder."""
-    frames, found = frames if isinstance(frames, VideoFrames) else VideoFrames(frames), []
+def some_faces(frames: VideoFrames, numbers, size: int) -> list[tuple[int, np.ndarray]]:
+    """(number, uint8 (size, size, 3)) of those of a video's frames that are there and readable."""
+    found = []
     for i in np.flatnonzero(np.isin(frames.numbers, numbers)):
         try:
             found.append((int(frames.numbers[i]), resize(frames.read(i), (size, size))))
@@ -317,15 +310,10 @@ class SegmentData(Dataset):
 def describe(frames, labels, fold: int = 0):
     """Yield lines that tell what a copy of Aff-Wild2 holds, to compare with the counts in docs/data.md.
 
-    Raises ValueError if no folder holds a frame, as `split` does, and at its end as `check_numbers` does, and
-    if a set has no labelled frame with a face image.
+    Raises ValueError as `find_videos` and `split`, at its end as `check_ends`, and if a set has no labelled
+    frame with a face image.
     """
-    folders, lines = video_folders(frames)
-    found, more = open_frames(folders)
-    lines, longest = lines + more, Counter()
-    if not found:
-        raise ValueError("\n".join([f"data.frames: {len(folders)} folders, none of which holds a frame; "
-                                    "expected <video>/00001.jpg", *lines]))
+    (found, lines), longest = find_videos(frames), Counter()
     yield f"{len(found)} videos with frames, {sum(map(len, found.values())):,} face images"
     yield from lines
     problems = []
@@ -352,7 +340,7 @@ def describe(frames, labels, fold: int = 0):
     there = {video: int((found[video].numbers <= n).sum()) for video, n in longest.items() if video in found}
     yield (f"{sum(len(found[video]) - n for video, n in there.items()):,} images after the last label, "
            f"{sum(longest[video] - n for video, n in there.items()):,} lines of labels without an image")
-    yield from check_numbers(found, longest)
+    yield from check_ends({video: of.last for video, of in found.items()}, longest)
     if problems:
         raise ValueError("\n".join([*problems, "a label file is named after its video's folder"]))
 

@@ -25,7 +25,7 @@ from data import Images, every_kth, expr_frames
 from engine.checkpoints import load_vit
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
-from images import normalise, video_folders
+from images import normalise, find_videos
 from labels import EXPR, split
 from losses import expr_loss
 from metrics import absent
@@ -39,7 +39,7 @@ def main(config, team):
     run = open_run("finetune", config, team)
 
     # data
-    (videos, lines), files = video_folders(config.data.frames), split(config.data.labels, EXPR, f.fold)
+    (videos, lines), files = find_videos(config.data.frames), split(config.data.labels, EXPR, f.fold)
     (frames, labels, notes), (val_frames, val_labels, val_notes) = (
         expr_frames(of_part, videos) for of_part in files)
     found = {"training": frames.fingerprint(labels), "validation": val_frames.fingerprint(val_labels),

@@ -15,7 +15,7 @@ import torch
 from data import Frames
 from datasets.faces import MOST_MISSING
 from engine.config import print_all
-from images import FRAME, check_numbers, listed, open_frames
+from images import FRAME, check_ends, listed
 from labels import AU, EXPR, VA, read_lines
 
 # What stands in a row after the frame's path: a name, and the task whose codes it has.
@@ -99,21 +99,22 @@ def describe(found: Annotations) -> str:
 
 
 class LabelledFrames(Frames):
-    """The frames of a file that have a label and a face image. `folder_of`: {video: folder of its frames}.
+    """The frames of a file that have a label and a face image. `given`: {video: its VideoFrames}.
 
     `labels` (n, 15), with the codes of what is missing. `video` (n,): which of `videos`; `used`: those with
-    frames. `skipped` {reason: count}. Raises ValueError if nothing, or nearly no image is there, if most
-    videos have an image of number 0, or about twice as many frames as the list knows, or half as many."""
+    frames. `skipped` {reason: count}. Raises ValueError if nothing, or nearly no image is there, or if most
+    videos have about twice as many frames as the list knows, or half as many."""
 
-    def __init__(self, found: Annotations, folder_of: dict):
-        files, self.lines = open_frames({v: folder_of[v] for v in found.videos if v in folder_of})
+    def __init__(self, found: Annotations, given: dict):
+        files = {video: given[video] for video in found.videos if video in given}
         self.without = [video for video in found.videos if video not in files]
         there, last = np.zeros(len(found.frames), bool), {}
         for v, video in enumerate(found.videos):
             of_video = found.frames[:, 0] == v
             numbers, last[video] = found.frames[of_video, 1], int(found.frames[of_video, 1].max())
             there[of_video] = np.isin(numbers, files[video].numbers if video in files else [])
-        self.lines += check_numbers(files, last, 0.55, 1.8)        # a list need not go on to a video's end
+        ends = {video: frames.last for video, frames in files.items()}
+        self.lines = check_ends(ends, last, 0.55, 1.8)             # a list need not go on to a video's end
         labelled = annotated(found.labels).any(axis=1)
         absent = [f"{found.videos[v]}/{number:05d}.jpg" for v, number in found.frames[labelled & ~there]]
         if len(absent) > MOST_MISSING * labelled.sum() or not labelled.any():
