@@ -15,8 +15,8 @@ import torch
 from data import Frames
 from datasets.faces import MOST_MISSING
 from engine.config import print_all
-from images import FRAME, check_ends, listed
-from labels import AU, EXPR, VA, read_lines
+from images import check_ends, listed
+from labels import AU, EXPR, VA, read_lines, split_name
 
 # What stands in a row after the frame's path: a name, and the task whose codes it has.
 COLUMNS = [*((name, VA) for name in VA.outputs), ("expression", EXPR), *((name, AU) for name in AU.outputs)]
@@ -61,20 +61,17 @@ def read_annotations(path) -> Annotations:
         raise ValueError(f"{path}, line 1: header is {lines[0][:200]!r}, expected {HEADER!r}")
     for at, line in enumerate(lines[1:], start=2):
         try:
-            frame, *fields = line.split(",")
-            video, _, file = frame.strip().rpartition("/")
-            match, labels = FRAME.fullmatch(file), [float(field) for field in fields]
-            number = int(match[1]) if match else 0
+            name, *fields = line.split(",")
+            (video, number), labels = split_name(name.strip()), [float(field) for field in fields]
             wrong = [f"{name} {x}" for x, (name, task) in zip(labels, COLUMNS) if x != task.invalid
                      and not (task.lowest <= x <= task.highest and (task is VA or x.is_integer()))]
-            no_frame = not number or video in ("", ".", "..") or "/" in video
-            if wrong or no_frame or len(labels) != len(COLUMNS):
+            if wrong or len(labels) != len(COLUMNS) or not number or "/" in video or video in (".", ".."):
                 raise ValueError(f"got {', '.join(wrong) or line[:80]!r}, expected <video>/00001.jpg, VA "
                                  "from -1 to 1 (or -5), a class from 0 to 7 (or -1), 12 AUs of 0 or 1 "
                                  "(or -1)")
             known, before = rows.setdefault((videos.setdefault(video, len(videos)), number), (labels, at))
             if known != labels:
-                raise ValueError(f"{video}/{file} has other labels than in line {before}; keep the right row")
+                raise ValueError(f"{name} has other labels than in line {before}; keep the right row")
         except ValueError as error:
             raise ValueError(f"{path}, line {at}: {error}") from None
     frames = np.array(list(rows), np.int32).reshape(-1, 2)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import load, options_of, print_all
-from labels import TASKS, Task, in_units, read_lines, smoothed
-from tools.predictions import FRAME, MTL, header_of, read_predictions, some, split_name
+from labels import NAME, TASKS, Task, in_units, read_lines, smoothed, split_name
+from tools.predictions import MTL, header_of, read_predictions, some
 
 try:
     import scoring
@@ -41,7 +41,7 @@ def read_template(path, *tasks: Task) -> list[str]:
         if number == 1 and (head in ("image_location", top.lower()) or top == MTL and first == "image"):
             continue
         name, *values = [field.strip() for field in line.split(",")]
-        if not FRAME.fullmatch(name) or sum(map(bool, values)) not in (0, width):
+        if not NAME.fullmatch(name) or sum(map(bool, values)) not in (0, width):
             raise ValueError(f"{path}, line {number}: {line[:80]!r}, expected a frame like '136/00001.jpg,', "
                              f"with {width} dummy values or none, below {top!r}")
         names.append(name)
