@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 from engine.checkpoints import read_json
 from engine.config import from_command_line, print_all
 from engine.training import generator
-from images import Files, VideoFrames, check_ends, find_videos, listed, random_crop, resize, sizes
+from images import (Files, VideoFrames, check_ends, find_videos, last_of, listed, random_crop, resize,
+                    sizes)
 from labels import EXPR, TASKS, Task, has_labels, label_files, occurrences, read_labels, split, targets
 
 AGAIN = "delete it and run extract_features.py again"
@@ -29,41 +30,42 @@ AGAIN = "delete it and run extract_features.py again"
 # ---- Batches of images
 
 class Frames(Files):
-    """Single frames, n of several videos: `rows` (n, 2) says which video, and which number in it."""
+    """Single frames, n of several videos, with `labels` (n, ...): `rows` (n, 2) says which video, and which
+    number in it."""
 
-    def __init__(self, videos: list[str], folders: list[VideoFrames], rows: np.ndarray):
-        self.videos, self.folders, self.rows, self.numbers = videos, folders, rows, rows[:, 1]
+    def __init__(self, videos: list[str], folders: list[VideoFrames], rows: np.ndarray, labels: np.ndarray):
+        self.videos, self.folders, self.labels = videos, folders, labels
+        self.rows, self.numbers = rows, rows[:, 1]
 
     def where(self, i) -> str:
         video, number = self.rows[i]
         return self.folders[video].where(np.searchsorted(self.folders[video].numbers, number))
 
-    def fingerprint(self, labels: np.ndarray) -> str:
+    def fingerprint(self) -> str:
         """Which frames with which labels, for the record; of the images the size of each video's first."""
-        crc = zlib.crc32(self.rows.tobytes() + labels.tobytes(), zlib.crc32("\n".join(self.videos).encode()))
+        crc = zlib.crc32("\n".join(self.videos).encode())
+        crc = zlib.crc32(self.rows.tobytes() + self.labels.tobytes(), crc)
         _, first = np.unique(self.rows[:, 0], return_index=True)             # the first row of each video
         return f"{len(self):,} frames, checksum {crc:08x}, sizes {sizes(self.where(i) for i in first)}"
 
 
-def expr_frames(files: dict[str, Path], videos: dict[str, VideoFrames]):
-    """The frames that have an expression label and an image, for fine-tuning (§3.1). -> Frames, their
-    classes (n,), lines about the rest. Raises ValueError if there is no such frame, or as `check_ends`."""
+def expr_frames(files: dict[str, Path], videos: dict[str, VideoFrames]) -> tuple[Frames, list[str]]:
+    """The frames that have an expression label and an image, for fine-tuning (§3.1), and lines about the rest.
+    Raises ValueError if there is no such frame, or as `check_ends`."""
     found = {video: videos[video] for video in files if video in videos}
     labels, rows, classes = {video: read_labels(file, EXPR) for video, file in files.items()}, [], []
-    lines = check_ends({video: frames.last for video, frames in found.items()},
-                       {video: len(of_video) for video, of_video in labels.items()})
+    lines = check_ends(last_of(found), {video: len(of_video) for video, of_video in labels.items()})
     for which, (video, frames) in enumerate(found.items()):
-        numbers = frames.numbers[frames.numbers <= len(labels[video])]
-        numbers = numbers[labels[video][numbers - 1] != EXPR.invalid]
-        rows.append(np.stack([np.full_like(numbers, which), numbers], axis=1))
+        labelled = np.flatnonzero(labels[video] != EXPR.invalid) + 1
+        numbers = np.intersect1d(frames.numbers, labelled)
+        rows.append(np.stack([np.full_like(numbers, which), numbers], axis=1).astype(np.int32))
         classes.append(labels[video][numbers - 1])
     without = [video for video in files if video not in found]
     lines += [f"  left out, no frames: {', '.join(without)}"] if without else []
     if not sum(map(len, rows)):
         raise ValueError(f"no frame has both an expression label and an image: {len(files)} label files, "
                          f"{len(without)} of them without frames; check data.labels and data.frames")
-    frames = Frames(list(found), list(found.values()), np.concatenate(rows).astype(np.int32))
-    return frames, np.concatenate(classes), lines
+    return Frames(list(found), list(found.values()), np.concatenate(rows), np.concatenate(classes)), lines
 
 
 class Images(Dataset):
@@ -340,7 +342,7 @@ def describe(frames, labels, fold: int = 0):
     there = {video: int((found[video].numbers <= n).sum()) for video, n in longest.items() if video in found}
     yield (f"{sum(len(found[video]) - n for video, n in there.items()):,} images after the last label, "
            f"{sum(longest[video] - n for video, n in there.items()):,} lines of labels without an image")
-    yield from check_ends({video: of.last for video, of in found.items()}, longest)
+    yield from check_ends(last_of(found), longest)
     if problems:
         raise ValueError("\n".join([*problems, "a label file is named after its video's folder"]))
 

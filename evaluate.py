@@ -26,7 +26,7 @@ from engine.checkpoints import read_checkpoint, read_json
 from engine.config import from_command_line
 from engine.distributed import launch
 from engine.training import Progress
-from images import check_ends, find_videos
+from images import check_ends, find_videos, last_of
 from labels import TASKS, has_labels, read_labels, scene, split, targets
 from metrics import confusion, difference, score_table
 from pipeline import command, finished, folder, lines_of, make, missing, tuned_on
@@ -157,8 +157,7 @@ def emma_sums(trained, tasks) -> dict[str, tuple[list[Video], np.ndarray, dict[s
                 left_out[name] = "no frames"
             else:
                 videos[name] = Video(name, given[name].folder, labels)
-        check_ends({name: given[name].last for name in videos},
-                   {name: len(video.labels) for name, video in videos.items()})
+        check_ends(last_of(given), {name: len(video.labels) for name, video in videos.items()})
         once |= videos
 
     frames = {video.name: given[video.name] for video in shared_out(list(once.values()), team)}

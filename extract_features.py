@@ -26,7 +26,7 @@ from engine.checkpoints import read_json, write_array, write_text
 from engine.config import from_command_line
 from engine.run import OTHER_RUN
 from engine.training import Progress
-from images import check_ends, find_videos, sizes
+from images import check_ends, find_videos, last_of, sizes
 from labels import TASKS, has_labels, label_files, read_labels
 from pipeline import begun, open_run, start
 from scoring import extractor, video_features
@@ -86,7 +86,7 @@ def to_extract(labels, videos) -> tuple[dict[str, dict], list[str]]:
     table = {video: {"frames": max(frames.last, rows[video]), "images": len(frames),
                      "names": zlib.crc32(frames.numbers.tobytes()),
                      "sizes": sizes([frames.where(0), frames.where(-1)])} for video, frames in videos.items()}
-    return table, check_ends({video: frames.last for video, frames in videos.items()}, rows)
+    return table, check_ends(last_of(videos), rows)
 
 
 def is_extracted(folder, video: str, row: dict, known: dict) -> bool:

@@ -308,6 +308,11 @@ def find_videos(roots) -> tuple[dict[str, VideoFrames], list[str]]:
     return dict(sorted(videos.items())), lines
 
 
+def last_of(videos: dict[str, VideoFrames]) -> dict[str, int]:
+    """{video: the number of its last frame}, for `check_ends`."""
+    return {video: frames.last for video, frames in videos.items()}
+
+
 def check_ends(ends: dict[str, int], rows: dict[str, int], low: float = 0.9, high: float = 1.1) -> list[str]:
     """Do videos end where their labels do? ends: {video: its last frame}, rows: {video: lines of its labels}.
     -> a line about a few that do not, by more than a tenth. Raises ValueError with the likely cause if most

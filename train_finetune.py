@@ -40,9 +40,8 @@ def main(config, team):
 
     # data
     (videos, lines), files = find_videos(config.data.frames), split(config.data.labels, EXPR, f.fold)
-    (frames, labels, notes), (val_frames, val_labels, val_notes) = (
-        expr_frames(of_part, videos) for of_part in files)
-    found = {"training": frames.fingerprint(labels), "validation": val_frames.fingerprint(val_labels),
+    (frames, notes), (val_frames, val_notes) = (expr_frames(of_part, videos) for of_part in files)
+    found = {"training": frames.fingerprint(), "validation": val_frames.fingerprint(),
              "training videos": frames.videos}
     if run.still_finished(found):
         return
@@ -50,8 +49,9 @@ def main(config, team):
         lines += [f"  {name}: {len(part):,} labelled frames with a face image in {len(part.videos)} videos",
                   *of_part]
     team.say("\n".join(lines))
-    train = Images(frames, size, [labels], seed, f.smallest_crop, order=every_kth(len(frames), f.every))
-    val = Images(val_frames, size, [val_labels], order=every_kth(len(val_frames), f.every))
+    train = Images(frames, size, [frames.labels], seed, f.smallest_crop,
+                   order=every_kth(len(frames), f.every))
+    val = Images(val_frames, size, [val_frames.labels], order=every_kth(len(val_frames), f.every))
 
     # model and optimiser
     path, origin = find_input(config, team, "finetune.start")
@@ -88,7 +88,7 @@ def main(config, team):
 
     # finish: the best epoch's weights on every validation frame
     run.load_best()
-    every_frame = Images(val_frames, size, [val_labels])
+    every_frame = Images(val_frames, size, [val_frames.labels])
     sums, unreadable = count_classes(model.eval(), every_frame, classes, config, team)
     f1, scored = EXPR.metric.score(sums), int(sums.sum())
     if team.rank == 0:

@@ -15,7 +15,7 @@ import torch
 from data import Frames
 from datasets.faces import MOST_MISSING
 from engine.config import print_all
-from images import check_ends, listed
+from images import check_ends, last_of, listed
 from labels import AU, EXPR, VA, read_lines, split_name
 
 # What stands in a row after the frame's path: a name, and the task whose codes it has.
@@ -110,21 +110,19 @@ class LabelledFrames(Frames):
             of_video = found.frames[:, 0] == v
             numbers, last[video] = found.frames[of_video, 1], int(found.frames[of_video, 1].max())
             there[of_video] = np.isin(numbers, files[video].numbers if video in files else [])
-        ends = {video: frames.last for video, frames in files.items()}
-        self.lines = check_ends(ends, last, 0.55, 1.8)             # a list need not go on to a video's end
+        self.lines = check_ends(last_of(files), last, 0.55, 1.8)   # a list need not go on to a video's end
         labelled = annotated(found.labels).any(axis=1)
         absent = [f"{found.videos[v]}/{number:05d}.jpg" for v, number in found.frames[labelled & ~there]]
         if len(absent) > MOST_MISSING * labelled.sum() or not labelled.any():
             raise ValueError(f"{found.path}: {labelled.sum():,} frames with a label, {len(absent):,} of them "
                              f"without an image; looked for {', '.join(absent[:1])}; check data.frames")
-        super().__init__(found.videos, list(map(files.get, found.videos)), found.frames[labelled & there])
-        self.labels, self.video = found.labels[labelled & there], self.rows[:, 0]
+        kept = labelled & there
+        super().__init__(found.videos, list(map(files.get, found.videos)), found.frames[kept],
+                         found.labels[kept])
+        self.video = self.rows[:, 0]
         self.used = [found.videos[v] for v in np.unique(self.video)]
         self.skipped = +Counter({"image not on disk": len(absent), "no label": int((~labelled).sum()),
                                  "repeats an earlier row": found.repeated})
-
-    def fingerprint(self) -> str:
-        return super().fingerprint(self.labels)
 
     def summary(self) -> str:
         """How many frames of how many videos, what is left out, and what is odd."""

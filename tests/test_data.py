@@ -113,9 +113,9 @@ def test_only_frames_with_a_label_and_an_image_are_fine_tuned_on(tmp_path):
     videos, lines = find_videos([tmp_path / "frames"])
     assert lines == ["  not read, as no frame (00001.jpg, ...): 1 with number 0",
                      f"  1 videos of {tmp_path}/frames have an image of number 0, without a label: ['a']"]
-    frames, classes, lines = expr_frames(files, videos)
+    frames, lines = expr_frames(files, videos)
     assert [frames.where(i)[-11:] for i in range(3)] == ["a/00002.jpg", "a/00004.jpg", "b/00001.jpg"]
-    assert classes.tolist() == [1, 3, 7] and frames.videos == ["a", "b"]
+    assert frames.labels.tolist() == [1, 3, 7] and frames.videos == ["a", "b"]
     assert lines == ["  left out, no frames: c"]
     with pytest.raises(ValueError, match="1 label files, 1 of them without frames; check data.labels"):
         expr_frames({"c": files["c"]}, {})
@@ -125,8 +125,8 @@ def test_the_fingerprint_tells_other_labels_other_frames_and_other_images(tmp_pa
     def found(numbers=(1, 2), classes=(0, 1), size=8, video="a"):
         draw(tmp_path / f"{numbers}{size}" / video, numbers, size)
         rows = np.stack([np.zeros(2, int), numbers], axis=1)
-        frames = Frames([video], [VideoFrames(tmp_path / f"{numbers}{size}" / video)], rows)
-        return frames.fingerprint(np.array(classes))
+        folder = VideoFrames(tmp_path / f"{numbers}{size}" / video)
+        return Frames([video], [folder], rows, np.array(classes)).fingerprint()
     assert len({found(), found((1, 3)), found(classes=(0, 2)), found(size=20), found(video="b")}) == 5
 
 
@@ -150,7 +150,7 @@ def test_images_that_count_from_0_are_refused_with_the_command_that_renames_them
     with pytest.raises(ValueError, match="2 of 2 videos have an image of number 0, such as x") as refused:
         expr_frames(files, find_videos([tmp_path / "a b"])[0])
     subprocess.run(str(refused.value).splitlines()[-1], shell=True, check=True)
-    frames, _, _ = expr_frames(files, find_videos([tmp_path / "a b"])[0])
+    frames, _ = expr_frames(files, find_videos([tmp_path / "a b"])[0])
     assert len(frames) == 22 and Path(frames.where(10)).read_text() == name.format(10)
 
 
