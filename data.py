@@ -50,8 +50,8 @@ class Frames(Files):
 
 
 def expr_frames(files: dict[str, Path], videos: dict[str, VideoFrames]) -> tuple[Frames, list[str]]:
-    """The frames that have an expression label and an image, for fine-tuning (§3.1), and lines about the rest.
-    Raises ValueError if there is no such frame, or as `check_ends`."""
+    """The frames that have an expression label and an image, for fine-tuning (§3.1), and lines about the
+    rest. Raises ValueError if there is no such frame, or as `check_ends`."""
     found = {video: videos[video] for video in files if video in videos}
     labels, rows, classes = {video: read_labels(file, EXPR) for video, file in files.items()}, [], []
     lines = check_ends(last_of(found), {video: len(of_video) for video, of_video in labels.items()})
