@@ -10,6 +10,7 @@ a copy against: docs/data.md.
 
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,8 @@ class Images(Dataset):
     Item i of an epoch is row r = order(epoch)[i], by default r = i: uint8 (size, size, 3), then column[r] of
     each column, then noise, if its shape is given. With a `seed`, to train: a random crop of at least
     `smallest` of the image's area, flipped or not, and random noise in [0, 1), all a function of (seed,
-    epoch, i). Without one: the whole image, and zeros. Run sets `epoch`.
+    epoch, i). Without one: the whole image, and zeros. Run sets `epoch`. Where workers are spawned, as on
+    macOS, all of this is sent to them, so `order` must be no lambda.
     """
 
     def __init__(self, files, size: int, columns=(), seed: int | None = None, smallest: float = 1.0,
@@ -91,10 +93,6 @@ class Images(Dataset):
     def epoch(self, epoch: int):
         self._epoch = epoch
         self.rows = range(len(self.files)) if self.order is None else self.order(epoch)
-
-    def __getstate__(self):
-        # A worker needs the rows only. Where workers are spawned, as on macOS, no function can be sent there.
-        return {**vars(self), "order": None}
 
     def __len__(self):
         return len(self.rows)
@@ -130,20 +128,18 @@ class Images(Dataset):
         return [x.long() if x.dtype in (torch.int8, torch.int32) else x for x in tensors]
 
 
-def every_kth(n: int, k: int):
-    """-> order(epoch) of n rows for `Images`: each k-th, from another offset in each epoch, because
-    neighbouring frames are all but equal. Rounded up, so that the last few have their turn."""
-    return lambda epoch: (np.arange(-(-n // k)) * k + epoch % k) % n
+def every_kth(n: int, k: int, epoch: int) -> np.ndarray:
+    """An order of n rows for `Images`: each k-th, from another offset in each epoch, because neighbouring
+    frames are all but equal. Rounded up, so that the last few have their turn."""
+    return (np.arange(-(-n // k)) * k + epoch % k) % n
 
 
 def some_faces(frames: VideoFrames, numbers, size: int) -> list[tuple[int, np.ndarray]]:
     """(number, uint8 (size, size, 3)) of those of a video's frames that are there and readable."""
     found = []
     for i in np.flatnonzero(np.isin(frames.numbers, numbers)):
-        try:
+        with suppress(ValueError):
             found.append((int(frames.numbers[i]), resize(frames.read(i), (size, size))))
-        except ValueError:
-            continue
     return found
 
 

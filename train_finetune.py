@@ -18,6 +18,8 @@ decoded; `gradient_norm` (before clipping), `lr` (the head's), `unreadable`, `se
 train_pretrain.py.
 """
 
+from functools import partial
+
 import torch
 
 import pictures
@@ -50,8 +52,8 @@ def main(config, team):
                   *of_part]
     team.say("\n".join(lines))
     train = Images(frames, size, [frames.labels], seed, f.smallest_crop,
-                   order=every_kth(len(frames), f.every))
-    val = Images(val_frames, size, [val_frames.labels], order=every_kth(len(val_frames), f.every))
+                   order=partial(every_kth, len(frames), f.every))
+    val = Images(val_frames, size, [val_frames.labels], order=partial(every_kth, len(val_frames), f.every))
 
     # model and optimiser
     path, origin = find_input(config, team, "finetune.start")

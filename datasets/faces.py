@@ -316,21 +316,17 @@ def labelled_sets(data) -> list[Faces]:
     return sets
 
 
-def balanced_order(labels, seed: int):
-    """Class-balanced sampling, for `data.Images`: a function epoch -> (n,) rows; n of the labels are not -1.
+def balanced_order(labels, seed: int, epoch: int) -> np.ndarray:
+    """Class-balanced sampling, an order for `data.Images`: (n,) rows; n of the labels are not -1.
 
     Sample i is of class i mod K of the K classes that occur, and each class goes through its own rows in a
     shuffled order, again and again. So each comes equally often.
     """
     of_class = [np.flatnonzero(labels == k) for k in np.unique(labels[labels >= 0])]
-    n, K = sum(map(len, of_class)), len(of_class)
-
-    def order_of(epoch: int) -> np.ndarray:
-        rng, order = generator(seed, epoch), np.zeros(n, np.int64)
-        for k, rows in enumerate(of_class):                       # np.resize repeats what is too short
-            order[k::K] = np.resize(rng.permutation(rows), len(order[k::K]))
-        return order
-    return order_of
+    rng, order, K = generator(seed, epoch), np.zeros((labels >= 0).sum(), np.int64), len(of_class)
+    for k, rows in enumerate(of_class):                           # np.resize repeats what is too short
+        order[k::K] = np.resize(rng.permutation(rows), len(order[k::K]))
+    return order
 
 
 def describe(data):

@@ -12,7 +12,9 @@ line of a submission (then the exit code is 2); it reads no configuration.
 """
 
 from collections import Counter
-from itertools import zip_longest
+from contextlib import suppress
+from itertools import islice, zip_longest
+from os.path import basename
 from pathlib import Path
 
 import numpy as np
@@ -52,14 +54,13 @@ def read_template(path, *tasks: Task) -> list[str]:
 
 def right(line: str | None, name: str | None, *tasks: Task) -> bool:
     """Is this the row of the frame `name`: with as many numbers as the tasks have, within their range?"""
-    found, *numbers = (line or "").split(",")
-    try:
+    found, *fields = (line or "").split(",")
+    rest = iter(fields)
+    with suppress(ValueError):
         for task in tasks:
-            task.row(",".join(numbers[:task.width]))
-            numbers = numbers[task.width:]
-    except ValueError:
-        return False
-    return found == name and not numbers
+            task.row(",".join(islice(rest, task.width)))
+        return found == name and not list(rest)
+    return False
 
 
 def check(path, template, *tasks: Task) -> str:
@@ -90,8 +91,7 @@ def matched(videos, known, source) -> dict[str, str]:
     names, or two have the same."""
     found = {}
     for video in videos:
-        last = video.rpartition("/")[2]
-        fits = [video] if video in known else [name for name in known if name.rpartition("/")[2] == last]
+        fits = [video] if video in known else [name for name in known if basename(name) == basename(video)]
         if len(fits) > 1 or set(fits) & set(found.values()):
             raise ValueError(f"{source}: the template's {video} may be {' or '.join(fits)}, and each may be "
                              "another of its videos; expected one name for each video")
