@@ -45,15 +45,27 @@ def main(config, team):
     if gone:                                        # not yet extracted, or not known to be
         raise ValueError(f"{run.folder}: {len(gone)} videos were there when this began and are gone: "
                          f"{', '.join(gone[:5])}; bring them back, or begin {OTHER_RUN}")
-    order = sorted(table, key=lambda video: (-table[video]["frames"], video))      # longest first
-    left = team.agree([video for video in order if not is_extracted(run.folder, video, table[video], known)])
+    left = []                                       # what is new, changed or lost, longest first
+    for video in sorted(table, key=lambda video: (-table[video]["frames"], video)):
+        before, path = known.get(video, {}), run.folder / f"{video}.npy"
+        written = before.get("faces") == 0 or path.exists() and noface_path(path).exists()
+        if before | table[video] != before or not written:
+            left.append(video)
+    left = team.agree(left)
     if run.finished and not left:
         return team.say(f"{run.folder} is finished; nothing to do")
 
     # model
     vit, origin, said = extractor(config, team)
+    run.remember({}, origin)
     known |= {video: table[video] for video in left}
-    take_away(run, known, left, origin)
+    if team.rank == 0:                              # what is out of date goes, what is to be made is listed
+        (run.folder / "metrics.json").unlink(missing_ok=True)
+        for video in left:
+            (run.folder / f"{video}.npy").unlink(missing_ok=True)
+            noface_path(run.folder / f"{video}.npy").unlink(missing_ok=True)
+        write_text(run.folder / "videos.json", json.dumps(known, indent=1))
+    team.wait()
 
     # loop: what is left is shared anew, longest first, so that no process waits long for another's last video
     mine = left[team.rank::team.world]
@@ -87,26 +99,6 @@ def to_extract(labels, videos) -> tuple[dict[str, dict], list[str]]:
                      "names": zlib.crc32(frames.numbers.tobytes()),
                      "sizes": sizes([frames.where(0), frames.where(-1)])} for video, frames in videos.items()}
     return table, check_ends(last_of(videos), rows)
-
-
-def is_extracted(folder, video: str, row: dict, known: dict) -> bool:
-    """Has `video` been extracted as it is now (`row`), so that both of its files are there, or no face?"""
-    before, path = known.get(video, {}), folder / f"{video}.npy"
-    return (all(before.get(name) == row[name] for name in row)
-            and (before.get("faces") == 0 or path.exists() and noface_path(path).exists()))
-
-
-def take_away(run, table: dict, left: list[str], origin: dict):
-    """Take away what is out of date, and write down what is to be made. Rank 0 only."""
-    run.remember({}, origin)
-    if run.team.rank == 0:
-        (run.folder / "metrics.json").unlink(missing_ok=True)           # not finished, or no longer
-        for video in left:
-            path = run.folder / f"{video}.npy"
-            path.unlink(missing_ok=True)
-            noface_path(path).unlink(missing_ok=True)
-        write_text(run.folder / "videos.json", json.dumps(table, indent=1))
-    run.team.wait()
 
 
 def finish(run, table: dict):

@@ -218,35 +218,31 @@ class VideoFrames(Files):
     """
 
     def __init__(self, folder, first: int = 1):
-        self.first, self.folders, images, names, beside = first, [], [], {}, Counter()
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    beside["hidden"] += 1
-                elif entry.name.lower().endswith(EXTENSIONS):    # asked before is_dir, which may ask the disk
-                    images.append(entry.name)
-                elif entry.is_dir():
-                    self.folders.append(entry.name)
-                else:
-                    beside[ending(entry.name)] += 1
+        listing = sorted(os.listdir(folder))
+        shown = [name for name in listing if not name.startswith(".")]
+        images = [name for name in shown if name.lower().endswith(EXTENSIONS)]
+        others = [name for name in shown if not name.lower().endswith(EXTENSIONS)]
+        self.folders = [name for name in others if os.path.isdir(os.path.join(folder, name))]
         found = [(int(match[1]), match[0]) for match in map(FRAME.fullmatch, images) if match]
-        self.plain = len(found) > 0
+        self.first, self.plain, names = first, len(found) > 0, {}
         found = found or images and numbered(images)
         for number, name in sorted(found):
             if names.setdefault(number, name) != name:
                 raise ValueError(f"{folder}: {names[number]} and {name} are both frame {number}; remove one")
         numbers = [number for number in names if number >= first]
-        beside.update({"folders": len(self.folders), "with number 0": len(names) - len(numbers),
-                       "images of other names": len(images) - len(found)})
-        self.beside = +beside                                                      # of what there is any
         super().__init__(folder, [os.fsencode(names[number]) for number in numbers], numbers)
+        self.beside = Counter(ending(name) for name in others if name not in self.folders)
+        self.beside.update({"hidden": len(listing) - len(shown), "folders": len(self.folders),
+                            "with number 0": len(names) - len(numbers),
+                            "images of other names": len(images) - len(found)})
+        self.beside = +self.beside                                                 # of what there is any
 
 
 def below(folder: VideoFrames, depth: int = 0) -> list[VideoFrames]:
     """The folders of videos below a folder, in order. One that holds folders but no 00001.jpg is entered; its
     own frames, called otherwise, are a video if there are any. A folder without both is given, too."""
     found = []
-    for name in sorted(folder.folders):
+    for name in folder.folders:
         frames = VideoFrames(Path(folder.folder, name), folder.first)
         inner = [] if depth == DEEPEST or frames.plain else below(frames, depth + 1)
         found += inner

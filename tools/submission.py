@@ -14,7 +14,6 @@ line of a submission (then the exit code is 2); it reads no configuration.
 from collections import Counter
 from contextlib import suppress
 from itertools import islice, zip_longest
-from os.path import basename
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +90,7 @@ def matched(videos, known, source) -> dict[str, str]:
     names, or two have the same."""
     found = {}
     for video in videos:
-        fits = [video] if video in known else [name for name in known if basename(name) == basename(video)]
+        fits = [video] if video in known else [name for name in known if Path(name).name == Path(video).name]
         if len(fits) > 1 or set(fits) & set(found.values()):
             raise ValueError(f"{source}: the template's {video} may be {' or '.join(fits)}, and each may be "
                              "another of its videos; expected one name for each video")
