@@ -108,10 +108,13 @@ class Images(Dataset):
             return None
         train = self.seed is not None
         pixels = random_crop(image, self.size, rng, self.smallest) if train else resize(image, self.size)
-        beside = [column[r] for column in self.columns]
-        if self.noise is not None:
-            beside.append(rng.random(self.noise, np.float32) if train else np.zeros(self.noise, np.float32))
-        return pixels, *beside
+        return pixels, *self.beside(r, rng if train else None)
+
+    def beside(self, r, rng=None) -> list:
+        """What stands beside the image of row r: the columns, and noise from `rng` or zeros."""
+        noise = [] if self.noise is None else [
+            rng.random(self.noise, np.float32) if rng else np.zeros(self.noise, np.float32)]
+        return [column[r] for column in self.columns] + noise
 
     def collate(self, items):
         """-> [images (B, size, size, 3) uint8, each column (B, ...), noise (B, ...)], of the readable ones; B
@@ -119,11 +122,8 @@ class Images(Dataset):
         # As tensors, they cross to the training process in shared memory. As arrays they would go through a
         # pipe, and a worker whose parent was killed would be stuck in it for ever.
         readable = [item for item in items if item is not None]
-        if readable:
-            columns = [np.stack(column) for column in zip(*readable)]
-        else:
-            columns = [np.zeros((0, *self.size, 3), np.uint8), *(column[:0] for column in self.columns)]
-            columns += [] if self.noise is None else [np.zeros((0, *self.noise), np.float32)]
+        like = np.zeros((*self.size, 3), np.uint8), *self.beside(0)              # for a batch without any
+        columns = [np.stack(column)[:len(readable)] for column in zip(*(readable or [like]))]
         tensors = [torch.from_numpy(column) for column in columns]
         return [x.long() if x.dtype in (torch.int8, torch.int32) else x for x in tensors]
 
@@ -204,14 +204,12 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
     videos, left_out, dim, extracted, ends = [], {}, None, extracted_videos(features), {}
     for name, file in files.items():
         labels, path = read_labels(file, task), Path(features) / f"{name}.npy"
+        faces = path.exists() if extracted is None else extracted.get(name, {}).get("faces")
         if not targets(labels, task)[1].any():
             left_out[name] = "no labels"
-        elif extracted is not None and name not in extracted:
-            left_out[name] = "no frames when features were extracted"
-        elif extracted is not None and not extracted[name]["faces"]:
-            left_out[name] = "no readable face"
-        elif extracted is None and not path.exists():
-            left_out[name] = "no features"
+        elif not faces:
+            left_out[name] = ("no features" if extracted is None else "no readable face" if name in extracted
+                              else "no frames when features were extracted")
         else:
             if extracted is not None and not (path.exists() and noface_path(path).exists()):
                 raise ValueError(f"{path} or its .noface.npy was extracted and is gone; run "
