@@ -217,8 +217,9 @@ def fer2013(path, ferplus="") -> Faces:
 
     lists = [Path(path, name) for name in ("fer2013.csv", "icml_face_data.csv", "train.csv")]
     csv = first(*lists) if Path(path).is_dir() else Path(path)
-    if csv == lists[2] and b"pixels" not in csv.open("rb").readline():         # some other data set's
-        csv = lists[0]
+    if csv == lists[2]:
+        with csv.open("rb") as file:
+            csv = csv if b"pixels" in file.readline() else lists[0]            # some other data set's
     if not (ferplus or csv.exists()):
         return image_folder(path)
     faces = list(rows(csv, FER2013_COLUMNS, take))
