@@ -155,10 +155,9 @@ def open_features(path) -> np.ndarray:
     names it if it holds anything else."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except OSError:
-        raise
     except Exception as error:     # the header is Python source: a broken one raises more than ValueError
-        raise ValueError(f"{path}: not a plain feature array ({error}); {AGAIN}") from None
+        problem = ValueError(f"{path}: not a plain feature array ({error}); {AGAIN}")
+        raise error if isinstance(error, OSError) else problem from None
     if array.dtype.kind != "f" or not array.dtype.isnative or array.ndim != 2:
         raise ValueError(f"{path}: not a plain feature array ({array.dtype} {array.shape}), expected "
                          f"(frames, D); {AGAIN}")

@@ -172,21 +172,20 @@ def is_finished(path: Path, record: dict, team) -> bool:
     return there
 
 
-def rows_of(name: str, files, values: dict, noface, options, columns: int) -> bytes:
+def rows_of(name: str, files, values: dict, noface, options) -> bytes:
     """The rows of a part, from values {task: (T, K)}. They are empty where nothing is known: at an image that
     cannot be read, in a video without any face."""
     known = ~noface if options.still else np.full(len(noface), not noface.all())
-    text = io.StringIO()
+    text, columns = io.StringIO(), []
     table = csv.writer(text, lineterminator="\n")
-    for t in range(len(noface)):
+    for task, v in values.items():
+        if TASKS[task].one_class:
+            columns.append([TASKS[task].outputs[k] for k in v.argmax(axis=1)])
+        columns += np.char.mod("%.6f", v).T.tolist()
+    for t, row in enumerate(zip(*columns)):
         time = f"{t / options.fps:.6f}" if options.fps else ""
-        row = [os.fsdecode(files.names[t])] if options.still else [name, t + 1, time]
-        row.append(int(not noface[t]))
-        for task, v in values.items() if known[t] else ():
-            if TASKS[task].one_class:
-                row.append(TASKS[task].outputs[v[t].argmax()])
-            row += [f"{value:.6f}" for value in v[t]]
-        table.writerow(row + [""] * (columns - len(row)))
+        frame = [os.fsdecode(files.names[t])] if options.still else [name, t + 1, time]
+        table.writerow([*frame, int(not noface[t]), *(row if known[t] else [""] * len(row))])
     return text.getvalue().encode("utf-8", "surrogateescape")       # names may hold bytes of no encoding
 
 
@@ -266,7 +265,7 @@ def main(config, team, options):
         if options.picture:
             draw(images[name], *of_part)
         if not there:                                # after its picture: a part that is there needs nothing
-            write_file(rows[name], lambda file: file.write(rows_of(*of_part, len(header))))
+            write_file(rows[name], lambda file: file.write(rows_of(*of_part)))
         without += int(noface.sum())
     without = int(all_sum(torch.tensor(without)))                  # when it is known, all parts are written
     if team.rank == 0 and not there:

@@ -131,7 +131,7 @@ def of_run(config, task: Task, videos):
 # ---- Writing
 
 def answers(values: np.ndarray, task: Task) -> list[str]:
-    """What a submission says of values in units, (T, K): the text of each frame."""
+    """What a submission says of values in units, (n, K): the text of each row."""
     if task.one_class:
         return [f"{k}" for k in values.argmax(axis=1)]
     if task.yes_or_no:
@@ -152,8 +152,9 @@ def main(options):
     if out.exists() and (out.samefile(options.template) or read_lines(out, top)[:1] not in ([], [top])):
         raise ValueError(f"--out: {out} exists and is no submission of --task {options.task}; delete it, or "
                          "give another name")
-    videos, unknown = Counter(split_name(name)[0] for name in names), {}
-    said, given = {video: [] for video in videos}, options.predictions or load(options.config, options.set)
+    frames, columns = [split_name(name) for name in names], [names]
+    videos, unknown, last = Counter(video for video, _ in frames), {}, Counter()
+    given = options.predictions or load(options.config, options.set)
     for task in tasks:
         values, source = (of_table if options.predictions else of_run)(given, task, videos)
         unknown |= {video: count for video, count in videos.items() if video not in values}
@@ -161,21 +162,19 @@ def main(options):
             raise ValueError(f"{options.template}: none of its videos, {some(unknown)}, has values in "
                              f"{source}; is it the template of other videos?")
         yield f"values of {task.name} from {source}"
-        for video in videos:
-            rows = values.get(video, np.zeros((1, len(task.outputs))))         # neutral
-            said[video].append(answers(smoothed(rows, options.smooth), task))
-
-    lines, after = [top], Counter()
-    for name in names:
-        video, number = split_name(name)
-        own = [rows[min(max(number, 1), len(rows)) - 1] for rows in said[video]]     # some count from 0
-        lines.append(",".join([name, *own]))
-        after[video] += video not in unknown and number > max(map(len, said[video]))
+        of_each = dict.fromkeys(videos, np.zeros((1, len(task.outputs))))                # neutral
+        of_each |= {video: smoothed(rows, options.smooth) for video, rows in values.items()}
+        last |= Counter({video: len(rows) for video, rows in of_each.items()})           # the larger of each
+        rows = [of_each[video][min(max(number, 1), len(of_each[video])) - 1]             # some count from 0
+                for video, number in frames]
+        columns.append(answers(np.stack(rows), task))
+    lines = [top, *map(",".join, zip(*columns))]
+    after = Counter(video for video, number in frames if video not in unknown and number > last[video])
     temporary = out.with_name(f".{out.name}.tmp")                              # whole or not at all
     temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
     temporary.replace(out)
     for what, rows in (("neutral values, because no face is known", unknown),
-                       ("after a video's last frame, with its values", +after)):
+                       ("after a video's last frame, with its values", after)):
         if rows:
             yield (f"  {what}: {sum(rows.values()):,} rows of "
                    + some(f"{video} ({count:,})" for video, count in rows.items()))
