@@ -76,8 +76,7 @@ class Images(Dataset):
     Item i of an epoch is row r = order(epoch)[i], by default r = i: uint8 (size, size, 3), then column[r] of
     each column, then noise, if its shape is given. With a `seed`, to train: a random crop of at least
     `smallest` of the image's area, flipped or not, and random noise in [0, 1), all a function of (seed,
-    epoch, i). Without one: the whole image, and zeros. Run sets `epoch`. Where workers are spawned, as on
-    macOS, all of this is sent to them, so `order` must be no lambda.
+    epoch, i). Without one: the whole image, and zeros. Run sets `epoch`.
     """
 
     def __init__(self, files, size: int, columns=(), seed: int | None = None, smallest: float = 1.0,
@@ -93,6 +92,10 @@ class Images(Dataset):
     def epoch(self, epoch: int):
         self._epoch = epoch
         self.rows = range(len(self.files)) if self.order is None else self.order(epoch)
+
+    def __getstate__(self):
+        # A worker needs the rows only. Where workers are spawned, as on macOS, no lambda can be sent there.
+        return {**vars(self), "order": None}
 
     def __len__(self):
         return len(self.rows)

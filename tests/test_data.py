@@ -170,10 +170,6 @@ class Pixels:
         return Image.fromarray(np.random.default_rng(i).integers(0, 255, (9, 12, 3), dtype=np.uint8))
 
 
-def backwards(epoch):
-    return np.arange(6)[::-1]
-
-
 COLUMNS = [np.arange(6, dtype=np.int8) * 2, np.arange(12, dtype=np.float32).reshape(6, 2)]
 
 
@@ -190,7 +186,7 @@ def test_without_a_seed_an_item_is_the_whole_image_its_columns_and_zeros_and_a_b
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_with_a_seed_crop_and_noise_are_functions_of_seed_epoch_and_sample(seed):
-    images = Images(Pixels(), 8, seed=seed, smallest=0.5, noise=(4,), order=backwards)
+    images = Images(Pixels(), 8, seed=seed, smallest=0.5, noise=(4,), order=lambda epoch: np.arange(6)[::-1])
     images.epoch = 3
     pixels, noise = images[2]                                               # row 3
     rng = generator(seed, 3, 2)
