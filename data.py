@@ -10,6 +10,7 @@ a copy against: docs/data.md.
 
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from torch.utils.data import Dataset
 from engine.checkpoints import read_json
 from engine.config import from_command_line, print_all
 from engine.training import generator
-from images import (VideoFrames, check_ends, check_numbers, listed, open_frames, random_crop, read_image,
-                    resize, sizes, video_folders)
+from images import (Files, VideoFrames, check_ends, find_videos, last_of, listed, random_crop, resize,
+                    sizes)
 from labels import EXPR, TASKS, Task, has_labels, label_files, occurrences, read_labels, split, targets
 
 AGAIN = "delete it and run extract_features.py again"
@@ -29,47 +30,43 @@ AGAIN = "delete it and run extract_features.py again"
 
 # ---- Batches of images
 
-class Frames:
-    """Single frames, n of several videos: `rows` (n, 2) says which video, and which number in it."""
+class Frames(Files):
+    """Single frames, n of several videos, with `labels` (n, ...): `rows` (n, 2) says which video, and which
+    number in it."""
 
-    def __init__(self, videos: list[str], folders: list[VideoFrames], rows: np.ndarray):
-        self.videos, self.folders, self.rows = videos, folders, rows
-
-    def __len__(self):
-        return len(self.rows)
+    def __init__(self, videos: list[str], folders: list[VideoFrames], rows: np.ndarray, labels: np.ndarray):
+        self.videos, self.folders, self.labels = videos, folders, labels
+        self.rows, self.numbers = rows, rows[:, 1]
 
     def where(self, i) -> str:
         video, number = self.rows[i]
         return self.folders[video].where(np.searchsorted(self.folders[video].numbers, number))
 
-    def read(self, i):
-        return read_image(self.where(i))
-
-    def fingerprint(self, labels: np.ndarray) -> str:
+    def fingerprint(self) -> str:
         """Which frames with which labels, for the record; of the images the size of each video's first."""
-        crc = zlib.crc32(self.rows.tobytes() + labels.tobytes(), zlib.crc32("\n".join(self.videos).encode()))
+        crc = zlib.crc32("\n".join(self.videos).encode())
+        crc = zlib.crc32(self.rows.tobytes() + self.labels.tobytes(), crc)
         _, first = np.unique(self.rows[:, 0], return_index=True)             # the first row of each video
         return f"{len(self):,} frames, checksum {crc:08x}, sizes {sizes(self.where(i) for i in first)}"
 
 
-def expr_frames(files: dict[str, Path], videos: dict[str, Path]) -> tuple[Frames, np.ndarray, list[str]]:
-    """The frames that have an expression label and an image, for fine-tuning (§3.1). -> frames, their
-    classes (n,), lines about the rest. Raises ValueError if there is no such frame, or as `check_numbers`."""
-    found, lines = open_frames({video: videos[video] for video in files if video in videos})
+def expr_frames(files: dict[str, Path], videos: dict[str, VideoFrames]) -> tuple[Frames, list[str]]:
+    """The frames that have an expression label and an image, for fine-tuning (§3.1), and lines about the
+    rest. Raises ValueError if there is no such frame, or as `check_ends`."""
+    found = {video: videos[video] for video in files if video in videos}
     labels, rows, classes = {video: read_labels(file, EXPR) for video, file in files.items()}, [], []
-    lines += check_numbers(found, {video: len(of_video) for video, of_video in labels.items()})
+    lines = check_ends(last_of(found), {video: len(of_video) for video, of_video in labels.items()})
     for which, (video, frames) in enumerate(found.items()):
-        numbers = frames.numbers[frames.numbers <= len(labels[video])]
-        numbers = numbers[labels[video][numbers - 1] != EXPR.invalid]
-        rows.append(np.stack([np.full_like(numbers, which), numbers], axis=1))
+        labelled = np.flatnonzero(labels[video] != EXPR.invalid) + 1
+        numbers = np.intersect1d(frames.numbers, labelled)
+        rows.append(np.stack([np.full_like(numbers, which), numbers], axis=1).astype(np.int32))
         classes.append(labels[video][numbers - 1])
     without = [video for video in files if video not in found]
     lines += [f"  left out, no frames: {', '.join(without)}"] if without else []
     if not sum(map(len, rows)):
         raise ValueError(f"no frame has both an expression label and an image: {len(files)} label files, "
                          f"{len(without)} of them without frames; check data.labels and data.frames")
-    frames = Frames(list(found), list(found.values()), np.concatenate(rows).astype(np.int32))
-    return frames, np.concatenate(classes), lines
+    return Frames(list(found), list(found.values()), np.concatenate(rows), np.concatenate(classes)), lines
 
 
 class Images(Dataset):
@@ -97,7 +94,7 @@ class Images(Dataset):
         self.rows = range(len(self.files)) if self.order is None else self.order(epoch)
 
     def __getstate__(self):
-        # A worker needs the rows only. Where workers are spawned, as on macOS, no function can be sent there.
+        # A worker needs the rows only. Where workers are spawned, as on macOS, no lambda can be sent there.
         return {**vars(self), "order": None}
 
     def __len__(self):
@@ -114,10 +111,13 @@ class Images(Dataset):
             return None
         train = self.seed is not None
         pixels = random_crop(image, self.size, rng, self.smallest) if train else resize(image, self.size)
-        beside = [column[r] for column in self.columns]
-        if self.noise is not None:
-            beside.append(rng.random(self.noise, np.float32) if train else np.zeros(self.noise, np.float32))
-        return pixels, *beside
+        return pixels, *self.beside(r, rng if train else None)
+
+    def beside(self, r, rng=None) -> list:
+        """What stands beside the image of row r: the columns, and noise from `rng` or zeros."""
+        noise = [] if self.noise is None else [
+            rng.random(self.noise, np.float32) if rng else np.zeros(self.noise, np.float32)]
+        return [column[r] for column in self.columns] + noise
 
     def collate(self, items):
         """-> [images (B, size, size, 3) uint8, each column (B, ...), noise (B, ...)], of the readable ones; B
@@ -125,30 +125,24 @@ class Images(Dataset):
         # As tensors, they cross to the training process in shared memory. As arrays they would go through a
         # pipe, and a worker whose parent was killed would be stuck in it for ever.
         readable = [item for item in items if item is not None]
-        if readable:
-            columns = [np.stack(column) for column in zip(*readable)]
-        else:
-            columns = [np.zeros((0, *self.size, 3), np.uint8), *(column[:0] for column in self.columns)]
-            columns += [] if self.noise is None else [np.zeros((0, *self.noise), np.float32)]
+        like = np.zeros((*self.size, 3), np.uint8), *self.beside(0)              # for a batch without any
+        columns = [np.stack(column)[:len(readable)] for column in zip(*(readable or [like]))]
         tensors = [torch.from_numpy(column) for column in columns]
         return [x.long() if x.dtype in (torch.int8, torch.int32) else x for x in tensors]
 
 
-def every_kth(n: int, k: int):
-    """-> order(epoch) of n rows for `Images`: each k-th, from another offset in each epoch, because
-    neighbouring frames are all but equal. Rounded up, so that the last few have their turn."""
-    return lambda epoch: (np.arange(-(-n // k)) * k + epoch % k) % n
+def every_kth(n: int, k: int, epoch: int) -> np.ndarray:
+    """An order of n rows for `Images`: each k-th, from another offset in each epoch, because neighbouring
+    frames are all but equal. Rounded up, so that the last few have their turn."""
+    return (np.arange(-(-n // k)) * k + epoch % k) % n
 
 
-def some_faces(frames, numbers, size: int) -> list[tuple[int, np.ndarray]]:
-    """(number, uint8 (size, size, 3)) of those of these frames that are there and readable. `frames`: the
-    VideoFrames, or their folder."""
-    frames, found = frames if isinstance(frames, VideoFrames) else VideoFrames(frames), []
+def some_faces(frames: VideoFrames, numbers, size: int) -> list[tuple[int, np.ndarray]]:
+    """(number, uint8 (size, size, 3)) of those of a video's frames that are there and readable."""
+    found = []
     for i in np.flatnonzero(np.isin(frames.numbers, numbers)):
-        try:
+        with suppress(ValueError):
             found.append((int(frames.numbers[i]), resize(frames.read(i), (size, size))))
-        except ValueError:
-            continue
     return found
 
 
@@ -164,10 +158,9 @@ def open_features(path) -> np.ndarray:
     names it if it holds anything else."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except OSError:
-        raise
     except Exception as error:     # the header is Python source: a broken one raises more than ValueError
-        raise ValueError(f"{path}: not a plain feature array ({error}); {AGAIN}") from None
+        problem = ValueError(f"{path}: not a plain feature array ({error}); {AGAIN}")
+        raise error if isinstance(error, OSError) else problem from None
     if array.dtype.kind != "f" or not array.dtype.isnative or array.ndim != 2:
         raise ValueError(f"{path}: not a plain feature array ({array.dtype} {array.shape}), expected "
                          f"(frames, D); {AGAIN}")
@@ -213,14 +206,12 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
     videos, left_out, dim, extracted, ends = [], {}, None, extracted_videos(features), {}
     for name, file in files.items():
         labels, path = read_labels(file, task), Path(features) / f"{name}.npy"
+        faces = path.exists() if extracted is None else extracted.get(name, {}).get("faces")
         if not targets(labels, task)[1].any():
             left_out[name] = "no labels"
-        elif extracted is not None and name not in extracted:
-            left_out[name] = "no frames when features were extracted"
-        elif extracted is not None and not extracted[name]["faces"]:
-            left_out[name] = "no readable face"
-        elif extracted is None and not path.exists():
-            left_out[name] = "no features"
+        elif not faces:
+            left_out[name] = ("no features" if extracted is None else "no readable face" if name in extracted
+                              else "no frames when features were extracted")
         else:
             if extracted is not None and not (path.exists() and noface_path(path).exists()):
                 raise ValueError(f"{path} or its .noface.npy was extracted and is gone; run "
@@ -317,15 +308,10 @@ class SegmentData(Dataset):
 def describe(frames, labels, fold: int = 0):
     """Yield lines that tell what a copy of Aff-Wild2 holds, to compare with the counts in docs/data.md.
 
-    Raises ValueError if no folder holds a frame, as `split` does, and at its end as `check_numbers` does, and
-    if a set has no labelled frame with a face image.
+    Raises ValueError as `find_videos` and `split`, at its end as `check_ends`, and if a set has no labelled
+    frame with a face image.
     """
-    folders, lines = video_folders(frames)
-    found, more = open_frames(folders)
-    lines, longest = lines + more, Counter()
-    if not found:
-        raise ValueError("\n".join([f"data.frames: {len(folders)} folders, none of which holds a frame; "
-                                    "expected <video>/00001.jpg", *lines]))
+    (found, lines), longest = find_videos(frames), Counter()
     yield f"{len(found)} videos with frames, {sum(map(len, found.values())):,} face images"
     yield from lines
     problems = []
@@ -352,7 +338,7 @@ def describe(frames, labels, fold: int = 0):
     there = {video: int((found[video].numbers <= n).sum()) for video, n in longest.items() if video in found}
     yield (f"{sum(len(found[video]) - n for video, n in there.items()):,} images after the last label, "
            f"{sum(longest[video] - n for video, n in there.items()):,} lines of labels without an image")
-    yield from check_numbers(found, longest)
+    yield from check_ends(last_of(found), longest)
     if problems:
         raise ValueError("\n".join([*problems, "a label file is named after its video's folder"]))
 

@@ -26,7 +26,7 @@ from engine.checkpoints import read_checkpoint, read_json
 from engine.config import from_command_line
 from engine.distributed import launch
 from engine.training import Progress
-from images import check_numbers, open_frames, video_folders
+from images import check_ends, find_videos, last_of
 from labels import TASKS, has_labels, read_labels, scene, split, targets
 from metrics import confusion, difference, score_table
 from pipeline import command, finished, folder, lines_of, make, missing, tuned_on
@@ -141,31 +141,30 @@ def emma_sums(trained, tasks) -> dict[str, tuple[list[Video], np.ndarray, dict[s
     """{task name: its validation videos, their sums (videos, ...) over all processes, {video: why it is left
     out}}. A labelled frame without a face counts, with the outputs of the frame before it, as it does for a
     segment model. Raises ValueError if a task has no video left."""
-    config, team, folders = trained.config, trained.team, video_folders(trained.config.data.frames)[0]
+    config, team, given = trained.config, trained.team, find_videos(trained.config.data.frames)[0]
     seen = {scene(name) for name in tuned_on(trained.record) + trained.record["data"]["training videos"]}
-    once, found, opened = {}, {}, {}        # {video: one task's record of it}, {task: what to score}, frames
+    once, found = {}, {}                    # {video: one task's record of it}, {task: what to score}
     for task in tasks:
         found[task.name] = videos, left_out = {}, {}
         files = split(config.data.labels, task, 0)[1]
-        opened |= open_frames({name: folders[name] for name in files if name in folders})[0]
         for name, file in files.items():
             labels = read_labels(file, task)
             if scene(name) in seen:
                 left_out[name] = "EMMA was trained on its scene"
             elif not targets(labels, task)[1].any():
                 left_out[name] = "no labels"
-            elif name not in opened:
+            elif name not in given:
                 left_out[name] = "no frames"
             else:
-                videos[name] = Video(name, folders[name], labels)
-        check_numbers(opened, {name: len(video.labels) for name, video in videos.items()})
+                videos[name] = Video(name, given[name].folder, labels)
+        check_ends(last_of(given), {name: len(video.labels) for name, video in videos.items()})
         once |= videos
 
-    frames = {video.name: opened[video.name] for video in shared_out(list(once.values()), team)}
-    progress = Progress(sum(int(files.numbers[-1]) for files in frames.values()), "frames", team)
+    frames = {video.name: given[video.name] for video in shared_out(list(once.values()), team)}
+    progress = Progress(sum(files.last for files in frames.values()), "frames", team)
     outputs = {}
     for name, files in frames.items():
-        of_video, noface = trained.predict(files, int(files.numbers[-1]), progress)
+        of_video, noface = trained.predict(files, files.last, progress)
         if not noface.all():
             outputs[name] = of_video
     readable = {name for names in team.gather(list(outputs)) for name in names}

@@ -26,7 +26,7 @@ from engine.checkpoints import read_json, write_array, write_text
 from engine.config import from_command_line
 from engine.run import OTHER_RUN
 from engine.training import Progress
-from images import VideoFrames, check_numbers, open_frames, sizes, video_folders
+from images import check_ends, find_videos, last_of, sizes
 from labels import TASKS, has_labels, label_files, read_labels
 from pipeline import begun, open_run, start
 from scoring import extractor, video_features
@@ -37,7 +37,7 @@ def main(config, team):
     run = open_run("features", config, team)
 
     # data: what is there now, and what was when this began
-    videos, lines = video_folders(config.data.frames)
+    videos, lines = find_videos(config.data.frames)
     table, more = to_extract(config.data.labels, videos)
     run.same_on_all_machines(table)
     known = team.agree(begun(run.folder) and read_json(run.folder / "videos.json") or {})
@@ -45,15 +45,27 @@ def main(config, team):
     if gone:                                        # not yet extracted, or not known to be
         raise ValueError(f"{run.folder}: {len(gone)} videos were there when this began and are gone: "
                          f"{', '.join(gone[:5])}; bring them back, or begin {OTHER_RUN}")
-    order = sorted(table, key=lambda video: (-table[video]["frames"], video))      # longest first
-    left = team.agree([video for video in order if not is_extracted(run.folder, video, table[video], known)])
+    left = []                                       # what is new, changed or lost, longest first
+    for video in sorted(table, key=lambda video: (-table[video]["frames"], video)):
+        before, path = known.get(video, {}), run.folder / f"{video}.npy"
+        written = before.get("faces") == 0 or path.exists() and noface_path(path).exists()
+        if before | table[video] != before or not written:
+            left.append(video)
+    left = team.agree(left)
     if run.finished and not left:
         return team.say(f"{run.folder} is finished; nothing to do")
 
     # model
     vit, origin, said = extractor(config, team)
+    run.remember({}, origin)
     known |= {video: table[video] for video in left}
-    take_away(run, known, left, origin)
+    if team.rank == 0:                              # what is out of date goes, what is to be made is listed
+        (run.folder / "metrics.json").unlink(missing_ok=True)
+        for video in left:
+            (run.folder / f"{video}.npy").unlink(missing_ok=True)
+            noface_path(run.folder / f"{video}.npy").unlink(missing_ok=True)
+        write_text(run.folder / "videos.json", json.dumps(known, indent=1))
+    team.wait()
 
     # loop: what is left is shared anew, longest first, so that no process waits long for another's last video
     mine = left[team.rank::team.world]
@@ -62,8 +74,8 @@ def main(config, team):
                         f"{team.device}", f"  ViT from {said}"]))
     progress = Progress(sum(table[video]["frames"] for video in mine), "frames", team)
     for video in mine:
-        frames, path = VideoFrames(videos[video]), run.folder / f"{video}.npy"
-        features, noface = video_features(vit, frames, table[video]["frames"], config, team, progress)
+        path, length = run.folder / f"{video}.npy", table[video]["frames"]
+        features, noface = video_features(vit, videos[video], length, config, team, progress)
         if not noface.all():                        # nothing is written for a video without any face
             write_array(noface_path(path), noface)
             write_array(path, features)
@@ -72,46 +84,21 @@ def main(config, team):
 
 
 def to_extract(labels, videos) -> tuple[dict[str, dict], list[str]]:
-    """What there is to extract: {video: {"frames", "images", "names", "sizes"}}, less videos without a frame;
-    and lines about what is odd.
+    """What there is to extract: {video: {"frames", "images", "names", "sizes"}}, and lines about what is odd.
 
     `frames`: its longest label file or its last image, whichever is later. `images`: how many there are.
     `names`: a checksum of their numbers. `sizes`: one of the sizes of the first and the last file. Raises
-    ValueError as `check_numbers`.
+    ValueError as `check_ends`.
     """
-    (found, lines), rows, table = open_frames(videos), Counter(), {}
+    rows = Counter()
     for task in TASKS.values():
         for files in label_files(labels, task).values() if has_labels(labels, task) else ():
             rows |= Counter({video: len(read_labels(file, task)) for video, file in files.items()
                              if video in videos})                              # the larger of each
-    lines += check_numbers(found, rows)
-    for video in videos:
-        frames = found.get(video, ())
-        numbers = frames.numbers if frames else np.zeros(0, int)
-        table[video] = {"frames": max(int(numbers.max(initial=0)), rows[video]), "images": len(numbers),
-                        "names": zlib.crc32(numbers.tobytes()),
-                        "sizes": sizes(frames.where(i) for i in (0, -1) if len(numbers))}
-    return {video: row for video, row in table.items() if row["frames"]}, lines
-
-
-def is_extracted(folder, video: str, row: dict, known: dict) -> bool:
-    """Has `video` been extracted as it is now (`row`), so that both of its files are there, or no face?"""
-    before, path = known.get(video, {}), folder / f"{video}.npy"
-    return (all(before.get(name) == row[name] for name in row)
-            and (before.get("faces") == 0 or path.exists() and noface_path(path).exists()))
-
-
-def take_away(run, table: dict, left: list[str], origin: dict):
-    """Take away what is out of date, and write down what is to be made. Rank 0 only."""
-    run.remember({}, origin)
-    if run.team.rank == 0:
-        (run.folder / "metrics.json").unlink(missing_ok=True)           # not finished, or no longer
-        for video in left:
-            path = run.folder / f"{video}.npy"
-            path.unlink(missing_ok=True)
-            noface_path(path).unlink(missing_ok=True)
-        write_text(run.folder / "videos.json", json.dumps(table, indent=1))
-    run.team.wait()
+    table = {video: {"frames": max(frames.last, rows[video]), "images": len(frames),
+                     "names": zlib.crc32(frames.numbers.tobytes()),
+                     "sizes": sizes([frames.where(0), frames.where(-1)])} for video, frames in videos.items()}
+    return table, check_ends(last_of(videos), rows)
 
 
 def finish(run, table: dict):

@@ -131,11 +131,6 @@ def unnormalise(images: torch.Tensor, mean=MEAN, std=STD) -> np.ndarray:
 
 # ---- Image files in folders
 
-def leads_out(path, real_root: str) -> bool:
-    """Does this path, its links followed, end outside of the root?"""
-    return not Path(os.path.realpath(path)).is_relative_to(real_root)
-
-
 def find_images(root: Path, skipped: Counter, below: str = "") -> list[bytes]:
     """All image files below root/below, as paths relative to root, sorted: one order on every machine.
 
@@ -148,7 +143,7 @@ def find_images(root: Path, skipped: Counter, below: str = "") -> list[bytes]:
             path = os.path.join(folder, entry.name)
             if entry.name.startswith("."):                           # ._face.jpg, .ipynb_checkpoints
                 skipped["hidden"] += 1
-            elif entry.is_symlink() and leads_out(entry.path, real_root):
+            elif entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(real_root):
                 skipped["link out of the folder (copy with cp -rL, or give the folder it leads to)"] += 1
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(path)
@@ -178,7 +173,30 @@ def listed(counts: Counter, most: int = 12) -> str:
     return text + f", {len(counts) - most} more" * (len(counts) > most) or "nothing"
 
 
-# ---- The frames of a video
+# ---- The frames of videos
+
+class Files:
+    """n image files below a folder, for `data.Images`: their `names` (n,), bytes, as there may be millions;
+    the `numbers` (n,) of the frames that they are, rising, by default 1, 2, ..."""
+
+    def __init__(self, folder, names, numbers=None):
+        self.folder, self.names = str(folder), np.array(names, dtype=bytes)
+        self.numbers = np.array(range(1, len(names) + 1) if numbers is None else numbers, dtype=np.int64)
+
+    def __len__(self):
+        return len(self.numbers)
+
+    @property
+    def last(self) -> int:
+        """The number of the last frame; 0 without any."""
+        return int(self.numbers.max(initial=0))
+
+    def where(self, i) -> str:
+        return os.path.join(self.folder, os.fsdecode(self.names[i]))
+
+    def read(self, i) -> Image.Image:
+        return read_image(self.where(i))
+
 
 def numbered(names: list[str]) -> list[tuple[int, str]]:
     """(number, name) of names that differ in one number alone, frame_0001.jpg and frame_0002.jpg; of others
@@ -190,9 +208,9 @@ def numbered(names: list[str]) -> list[tuple[int, str]]:
     return [(int(of[k]), name) for of, name in zip(parts, names)]
 
 
-class VideoFrames:
-    """The frames in a folder, from the number `first`: `numbers` (n,), rising; `names` (n,) of their files,
-    bytes, as there are millions of them; {kind: how many} of what lies `beside`.
+class VideoFrames(Files):
+    """The frames in a folder, from the number `first`; {kind: how many} of what lies `beside`; the names of
+    the `folders` in it; `plain`: are frames called 00001.jpg?
 
     Lists the folder once and opens no image. If none of its images is called 00001.jpg, but all have names
     that differ in one number, that is the frame's. Raises ValueError if two files are the same frame, as
@@ -200,59 +218,96 @@ class VideoFrames:
     """
 
     def __init__(self, folder, first: int = 1):
-        found, images, names, beside = [], [], {}, Counter()
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                match = FRAME.fullmatch(entry.name)
-                if match:
-                    found.append((int(match[1]), entry.name))
-                elif entry.name.startswith(".") or entry.is_dir():
-                    beside["hidden" if entry.name.startswith(".") else "folders"] += 1
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    images.append(entry.name)
-                else:
-                    beside[ending(entry.name)] += 1
-        if images and not found:
-            found = numbered(images)
-            images = [] if found else images
-        beside["images of other names"] = len(images)
-        for number, name in found:
-            if number < first:
-                beside["with number 0"] += 1
-            elif number in names:
-                one, other = sorted((names[number], name))
-                raise ValueError(f"{folder}: {one} and {other} are both frame {number}; remove one")
-            else:
-                names[number] = name
-        self.folder, self.beside, self.numbers = str(folder), +beside, np.array(sorted(names), dtype=np.int64)
-        self.names = np.array([os.fsencode(names[number]) for number in sorted(names)], dtype=bytes)
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def where(self, i) -> str:
-        return os.path.join(self.folder, os.fsdecode(self.names[i]))
-
-    def read(self, i) -> Image.Image:
-        return read_image(self.where(i))
+        listing = sorted(os.listdir(folder))
+        shown = [name for name in listing if not name.startswith(".")]
+        images = [name for name in shown if name.lower().endswith(EXTENSIONS)]
+        others = [name for name in shown if not name.lower().endswith(EXTENSIONS)]
+        self.folders = [name for name in others if os.path.isdir(os.path.join(folder, name))]
+        found = [(int(match[1]), match[0]) for match in map(FRAME.fullmatch, images) if match]
+        self.first, self.plain, names = first, len(found) > 0, {}
+        found = found or images and numbered(images)
+        for number, name in sorted(found):
+            if names.setdefault(number, name) != name:
+                raise ValueError(f"{folder}: {names[number]} and {name} are both frame {number}; remove one")
+        numbers = [number for number in names if number >= first]
+        super().__init__(folder, [os.fsencode(names[number]) for number in numbers], numbers)
+        self.beside = Counter(ending(name) for name in others if name not in self.folders)
+        self.beside.update({"hidden": len(listing) - len(shown), "folders": len(self.folders),
+                            "with number 0": len(names) - len(numbers),
+                            "images of other names": len(images) - len(found)})
+        self.beside = +self.beside                                                 # of what there is any
 
 
-def open_frames(folders: dict[str, Path], first: int = 1) -> tuple[dict[str, VideoFrames], list[str]]:
-    """{video: its frames} of the folders that hold some, and lines: what is taken for the number of a frame,
-    what is not read."""
-    found = {video: VideoFrames(folder, first) for video, folder in folders.items()}
-    named = [of for of in found.values() if len(of) and not FRAME.fullmatch(os.path.basename(of.where(0)))]
-    beside = sum((frames.beside for frames in found.values()), Counter())
-    empty = [video for video, frames in found.items() if not len(frames)]
+def below(folder: VideoFrames, depth: int = 0) -> list[VideoFrames]:
+    """The folders of videos below a folder, in order. One that holds folders but no 00001.jpg is entered; its
+    own frames, called otherwise, are a video if there are any. A folder without both is given, too."""
+    found = []
+    for name in folder.folders:
+        frames = VideoFrames(Path(folder.folder, name), folder.first)
+        inner = [] if depth == DEEPEST or frames.plain else below(frames, depth + 1)
+        found += inner
+        if len(frames) or not inner:
+            found.append(frames)
+    return found
+
+
+def passed_over(root, found: list[VideoFrames]) -> list[str]:
+    """Lines about what was found below a root: what is taken for the number of a frame, what is not read."""
+    named = [of for of in found if len(of) and not of.plain]
+    beside = sum((of.beside for of in found), Counter())
+    empty = [os.path.basename(of.folder) for of in found if not len(of)]
+    alone = str(root) in [of.folder for of in found]                        # the root itself is a video
+    loose = Counter(ending(path.name) for path in Path(root).glob("[!.]*") if path.is_file() and not alone)
     lines = [f"  in {len(named)} videos a number in the name is taken for the frame's, as {of.numbers[0]} in "
              f"{os.path.basename(of.where(0))}" for of in named[:1]]
     lines += [f"  not read, as no frame (00001.jpg, ...): {listed(beside)}"] if beside else []
-    lines += [f"  {READ}"] if any(kind.startswith(".") for kind in beside) else []
-    lines += [f"  {len(empty)} folders without a frame: {', '.join(empty[:5])}"] if empty else []
-    return {video: frames for video, frames in found.items() if len(frames)}, lines
+    lines += [f"  not read, as in no video's folder: {listed(loose)} in {root}"] if loose else []
+    lines += [f"  {READ}"] if loose or any(kind.startswith(".") for kind in beside) else []
+    return lines + ([f"  {len(empty)} folders without a frame: {', '.join(empty[:5])}"] if empty else [])
 
 
-# ---- Do frames and labels fit? Line i of a label file belongs to frame i
+def find_videos(roots) -> tuple[dict[str, VideoFrames], list[str]]:
+    """{video: its frames}, sorted, of the folders below several roots (`data.frames`), and lines about what
+    was passed over. A video that is in two roots is taken from the first that has frames of it.
+
+    Raises ValueError for a root that is missing, for a video that is twice below it, if there is no frame,
+    and if most videos of a root have an image of number 0, with the command that renames them: line i of a
+    label file belongs to image i.
+    """
+    videos, lines = {}, []
+    for root in map(Path, roots):
+        if not root.is_dir():
+            raise ValueError(f"data.frames: {root} is no folder; "
+                             "expected one that holds a folder of face crops per video")
+        found, here = below(VideoFrames(root)), {}
+        for frames in filter(len, found):
+            known = here.setdefault(os.path.basename(frames.folder), frames)
+            if known is not frames:
+                raise ValueError(f"data.frames: {known.folder} and {frames.folder} are frames of one video; "
+                                 "remove one, or give their roots as two, the better one first")
+        zero = [video for video, frames in here.items() if frames.beside["with number 0"]]
+        if 2 * len(zero) > len(here):
+            folders = sorted({os.path.dirname(here[video].folder) or "." for video in zero})
+            raise ValueError(f"{len(zero)} of {len(here)} videos have an image of number 0, such as "
+                             f"{zero[0]}; line 1 of a label file belongs to image 1, so labels would meet "
+                             "the next frame\n"
+                             f"to rename every frame n to n + 1:\n{RENAME}{shlex.join(folders)}")
+        lines += passed_over(root, found)
+        twice = len(here.keys() & videos.keys())
+        for count, why in ((twice, "are in an earlier folder of data.frames too, and taken from there"),
+                           (len(zero), f"have an image of number 0, without a label: {zero[:5]}")):
+            lines += [f"  {count} videos of {root} {why}"] if count else []
+        videos = here | videos
+    if not videos:
+        raise ValueError("\n".join([f"data.frames: no folder of frames in {list(map(str, roots))}; expected "
+                                    "<video>/00001.jpg below it", *lines]))
+    return dict(sorted(videos.items())), lines
+
+
+def last_of(videos: dict[str, VideoFrames]) -> dict[str, int]:
+    """{video: the number of its last frame}, for `check_ends`."""
+    return {video: frames.last for video, frames in videos.items()}
+
 
 def check_ends(ends: dict[str, int], rows: dict[str, int], low: float = 0.9, high: float = 1.1) -> list[str]:
     """Do videos end where their labels do? ends: {video: its last frame}, rows: {video: lines of its labels}.
@@ -271,81 +326,3 @@ def check_ends(ends: dict[str, int], rows: dict[str, int], low: float = 0.9, hig
         raise ValueError(f"{said[0].strip()}\nit looks like {cause}; line i of a label file belongs to frame "
                          "i: make one image of each, numbered from 1 (ffmpeg -i video.mp4 folder/%05d.jpg)")
     return said
-
-
-def check_numbers(found: dict[str, VideoFrames], rows: dict[str, int], *bounds) -> list[str]:
-    """Is image i that of line i of the labels? rows, bounds: as for `check_ends`. -> lines about what is odd.
-    Raises ValueError if most videos have an image of number 0, with the command that renames them, and as
-    `check_ends`."""
-    zero = [video for video, frames in found.items() if frames.beside["with number 0"]]
-    if 2 * len(zero) > len(found):
-        folders = sorted({os.path.dirname(found[video].folder) or "." for video in zero})
-        raise ValueError(f"{len(zero)} of {len(found)} videos have an image of number 0, such as {zero[0]}; "
-                         "line 1 of a label file belongs to image 1, so labels would meet the next frame\n"
-                         f"to rename every frame n to n + 1:\n{RENAME}{shlex.join(folders)}")
-    lines = [f"  {len(zero)} videos have an image of number 0, which has no label: {', '.join(zero[:5])}"]
-    ends = {video: int(frames.numbers[-1]) for video, frames in found.items()}
-    return lines[:len(zero)] + check_ends(ends, rows, *bounds)
-
-
-# ---- The folders of videos
-
-def has_frames(folder) -> bool:
-    """Is there a frame? Looks no further than the first 00001.jpg. Names like frame_0001.jpg count if no
-    folder lies beside: above the folders of videos, fig_1.png is none."""
-    with os.scandir(folder) as entries:
-        if any(FRAME.fullmatch(entry.name) for entry in entries):
-            return True
-    frames = VideoFrames(folder, 0)
-    return len(frames) > 0 and not frames.beside["folders"]
-
-
-def below(root: Path, depth: int = 0):
-    """Yield the folder of each video below the root. A folder that holds folders but no frames is entered."""
-    with os.scandir(root) as entries:
-        folders = sorted(root / entry.name for entry in entries
-                         if not entry.name.startswith(".") and entry.is_dir())
-    for folder in folders:
-        inner = [] if depth == DEEPEST or has_frames(folder) else list(below(folder, depth + 1))
-        yield from inner or [folder]
-        if inner and len(VideoFrames(folder, 0)):                    # frame_0001.jpg, ... beside folders
-            yield folder
-
-
-def loose(root) -> list[str]:
-    """A line about the files that lie in a root itself, if there are any."""
-    with os.scandir(root) as entries:
-        kinds = Counter(ending(of.name) for of in entries if of.is_file() and not of.name.startswith("."))
-    return [f"  not read, as in no video's folder: {listed(kinds)} in {root}; {READ}"] if kinds else []
-
-
-def video_folders(roots) -> tuple[dict[str, Path], list[str]]:
-    """{video: folder of its frames}, sorted, over several roots, and lines about what was passed over.
-    Folders of folders are entered, such as a nested cropped_aligned, so a root may be the folder above two.
-
-    A video that is in two roots is taken from the first that has frames of it. Raises ValueError for a root
-    that is missing, for a video that is twice below one root, and when no video is found.
-    """
-    videos, lines = {}, []
-    for root in map(Path, roots):
-        if not root.is_dir():
-            raise ValueError(f"data.frames: {root} is no folder; "
-                             "expected one that holds a folder of face crops per video")
-        found: dict[str, Path] = {}
-        for folder in below(root):
-            known = found.setdefault(folder.name, folder)
-            if known != folder and has_frames(folder):
-                if has_frames(known):
-                    raise ValueError(f"data.frames: {known} and {folder} are frames of one video; remove "
-                                     "one, or give the folders above them as two roots, the better one first")
-                found[folder.name] = folder
-        lines += loose(root)
-        twice = {video for video in found if video in videos and has_frames(videos[video])}
-        videos.update((video, folder) for video, folder in found.items() if video not in twice)
-        if twice:
-            lines.append(f"  {len(twice)} videos of {root} are in an earlier folder of data.frames too, "
-                         "and taken from there")
-    if not videos:
-        raise ValueError(f"data.frames: no video folders in {list(map(str, roots)) or 'an empty list'}; "
-                         "expected <video>/00001.jpg below it" + "".join(f"\n{line}" for line in lines))
-    return dict(sorted(videos.items())), lines

@@ -22,6 +22,7 @@ from metrics import BINARY_F1, CCC, CLASS_F1, Metric
 EXPRESSIONS = ("Neutral", "Anger", "Disgust", "Fear", "Happiness", "Sadness", "Surprise", "Other")
 AUS = (1, 2, 4, 6, 7, 10, 12, 15, 23, 24, 25, 26)      # numbers of the Facial Action Coding System
 FOLDS = range(5)
+NAME = re.compile(r"(.+)/0*([0-9]{1,7})\.[A-Za-z]+")    # of a frame in a list: 2-30-640x360/00001.jpg
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,14 @@ def read_lines(path, header: str, encoding: str = "utf-8-sig") -> list[str]:
             return content.decode(encoding).rstrip().splitlines()
     raise ValueError(f"{path}: this seems to be {[*kinds, 'no text'][0]}; expected text in UTF-8 with the "
                      f"header {header}; unpack it, or save it as such")
+
+
+def split_name(name: str) -> tuple[str, int]:
+    """'video86_3_left/00012.jpg' -> ('video86_3_left', 12). Raises ValueError for anything else."""
+    match = NAME.fullmatch(name)
+    if not match:
+        raise ValueError(f"got {name[:80]!r}, expected a frame like 136/00001.jpg")
+    return match[1], int(match[2])
 
 
 def read_labels(path, task: Task) -> np.ndarray:

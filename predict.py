@@ -44,7 +44,7 @@ from engine.distributed import all_sum, launch
 from engine.run import changes
 from engine.settings import Config
 from engine.training import Progress
-from images import READ, VideoFrames, below, find_images, has_frames, listed, loose, open_frames, sizes
+from images import READ, Files, VideoFrames, below, find_images, listed, passed_over, sizes
 from labels import EXPR, TASKS, in_units, smoothed
 from pipeline import command, find_input, finished, folder, like, lines_of, missing, settings_of
 from scoring import check_features, each_frame, expr_classifier, extractor, load, video_features
@@ -112,17 +112,15 @@ def expression_model(config, team) -> Models:
 
 # ---- What is predicted, in parts: a video, or TOGETHER single images. `parts`: {name: its files}
 
-def videos_in(root: Path) -> tuple[dict[str, VideoFrames], list[str]]:
+def videos_in(root: Path) -> tuple[dict[str, Files], list[str]]:
     """The videos of a folder, and lines about what was found. The rows of a video whose images count from 0
     count from 1, as label files and submissions do. Raises ValueError if there is no frame."""
-    ours = re.compile(r"\.(parts|pictures)(/|$)")                     # --out may lie among the videos
-    folders = {str(path.relative_to(root)): path for path in below(root)}
-    if has_frames(root) or not folders:
-        folders = {root.resolve().name: root}
-    folders = {name: path for name, path in folders.items() if not ours.search(name)}
-    parts, lines = open_frames(folders, first=0)
-    lines.insert(0, f"{root}: {len(parts)} videos, {sum(map(len, parts.values())):,} images")
-    lines += [] if root in folders.values() else loose(root)
+    ours, top = re.compile(r"\.(parts|pictures)(/|$)"), VideoFrames(root, first=0)   # --out may lie there too
+    inside = {os.path.relpath(of.folder, root): of for of in ([] if top.plain else below(top))}
+    found = {name: of for name, of in inside.items() if not ours.search(name)} or {root.resolve().name: top}
+    parts = {name: files for name, files in found.items() if len(files)}
+    lines = [f"{root}: {len(parts)} videos, {sum(map(len, parts.values())):,} images"]
+    lines += passed_over(root, list(found.values()))
     if not parts:
         raise ValueError("\n".join(["--frames: no frame found; expected 00001.jpg, ..., or names that differ "
                                     "in one number, in the folder or in a folder per video; images with "
@@ -130,36 +128,29 @@ def videos_in(root: Path) -> tuple[dict[str, VideoFrames], list[str]]:
     from_0 = [name for name, files in parts.items() if files.numbers[0] == 0]
     from_0 = list(parts) if 2 * len(from_0) > len(parts) else from_0
     for name in from_0:
-        parts[name].numbers = parts[name].numbers + 1
+        parts[name].numbers += 1
     lines += [f"  {len(from_0)} videos count their images from 0, such as {name}: image 0 is frame 1 of the "
               "table, at time 0, and line 1 of a label file or submission" for name in from_0[:1]]
     return parts, lines
 
 
-class Stills(VideoFrames):
-    """Images of any names, relative to `root`, as the frames 1, 2, ... of a video."""
-
-    def __init__(self, root: Path, names: list[str]):
-        self.folder, self.names, self.numbers = str(root), names, np.arange(1, len(names) + 1)
-
-
-def stills_in(root: Path) -> tuple[dict[str, Stills], list[str]]:
+def stills_in(root: Path) -> tuple[dict[str, Files], list[str]]:
     """All images below a folder, TOGETHER in a part. Raises ValueError if there is none."""
     skipped = Counter()
-    names = [os.fsdecode(name) for name in find_images(root, skipped)]
+    names = find_images(root, skipped)
     if not names:
         raise ValueError(f"--frames: no image below {root}, only {listed(skipped)}; {READ}")
-    parts = {str(first): Stills(root, names[first:first + TOGETHER])
+    parts = {str(first): Files(root, names[first:first + TOGETHER])
              for first in range(0, len(names), TOGETHER)}
-    return parts, [f"{root}: {len(names):,} images"] + ([f"  not read: {listed(skipped)}"] if skipped else [])
+    return parts, [f"{root}: {len(names):,} images; not read: {listed(skipped)}"]
 
 
 def fingerprint(parts: dict) -> dict:
     """What there is to predict, for the record."""
     crc, some = 0, []
     for files in parts.values():
-        names = files.names if isinstance(files, Stills) else []
-        crc = zlib.crc32(files.numbers.tobytes() + os.fsencode("|".join(names)), crc)
+        names = [] if isinstance(files, VideoFrames) else files.names.tolist()
+        crc = zlib.crc32(files.numbers.tobytes() + b"|".join(names), crc)
         some += [files.where(i) for i in range(0, len(files), 1 + len(files) // 10)]
     return {"parts": list(parts), "images": f"{sum(map(len, parts.values())):,}, checksum {crc:08x}, sizes "
                                             f"{sizes(some)}"}
@@ -182,21 +173,20 @@ def is_finished(path: Path, record: dict, team) -> bool:
     return there
 
 
-def rows_of(name: str, files, values: dict, noface, options, columns: int) -> bytes:
+def rows_of(name: str, files, values: dict, noface, options) -> bytes:
     """The rows of a part, from values {task: (T, K)}. They are empty where nothing is known: at an image that
     cannot be read, in a video without any face."""
     known = ~noface if options.still else np.full(len(noface), not noface.all())
-    text = io.StringIO()
+    text, columns = io.StringIO(), []
     table = csv.writer(text, lineterminator="\n")
-    for t in range(len(noface)):
+    for task, v in values.items():
+        if TASKS[task].one_class:
+            columns.append([TASKS[task].outputs[k] for k in v.argmax(axis=1)])
+        columns += np.char.mod("%.6f", v).T.tolist()
+    for t, row in enumerate(zip(*columns)):
         time = f"{t / options.fps:.6f}" if options.fps else ""
-        row = [files.names[t]] if options.still else [name, t + 1, time]
-        row.append(int(not noface[t]))
-        for task, v in values.items() if known[t] else ():
-            if TASKS[task].one_class:
-                row.append(TASKS[task].outputs[v[t].argmax()])
-            row += [f"{value:.6f}" for value in v[t]]
-        table.writerow(row + [""] * (columns - len(row)))
+        frame = [os.fsdecode(files.names[t])] if options.still else [name, t + 1, time]
+        table.writerow([*frame, int(not noface[t]), *(row if known[t] else [""] * len(row))])
     return text.getvalue().encode("utf-8", "surrogateescape")       # names may hold bytes of no encoding
 
 
@@ -256,7 +246,7 @@ def main(config, team, options):
     there = is_finished(path, record, team)
 
     # loop: parts that lack rows or a picture, longest first, so that no process waits long for another's last
-    frames = {name: int(files.numbers[-1]) for name, files in parts.items()}
+    frames = {name: files.last for name, files in parts.items()}
     rows = {name: Path(f"{path}.parts/{number:06d}") for number, name in enumerate(parts)}
     images = {name: Path(f"{path}.pictures/{name}.png") for name in parts}
     lacking = [name for name in parts if not (there or rows[name].exists())
@@ -276,7 +266,7 @@ def main(config, team, options):
         if options.picture:
             draw(images[name], *of_part)
         if not there:                                # after its picture: a part that is there needs nothing
-            write_file(rows[name], lambda file: file.write(rows_of(*of_part, len(header))))
+            write_file(rows[name], lambda file: file.write(rows_of(*of_part)))
         without += int(noface.sum())
     without = int(all_sum(torch.tensor(without)))                  # when it is known, all parts are written
     if team.rank == 0 and not there:

@@ -18,13 +18,15 @@ decoded; `gradient_norm` (before clipping), `lr` (the head's), `unreadable`, `se
 train_pretrain.py.
 """
 
+from functools import partial
+
 import torch
 
 from data import Images, every_kth, expr_frames
 from engine.checkpoints import load_vit
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
-from images import normalise, video_folders
+from images import normalise, find_videos
 from labels import EXPR, split
 from losses import expr_loss
 from pipeline import find_input, open_run, start
@@ -37,10 +39,9 @@ def main(config, team):
     run = open_run("finetune", config, team)
 
     # data
-    (videos, lines), files = video_folders(config.data.frames), split(config.data.labels, EXPR, f.fold)
-    (frames, labels, notes), (val_frames, val_labels, val_notes) = (
-        expr_frames(of_part, videos) for of_part in files)
-    found = {"training": frames.fingerprint(labels), "validation": val_frames.fingerprint(val_labels),
+    (videos, lines), files = find_videos(config.data.frames), split(config.data.labels, EXPR, f.fold)
+    (frames, notes), (val_frames, val_notes) = (expr_frames(of_part, videos) for of_part in files)
+    found = {"training": frames.fingerprint(), "validation": val_frames.fingerprint(),
              "training videos": frames.videos}
     if run.still_finished(found):
         return
@@ -48,8 +49,9 @@ def main(config, team):
         lines += [f"  {name}: {len(part):,} labelled frames with a face image in {len(part.videos)} videos",
                   *of_part]
     team.say("\n".join(lines))
-    train = Images(frames, size, [labels], seed, f.smallest_crop, order=every_kth(len(frames), f.every))
-    val = Images(val_frames, size, [val_labels], order=every_kth(len(val_frames), f.every))
+    train = Images(frames, size, [frames.labels], seed, f.smallest_crop,
+                   order=partial(every_kth, len(frames), f.every))
+    val = Images(val_frames, size, [val_frames.labels], order=partial(every_kth, len(val_frames), f.every))
 
     # model and optimiser
     path, origin = find_input(config, team, "finetune.start")
@@ -85,7 +87,7 @@ def main(config, team):
     run.end()
 
     # finish: every validation frame
-    every_frame = Images(val_frames, size, [val_labels])
+    every_frame = Images(val_frames, size, [val_frames.labels])
     finish_classes(run, model, every_frame, EXPR.outputs, config, team, EXPR.zero_loss)
 
 

@@ -24,7 +24,7 @@ import torch
 import losses
 import pictures
 from data import SegmentData, fingerprint, open_videos, some_faces
-from images import video_folders
+from images import find_videos
 from engine.checkpoints import write_file, write_text
 from engine.config import from_command_line
 from engine.training import clip_gradient, fused
@@ -131,7 +131,7 @@ def draw_timeline(outputs, videos, task, config, path, longest: int = 600):
     T, faces = len(target), []
     try:
         shown = np.linspace(1, T, min(40, T)).astype(int)
-        faces = some_faces(video_folders(config.data.frames)[0][video.name], shown, 112)
+        faces = some_faces(find_videos(config.data.frames)[0][video.name], shown, 112)
     except (ValueError, KeyError, OSError):
         pass            # features are enough to score; where the frames lie elsewhere, the picture lacks them
     picture = pictures.draw_video(video.name, {task.name: in_units(outputs[video.name][:T], task)},

@@ -23,7 +23,7 @@ from PIL import Image
 
 from engine.config import Config, from_command_line, print_all
 from engine.training import generator
-from images import EXTENSIONS, find_images, listed, read_image, sizes, with_face
+from images import EXTENSIONS, Files, find_images, listed, read_image, sizes, with_face
 from labels import EXPRESSIONS
 
 # Each set's own codes as ABAW classes; -1 = a face without an expression label, None = no face: left out.
@@ -47,35 +47,29 @@ MOST_MISSING = 0.9                   # of the images of a list; if more are, it 
 WHOLE = (0, 0, 999_999, 999_999)     # the box of an image that is a face already
 
 
-class Faces:
-    """n faces of one data set, given as (path, label, training, box) of each.
+class Faces(Files):
+    """n faces of one data set, given as (name, label, training, box) of each.
 
-    `paths` (n,), relative to `root`, are one array of bytes, whose memory worker processes share. `labels`
-    (n,) int8: ABAW class, -1 = none. `training` (n,) bool: the set's own split. `boxes` (n, 4): left, top,
-    right, bottom of a face in its photograph, in pixels. `skipped` {reason: how many are left out}, which
-    counts those given with None for a label or a box too.
+    `names` (n,) below `folder`: files, or rows of one. `labels` (n,) int8: ABAW class, -1 = none. `training`
+    (n,) bool: the set's own split. `boxes` (n, 4): left, top, right, bottom of a face in its photograph, in
+    pixels. `skipped` {reason: how many are left out}, which counts those given with None for a label or a box
+    too.
     """
 
-    def __init__(self, name: str, root, faces: list, skipped=()):
+    def __init__(self, name: str, folder, faces: list, skipped=()):
         kept = [face for face in faces if None not in face]
         left = ["not a face" if face[1] is None else "no usable face box" for face in faces if None in face]
-        paths, labels, training, boxes = zip(*kept) if kept else [()] * 4
-        self.name, self.root, self.skipped = name, str(root), +Counter(skipped) + Counter(left)
-        self.paths, self.labels = np.array(paths, np.bytes_), np.array(labels, np.int8)
-        self.training, self.boxes = np.array(training, bool), np.array(boxes, np.int32)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def where(self, i) -> str:
-        """The file of face i, or its file and line."""
-        return os.path.join(self.root, os.fsdecode(self.paths[i]))
+        names, labels, training, boxes = zip(*kept) if kept else [()] * 4
+        super().__init__(folder, names)
+        self.name, self.skipped = name, +Counter(skipped) + Counter(left)
+        self.labels, self.training = np.array(labels, np.int8), np.array(training, bool)
+        self.boxes = np.array(boxes, np.int32)
 
     def read(self, i) -> Image.Image:
         """Face i as RGB. ValueError naming its file (and line) if it is none; OSError if the disk fails."""
-        where, (left, top, right, bottom) = self.where(i), self.boxes[i].tolist()
+        where = self.where(i)
         image = read_image(where) if where.lower().endswith(EXTENSIONS) else read_row(where)
-        box = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+        box = self.boxes[i].clip(0, [image.width, image.height] * 2).tolist()
         if box[0] >= box[2] or box[1] >= box[3]:
             raise ValueError(f"{where}: {image.width} x {image.height} pixels, outside of the face box "
                              f"{self.boxes[i]}; in a copy of cut-out faces set data.affectnet_crop=false")
@@ -83,18 +77,18 @@ class Faces:
 
     def fingerprint(self) -> str:
         """Number, names and boxes of the faces, and the sizes of some files, wherever they lie."""
-        names = crc32(self.boxes.tobytes(), crc32(self.paths.tobytes()))
+        names = crc32(self.boxes.tobytes(), crc32(self.names.tobytes()))
         some = sizes(self.where(i) for i in range(0, len(self), 1 + len(self) // 100))
         return f"{len(self):,} images, names {names:08x}, sizes {some}"
 
 
 def joined(sets: list[Faces]) -> Faces:
     """Several sets as one, for `data.Images`."""
-    whole = Faces("all", "", [])
-    whole.paths = np.concatenate([np.char.add(os.fsencode(f"{found.root}/"), found.paths) for found in sets])
-    for column in ("labels", "training", "boxes"):
-        setattr(whole, column, np.concatenate([getattr(found, column) for found in sets]))
-    return whole
+    faces = []
+    for found in sets:
+        columns = [column.tolist() for column in (found.names, found.labels, found.training, found.boxes)]
+        faces += [(os.fsencode(f"{found.folder}/") + name, *rest) for name, *rest in zip(*columns)]
+    return Faces("all", "", faces)
 
 
 # ---- A list of faces
@@ -154,7 +148,11 @@ def affectnet_2017(root, crop: bool = False) -> Faces:
         # Some copies have C:\faces\Manually_Annotated_Images\1\a.jpg for 1/a.jpg.
         file = "/" + row["subDirectory_filePath"].replace("\\", "/")
         file = file.rpartition(f"/{images.name}/")[2].removeprefix("/")
-        box = face_box(*(row[column] for column in AFFECTNET_COLUMNS[1:5])) if crop else WHOLE
+        box, fields = WHOLE, [row[column] for column in AFFECTNET_COLUMNS[1:5]]
+        if crop:
+            numbers = all(re.fullmatch(r"-?\d{1,6}(\.\d*)?", field) for field in fields)
+            x, y, width, height = (int(float(field)) for field in fields) if numbers else [0] * 4
+            box = (x, y, x + width, y + height) if width > 0 and height > 0 else None       # None: no box
         return os.fsencode(file), AFFECTNET[row["expression"]], place.startswith("training"), box
 
     root, entries = Path(root), []
@@ -163,14 +161,6 @@ def affectnet_2017(root, crop: bool = False) -> Faces:
         path = first(root / name, root / "Manually_Annotated_file_lists" / name)
         entries += rows(path, AFFECTNET_COLUMNS, take)
     return on_disk("AffectNet 2017", images, entries)
-
-
-def face_box(*fields: str) -> tuple | None:
-    """x, y, width, height as left, top, right, bottom, in pixels. None if they are no box."""
-    if not all(re.fullmatch(r"-?\d{1,6}(\.\d*)?", field) for field in fields):
-        return None
-    x, y, width, height = (int(float(field)) for field in fields)
-    return (x, y, x + width, y + height) if width > 0 and height > 0 else None
 
 
 def affectnet_2021(root, labels: bool = True) -> Faces:
@@ -225,8 +215,11 @@ def fer2013(path, ferplus="") -> Faces:
         label = FERPLUS[most[0]] if len(most) == 1 else -1
         return label if row["Image name"] else None, PARTS[row["Usage"].lower()]       # no face has no name
 
-    others = [Path(path, name) for name in ("icml_face_data.csv", "train.csv")]
-    csv = first(Path(path, "fer2013.csv"), *filter(has_pixels, others)) if Path(path).is_dir() else Path(path)
+    lists = [Path(path, name) for name in ("fer2013.csv", "icml_face_data.csv", "train.csv")]
+    csv = first(*lists) if Path(path).is_dir() else Path(path)
+    if csv == lists[2]:
+        with csv.open("rb") as file:
+            csv = csv if b"pixels" in file.readline() else lists[0]            # some other data set's
     if not (ferplus or csv.exists()):
         return image_folder(path)
     faces = list(rows(csv, FER2013_COLUMNS, take))
@@ -238,12 +231,6 @@ def fer2013(path, ferplus="") -> Faces:
                              "Usage; both must be complete and in their first order")
         faces = [(place, label, *rest) for (place, _, *rest), (label, _) in zip(faces, voted)]
     return Faces("FER2013 with FER+ labels" if ferplus else "FER2013", csv.parent, faces)
-
-
-def has_pixels(path: Path) -> bool:
-    """Is this a list with FER2013's columns? It has another name in some copies, and others have its name."""
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        return b"pixels" in file.readline()
 
 
 def read_row(where: str) -> Image.Image:
@@ -274,7 +261,7 @@ def class_folders(root) -> Faces:
     """Faces in folders called ANGRER (sic), DISGUST, ...: ABAW 4's challenge of learning from drawn faces.
     Raises ValueError if there are none, or if one lies elsewhere, say in a folder called nearly so."""
     found = image_folder(root) if Path(root).is_dir() else Faces("", root, [])
-    strange = found.paths[(found.labels < 1) | (found.labels > len(CLASSES))]
+    strange = found.names[(found.labels < 1) | (found.labels > len(CLASSES))]
     if len(strange) or not len(found):
         example = os.fsdecode(strange[0]) if len(strange) else "no image"
         near = [f" ({folder}: is {name} meant?)" for folder in example.lower().split("/")[:-1]
@@ -330,21 +317,17 @@ def labelled_sets(data) -> list[Faces]:
     return sets
 
 
-def balanced_order(labels, seed: int):
-    """Class-balanced sampling, for `data.Images`: a function epoch -> (n,) rows; n of the labels are not -1.
+def balanced_order(labels, seed: int, epoch: int) -> np.ndarray:
+    """Class-balanced sampling, an order for `data.Images`: (n,) rows; n of the labels are not -1.
 
     Sample i is of class i mod K of the K classes that occur, and each class goes through its own rows in a
     shuffled order, again and again. So each comes equally often.
     """
     of_class = [np.flatnonzero(labels == k) for k in np.unique(labels[labels >= 0])]
-    n, K = sum(map(len, of_class)), len(of_class)
-
-    def order_of(epoch: int) -> np.ndarray:
-        rng, order = generator(seed, epoch), np.zeros(n, np.int64)
-        for k, rows in enumerate(of_class):                       # np.resize repeats what is too short
-            order[k::K] = np.resize(rng.permutation(rows), len(order[k::K]))
-        return order
-    return order_of
+    rng, order, K = generator(seed, epoch), np.zeros((labels >= 0).sum(), np.int64), len(of_class)
+    for k, rows in enumerate(of_class):                           # np.resize repeats what is too short
+        order[k::K] = np.resize(rng.permutation(rows), len(order[k::K]))
+    return order
 
 
 def describe(data):

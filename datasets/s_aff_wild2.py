@@ -15,8 +15,8 @@ import torch
 from data import Frames
 from datasets.faces import MOST_MISSING
 from engine.config import print_all
-from images import FRAME, check_numbers, listed, open_frames
-from labels import AU, EXPR, VA, read_lines
+from images import check_ends, last_of, listed
+from labels import AU, EXPR, VA, read_lines, split_name
 
 # What stands in a row after the frame's path: a name, and the task whose codes it has.
 COLUMNS = [*((name, VA) for name in VA.outputs), ("expression", EXPR), *((name, AU) for name in AU.outputs)]
@@ -61,20 +61,17 @@ def read_annotations(path) -> Annotations:
         raise ValueError(f"{path}, line 1: header is {lines[0][:200]!r}, expected {HEADER!r}")
     for at, line in enumerate(lines[1:], start=2):
         try:
-            frame, *fields = line.split(",")
-            video, _, file = frame.strip().rpartition("/")
-            match, labels = FRAME.fullmatch(file), [float(field) for field in fields]
-            number = int(match[1]) if match else 0
+            name, *fields = line.split(",")
+            (video, number), labels = split_name(name.strip()), [float(field) for field in fields]
             wrong = [f"{name} {x}" for x, (name, task) in zip(labels, COLUMNS) if x != task.invalid
                      and not (task.lowest <= x <= task.highest and (task is VA or x.is_integer()))]
-            no_frame = not number or video in ("", ".", "..") or "/" in video
-            if wrong or no_frame or len(labels) != len(COLUMNS):
+            if wrong or len(labels) != len(COLUMNS) or not number or "/" in video or video in (".", ".."):
                 raise ValueError(f"got {', '.join(wrong) or line[:80]!r}, expected <video>/00001.jpg, VA "
                                  "from -1 to 1 (or -5), a class from 0 to 7 (or -1), 12 AUs of 0 or 1 "
                                  "(or -1)")
             known, before = rows.setdefault((videos.setdefault(video, len(videos)), number), (labels, at))
             if known != labels:
-                raise ValueError(f"{video}/{file} has other labels than in line {before}; keep the right row")
+                raise ValueError(f"{name} has other labels than in line {before}; keep the right row")
         except ValueError as error:
             raise ValueError(f"{path}, line {at}: {error}") from None
     frames = np.array(list(rows), np.int32).reshape(-1, 2)
@@ -99,34 +96,33 @@ def describe(found: Annotations) -> str:
 
 
 class LabelledFrames(Frames):
-    """The frames of a file that have a label and a face image. `folder_of`: {video: folder of its frames}.
+    """The frames of a file that have a label and a face image. `given`: {video: its VideoFrames}.
 
     `labels` (n, 15), with the codes of what is missing. `video` (n,): which of `videos`; `used`: those with
-    frames. `skipped` {reason: count}. Raises ValueError if nothing, or nearly no image is there, if most
-    videos have an image of number 0, or about twice as many frames as the list knows, or half as many."""
+    frames. `skipped` {reason: count}. Raises ValueError if nothing, or nearly no image is there, or if most
+    videos have about twice as many frames as the list knows, or half as many."""
 
-    def __init__(self, found: Annotations, folder_of: dict):
-        files, self.lines = open_frames({v: folder_of[v] for v in found.videos if v in folder_of})
+    def __init__(self, found: Annotations, given: dict):
+        files = {video: given[video] for video in found.videos if video in given}
         self.without = [video for video in found.videos if video not in files]
         there, last = np.zeros(len(found.frames), bool), {}
         for v, video in enumerate(found.videos):
             of_video = found.frames[:, 0] == v
             numbers, last[video] = found.frames[of_video, 1], int(found.frames[of_video, 1].max())
             there[of_video] = np.isin(numbers, files[video].numbers if video in files else [])
-        self.lines += check_numbers(files, last, 0.55, 1.8)        # a list need not go on to a video's end
+        self.lines = check_ends(last_of(files), last, 0.55, 1.8)   # a list need not go on to a video's end
         labelled = annotated(found.labels).any(axis=1)
         absent = [f"{found.videos[v]}/{number:05d}.jpg" for v, number in found.frames[labelled & ~there]]
         if len(absent) > MOST_MISSING * labelled.sum() or not labelled.any():
             raise ValueError(f"{found.path}: {labelled.sum():,} frames with a label, {len(absent):,} of them "
                              f"without an image; looked for {', '.join(absent[:1])}; check data.frames")
-        super().__init__(found.videos, list(map(files.get, found.videos)), found.frames[labelled & there])
-        self.labels, self.video = found.labels[labelled & there], self.rows[:, 0]
+        kept = labelled & there
+        super().__init__(found.videos, list(map(files.get, found.videos)), found.frames[kept],
+                         found.labels[kept])
+        self.video = self.rows[:, 0]
         self.used = [found.videos[v] for v in np.unique(self.video)]
         self.skipped = +Counter({"image not on disk": len(absent), "no label": int((~labelled).sum()),
                                  "repeats an earlier row": found.repeated})
-
-    def fingerprint(self) -> str:
-        return super().fingerprint(self.labels)
 
     def summary(self) -> str:
         """How many frames of how many videos, what is left out, and what is odd."""

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import VideoFrames
 from datasets.s_aff_wild2 import split_labels
 from engine.checkpoints import find_weights, load_weights, read_checkpoint
 from engine.config import Config
 from engine.distributed import Team, choose_device
+from images import VideoFrames
 from labels import AU, EXPR, TASKS, VA, Task
 from losses import ccc_loss, expr_loss, weighted_au_loss
 from pipeline import like

@@ -27,7 +27,7 @@ from datasets.s_aff_wild2 import (FILES, LabelledFrames, annotated, pos_weight, 
 from engine.checkpoints import load_vit, write_text
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
-from images import normalise, video_folders
+from images import normalise, find_videos
 from labels import TASKS, keep_apart
 from metrics import score_table
 from pipeline import find_input, folder, open_run, start
@@ -49,7 +49,7 @@ def main(config, team):
     # data
     if not root:
         raise ValueError(f"data.s_aff_wild2 is not given; it holds {' and '.join(FILES)}")
-    videos, _ = video_folders(config.data.frames)
+    videos, lines = find_videos(config.data.frames)
     files = [read_annotations(f"{root}/{name}") for name in FILES]
     keep_apart(*(dict.fromkeys(file.videos, file.path) for file in files), str, "Remove the rows of one")
     frames, val_frames = (LabelledFrames(file, videos) for file in files)
@@ -80,9 +80,10 @@ def main(config, team):
     optimizer = adamw(nn.ModuleDict({"vit": model.vit, "head": model.head}), e)
     optimizer.add_param_group({"params": model.va_head.parameters(), "weight_decay": 0.0, "fixed": e.va_lr})
     run.begin(model, optimizer, train, e, found, origin)
-    team.say(f"  training: {frames.summary()}\n  validation: {val_frames.summary()}\n"
-             f"  CNN: {cnn_said}\n  the ViT starts from {said}\n"
-             f"EMMA on {', '.join(task.name for task in tasks)}, {e.epochs} epochs; {run.effective_batch()}")
+    team.say("\n".join([*lines, f"  training: {frames.summary()}", f"  validation: {val_frames.summary()}",
+                        f"  CNN: {cnn_said}", f"  the ViT starts from {said}",
+                        f"EMMA on {', '.join(task.name for task in tasks)}, {e.epochs} epochs; "
+                        + run.effective_batch()]))
 
     # loop
     weights = torch.tensor(e.weights, device=team.device)

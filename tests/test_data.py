@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (Frames, Images, SegmentData, Video, VideoFrames, describe, expr_frames, fingerprint,
-                  noface_path, open_videos, read_features, segments, some_faces)
+from data import (Frames, Images, SegmentData, Video, describe, expr_frames, fingerprint, noface_path,
+                  open_videos, read_features, segments, some_faces)
 from engine.training import generator, loader
 from files import label_file
-from images import READ, check_ends, open_frames, random_crop, resize, video_folders
+from images import READ, VideoFrames, check_ends, find_videos, passed_over, random_crop, resize
 from labels import AU, EXPR, TASKS, VA
 from processes import ALONE
 
@@ -54,7 +54,7 @@ def test_what_lies_beside_frames_is_counted_by_kind_and_two_files_of_a_frame_are
     kinds = ["hidden", "with number 0", ".txt", ".heic", "without extension", "folders"]
     assert VideoFrames(tmp_path).beside == dict.fromkeys([*kinds, "images of other names"], 1)
     assert VideoFrames(tmp_path, 0).numbers.tolist() == [0, 1]
-    lines = open_frames({"a": tmp_path, "b": tmp_path / "other"})[1]
+    lines = passed_over(tmp_path, [VideoFrames(tmp_path), VideoFrames(tmp_path / "other")])
     assert lines[0] == "  in 1 videos a number in the name is taken for the frame's, as 1 in frame_01.jpg"
     assert "2 with number 0" in lines[1] and "read from .jpg, .jpeg" in lines[2] and "ffmpeg -i" in lines[2]
     for name, before in (("1.png", "00001.jpg"), ("other/frame_1.png", "frame_01.jpg")):
@@ -72,26 +72,29 @@ def test_folders_of_folders_are_entered_and_the_first_root_with_frames_of_a_vide
     for name in ("a/fig_1.png", "a/video.mp4", "a/new/twice/frame_1.png", "a/new/fig_1.png"):
         (tmp_path / name).touch()
     (tmp_path / "a/loop/circle").symlink_to(tmp_path / "a/loop")
-    videos, lines = video_folders([tmp_path / "a", tmp_path / "b"])
-    assert {name: str(path.relative_to(tmp_path)) for name, path in videos.items()} == {
-        "4": "a/1/2/3/4", "circle": "a/loop/circle/circle/circle", "deep": "a/1/2/3/deep",
-        "new": "a/new", "twice": "a/new/twice", "x": "a/cropped/x", "y": "a/y", "z": "b/z"}
+    videos, lines = find_videos([tmp_path / "a", tmp_path / "b"])
+    assert {name: os.path.relpath(frames.folder, tmp_path) for name, frames in videos.items()} == {
+        "deep": "a/1/2/3/deep", "new": "a/new", "twice": "a/new/twice", "x": "a/cropped/x", "y": "a/y",
+        "z": "b/z"}
     assert [line.replace(str(tmp_path), "") for line in lines] == [
-        "  not read, as in no video's folder: 1 .png, 1 .mp4 in /a; " + READ,
-        "  not read, as in no video's folder: 1 .jpg in /b; " + READ,
+        "  in 1 videos a number in the name is taken for the frame's, as 1 in fig_1.png",
+        "  not read, as no frame (00001.jpg, ...): 5 folders, 1 images of other names",
+        "  not read, as in no video's folder: 1 .png, 1 .mp4 in /a", f"  {READ}",
+        "  5 folders without a frame: 4, twice, circle, x, z",
+        "  not read, as in no video's folder: 1 .jpg in /b", f"  {READ}",
         "  1 videos of /b are in an earlier folder of data.frames too, and taken from there"]
 
 
 @pytest.mark.parametrize("make, roots, message", [
     (lambda root: None, ["nowhere"], "nowhere is no folder; expected one that holds a folder"),
-    (lambda root: (root / "a").mkdir(), ["a"], "no video folders in"),
+    (lambda root: (root / "a").mkdir(), ["a"], "no folder of frames in"),
     (lambda root: [draw(root / f"a/{part}/x", [1]) for part in "pq"], ["a"],
      "p/x and .*q/x are frames of one video"),
 ], ids=["missing", "empty", "twice"])
 def test_roots_that_cannot_be_right_are_refused(tmp_path, make, roots, message):
     make(tmp_path)
     with pytest.raises(ValueError, match=message):
-        video_folders([tmp_path / root for root in roots])
+        find_videos([tmp_path / root for root in roots])
 
 
 # ---- Frames with labels
@@ -101,12 +104,13 @@ def test_only_frames_with_a_label_and_an_image_are_fine_tuned_on(tmp_path):
     draw(tmp_path / "frames/b", [1])
     rows = {"a": ["0", "1", "-1", "3", "4"], "b": ["7"], "c": ["2"]}
     files = {video: label_file(tmp_path, EXPR, "Train_Set", video, rows[video]) for video in rows}
-    frames, classes, lines = expr_frames(files, video_folders([tmp_path / "frames"])[0])
-    assert [frames.where(i)[-11:] for i in range(3)] == ["a/00002.jpg", "a/00004.jpg", "b/00001.jpg"]
-    assert classes.tolist() == [1, 3, 7] and frames.videos == ["a", "b"]
+    videos, lines = find_videos([tmp_path / "frames"])
     assert lines == ["  not read, as no frame (00001.jpg, ...): 1 with number 0",
-                     "  1 videos have an image of number 0, which has no label: a",
-                     "  left out, no frames: c"]
+                     f"  1 videos of {tmp_path}/frames have an image of number 0, without a label: ['a']"]
+    frames, lines = expr_frames(files, videos)
+    assert [frames.where(i)[-11:] for i in range(3)] == ["a/00002.jpg", "a/00004.jpg", "b/00001.jpg"]
+    assert frames.labels.tolist() == [1, 3, 7] and frames.videos == ["a", "b"]
+    assert lines == ["  left out, no frames: c"]
     with pytest.raises(ValueError, match="1 label files, 1 of them without frames; check data.labels"):
         expr_frames({"c": files["c"]}, {})
 
@@ -115,8 +119,8 @@ def test_the_fingerprint_tells_other_labels_other_frames_and_other_images(tmp_pa
     def found(numbers=(1, 2), classes=(0, 1), size=8, video="a"):
         draw(tmp_path / f"{numbers}{size}" / video, numbers, size)
         rows = np.stack([np.zeros(2, int), numbers], axis=1)
-        frames = Frames([video], [VideoFrames(tmp_path / f"{numbers}{size}" / video)], rows)
-        return frames.fingerprint(np.array(classes))
+        folder = VideoFrames(tmp_path / f"{numbers}{size}" / video)
+        return Frames([video], [folder], rows, np.array(classes)).fingerprint()
     assert len({found(), found((1, 3)), found(classes=(0, 2)), found(size=20), found(video="b")}) == 5
 
 
@@ -138,9 +142,9 @@ def test_images_that_count_from_0_are_refused_with_the_command_that_renames_them
         path.write_text(path.name)
     files = {video: label_file(tmp_path, EXPR, "Train_Set", video, ["0"] * 11) for video in "xy"}
     with pytest.raises(ValueError, match="2 of 2 videos have an image of number 0, such as x") as refused:
-        expr_frames(files, video_folders([tmp_path / "a b"])[0])
+        expr_frames(files, find_videos([tmp_path / "a b"])[0])
     subprocess.run(str(refused.value).splitlines()[-1], shell=True, check=True)
-    frames, _, _ = expr_frames(files, video_folders([tmp_path / "a b"])[0])
+    frames, _ = expr_frames(files, find_videos([tmp_path / "a b"])[0])
     assert len(frames) == 22 and Path(frames.where(10)).read_text() == name.format(10)
 
 
@@ -200,7 +204,7 @@ def test_what_cannot_be_read_is_left_out_and_said_in_the_first_epoch(workers, ca
 def test_some_faces_are_those_that_are_there_and_readable(tmp_path):
     draw(tmp_path / "v", [1, 3, 5])
     (tmp_path / "v/00003.jpg").write_bytes(b"no image")
-    (first, _), (last, face) = some_faces(tmp_path / "v", [1, 2, 3, 5, 9], 4)
+    (first, _), (last, face) = some_faces(VideoFrames(tmp_path / "v"), [1, 2, 3, 5, 9], 4)
     assert (first, last) == (1, 5) and face.shape == (4, 4, 3) and abs(int(face.mean()) - 58) < 3
 
 
@@ -345,7 +349,7 @@ def test_a_copy_is_described_with_counts_made_by_hand_or_refused_if_it_cannot_be
     label_file(tmp_path, VA, "Validation_Set", "b", ["-5,-5", "-5,-5"])
     (tmp_path / "frames/a/00001.jpg").unlink()
     (tmp_path / "none/a").mkdir(parents=True)
-    for frames, message in (("none", "1 folders, none of which"), (
+    for frames, message in (("none", "no folder of frames in .*\n  1 folders without a frame: a"), (
             "frames", r"va, Train_Set: no labelled frame has a face image .2 of 3 have .*\nva, Valid.*"
             r".0 of 2 have .*\nexpr, Train_Set: .*.3 of 4 have a label.*\na label file")):
         with pytest.raises(ValueError, match=message):

@@ -15,12 +15,11 @@ from torch.nn import functional as F
 
 import metrics
 import pipeline
-from data import VideoFrames
 from datasets.s_aff_wild2 import FILES, HEADER
 from engine.checkpoints import checksum
 from engine.config import Config, load
 from engine.training import Progress
-from images import normalise, resize
+from images import VideoFrames, normalise, resize
 from labels import AU, EXPR, TASKS
 from losses import ccc_loss, expr_loss, weighted_au_loss
 from processes import ALONE

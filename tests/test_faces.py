@@ -131,7 +131,7 @@ def test_a_set_holds_its_faces_with_their_labels_in_the_order_of_its_list(tmp_pa
     make, read, *expected = SETS[name]
     found = read(make(tmp_path))
     assert_holds(found, *expected)
-    assert found.paths.dtype.kind == "S" and found.labels.dtype == np.int8
+    assert found.names.dtype.kind == "S" and found.labels.dtype == np.int8
     assert found.name in (name, str(tmp_path))
 
 

@@ -163,7 +163,7 @@ def test_images_that_tools_name_from_0_have_the_rows_of_the_same_images_from_1(h
     said = done(folder, *PREDICT[:-3], "own", "--out", "own.csv")
     expected = [row for row in rows_of(here / "p.csv") if row["video"] == video.name]
     assert rows_of(folder / "own.csv") == expected
-    assert "image 0 is frame 1 of the table" in said and "1 .heic in own; images are read from .jpg" in said
+    assert "image 0 is frame 1 of the table" in said and "1 .heic in own\n  images are read from .jpg" in said
 
 
 @pytest.mark.parametrize("options, message", [

@@ -178,6 +178,7 @@ def test_wanted_videos_are_shown_instead_and_unknown_ones_refused(copy, monkeypa
     titles = [tag.text.partition(", the ")[0] for tag in page.tags if tag.tag == "h3"]
     assert titles[3:5] == ["7", EVIL] and set(VIDEOS) - set(titles) == {"6", "few labels"}
     assert any("are both frame 1" in text for text in page.texts)
+    Path("frames/7/1.jpg").unlink()
     monkeypatch.setattr(report, "draw_video", lambda *of, note: drawn.append(of) or Image.new("RGB", (4, 4)))
     make("6")
     [(name, values, labels, faces)] = drawn

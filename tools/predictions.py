@@ -13,31 +13,21 @@ label files <video>.txt. docs/scores.md explains what is printed.
 import argparse
 import csv
 import math
-import re
 from array import array
 from collections import Counter
 
 import numpy as np
 
-from labels import (TASKS, Task, for_metric, has_labels, label_files, read_labels, read_lines, targets,
-                    text_files)
+from labels import (TASKS, Task, for_metric, has_labels, label_files, read_labels, read_lines, split_name,
+                    targets, text_files)
 from metrics import confusion, score_table
 
 MTL = "image,valence,arousal,expression,aus"                         # of all three tasks: s-Aff-Wild2
-FRAME = re.compile(r"(.+)/0*([0-9]{1,7})\.[A-Za-z]+")                # a row's name: 2-30-640x360/00001.jpg
 
 
 def header_of(*tasks: Task) -> str:
     """The first line of a submission, of one task or of all. That of expr has nine fields, its rows two."""
     return MTL if len(tasks) > 1 else ",".join(["image_location", *tasks[0].outputs])
-
-
-def split_name(name: str) -> tuple[str, int]:
-    """'video86_3_left/00012.jpg' -> ('video86_3_left', 12). Raises ValueError for anything else."""
-    match = FRAME.fullmatch(name)
-    if not match:
-        raise ValueError("expected a frame like 136/00001.jpg")
-    return match[1], int(match[2])
 
 
 def some(names) -> str:
@@ -48,49 +38,13 @@ def some(names) -> str:
 
 # ---- Reading
 
-def submitted(text: str, task: Task):
-    """(video, frame, values) of a row of a submission. Raises ValueError."""
-    name, _, cells = text.partition(",")
-    values = task.row(cells)
-    return *split_name(name), np.eye(len(task.outputs))[values[0]] if task.one_class else values
-
-
-def predicted(row: dict, task: Task):
+def predicted(row: dict, task: Task) -> tuple[str, float, list[float]]:
     """(video, frame, values) of a row of predict.py; no values if all are empty. Raises ValueError."""
-    cells, frame = [row[name] for name in task.outputs], float(row["frame"])   # 1.0, as pandas may write it
+    cells = [row[name] for name in task.outputs]
     values = [float(cell) for cell in cells] if any(cells) else []
-    known = all(0 <= value <= 1 if task.whole_numbers else math.isfinite(value) for value in values)
-    if not known or not row["video"] or not frame.is_integer():
-        raise ValueError("expected a video's name, a frame and its values")
-    return row["video"], int(frame), values
-
-
-def rows_of(path, task: Task):
-    """Yield (line, video, frame, values) of each prediction. Raises as `read_predictions`."""
-    names, top = ["video", "frame", *task.outputs], header_of(task)
-    right = f"{top!r}, or one column each of {', '.join(names)}"
-    first, *lines = read_lines(path, right) or [""]
-    header = [name.strip() for name in first.split(",")]
-    submission = ",".join(header).lower() == top.lower()
-    if not submission and any(header.count(name) != 1 for name in names):
-        raise ValueError(f"{path}, line 1: header is {','.join(header)[:200]!r}, expected {right}")
-    expected = (f"a frame like 136/00001.jpg and {task.a_row}" if submission else
-                f"one each of {', '.join(names)}: a video's name, a frame from 1, and "
-                + ("probabilities from 0 to 1" if task.whole_numbers else "finite numbers"))
-    for line, text in enumerate(lines, 2):
-        if not text.strip():
-            continue
-        try:
-            if submission:
-                row = submitted(text, task)
-            else:                                              # strict: as many fields as in the header
-                row = predicted(dict(zip(header, next(csv.reader([text])), strict=True)), task)
-            if not 1 <= row[1] <= 9_999_999:
-                raise ValueError("expected a frame from 1")
-        except (ValueError, csv.Error):
-            raise ValueError(f"{path}, line {line}: {text.strip()[:80]!r}, expected {expected}") from None
-        if len(row[2]):
-            yield line, *row
+    if not all(0 <= value <= 1 if task.whole_numbers else math.isfinite(value) for value in values):
+        raise ValueError("expected probabilities, or finite numbers")
+    return row["video"], float(row["frame"]), values                           # 1.0, as pandas may write it
 
 
 def read_predictions(path, task: Task) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -102,12 +56,35 @@ def read_predictions(path, task: Task) -> dict[str, tuple[np.ndarray, np.ndarray
     Raises ValueError naming file and line: no UTF-8, nothing in it, a wrong header, too many or too few
     fields, text for a number, a value that the task does not have, a name that is no frame's, a frame twice.
     """
+    names, top = ["video", "frame", *task.outputs], header_of(task)
+    right = f"{top!r}, or one column each of {', '.join(names)}"
+    first, *lines = read_lines(path, right) or [""]
+    header = [name.strip() for name in first.split(",")]
+    submission = ",".join(header).lower() == top.lower()
+    if not submission and any(header.count(name) != 1 for name in names):
+        raise ValueError(f"{path}, line 1: header is {','.join(header)[:200]!r}, expected {right}")
+    expected = (f"a frame like 136/00001.jpg and {task.a_row}" if submission else
+                f"one each of {', '.join(names)}: a video's name, a frame from 1, and "
+                + ("probabilities from 0 to 1" if task.whole_numbers else "finite numbers"))
     videos: dict[str, dict[int, tuple]] = {}                   # video -> frame -> line, values
-    for line, video, number, values in rows_of(path, task):
+    for line, text in enumerate(lines, 2):
+        try:
+            fields = next(csv.reader([text.strip()]), [])
+            if not fields:
+                continue                                       # a blank line
+            if submission:
+                (video, frame), values = split_name(fields[0]), task.row(",".join(fields[1:]))
+                values = np.eye(len(task.outputs))[values[0]] if task.one_class else values
+            else:                                              # strict: as many fields as in the header
+                video, frame, values = predicted(dict(zip(header, fields, strict=True)), task)
+            if not (video and 1 <= frame <= 9_999_999 and frame == int(frame)):
+                raise ValueError("expected a frame from 1")
+        except (ValueError, csv.Error):
+            raise ValueError(f"{path}, line {line}: {text.strip()[:80]!r}, expected {expected}") from None
         kept = line, array("d", values)                        # 8 bytes a value
-        before, _ = videos.setdefault(video, {}).setdefault(number, kept)
+        before, _ = videos.setdefault(video, {}).setdefault(int(frame), kept) if len(values) else kept
         if before != line:
-            raise ValueError(f"{path}, lines {before} and {line}: both are frame {number} of {video}, "
+            raise ValueError(f"{path}, lines {before} and {line}: both are frame {frame:g} of {video}, "
                              "expected each frame once")
     if not videos:
         raise ValueError(f"{path}: no prediction in it; expected a row per frame, with values of {task.name}")

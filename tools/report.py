@@ -17,7 +17,7 @@ from PIL import Image
 from data import segments, some_faces
 from engine.checkpoints import read_json, write_text
 from engine.config import from_command_line, nearest, print_all
-from images import video_folders
+from images import find_videos
 from labels import TASKS, in_units, read_labels, split, targets
 from metrics import confusion
 from pictures import FACE, draw_video
@@ -136,7 +136,7 @@ def main(config, options):
         numbers = np.linspace(first, last, count).round()
         return (part(some_faces, roots[video], numbers, size) if video in roots else None) or []
 
-    roots = (part(video_folders, config.data.frames) or [{}])[0]
+    roots = (part(find_videos, config.data.frames) or [{}])[0]
     summary, scores, trainings, videos, own, shown, worst = [], [], [], {}, {}, [], []
     for name, task in [*[(stage, None) for stage in STAGES if stage != "task"], *TASKS.items()]:
         place = folder("task" if task else name, config, task)

@@ -12,14 +12,15 @@ line of a submission (then the exit code is 2); it reads no configuration.
 """
 
 from collections import Counter
-from itertools import zip_longest
+from contextlib import suppress
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from engine.config import load, options_of, print_all
-from labels import TASKS, Task, in_units, read_lines, smoothed
-from tools.predictions import FRAME, MTL, header_of, read_predictions, some, split_name
+from labels import NAME, TASKS, Task, in_units, read_lines, smoothed, split_name
+from tools.predictions import MTL, header_of, read_predictions, some
 
 try:
     import scoring
@@ -41,7 +42,7 @@ def read_template(path, *tasks: Task) -> list[str]:
         if number == 1 and (head in ("image_location", top.lower()) or top == MTL and first == "image"):
             continue
         name, *values = [field.strip() for field in line.split(",")]
-        if not FRAME.fullmatch(name) or sum(map(bool, values)) not in (0, width):
+        if not NAME.fullmatch(name) or sum(map(bool, values)) not in (0, width):
             raise ValueError(f"{path}, line {number}: {line[:80]!r}, expected a frame like '136/00001.jpg,', "
                              f"with {width} dummy values or none, below {top!r}")
         names.append(name)
@@ -52,14 +53,13 @@ def read_template(path, *tasks: Task) -> list[str]:
 
 def right(line: str | None, name: str | None, *tasks: Task) -> bool:
     """Is this the row of the frame `name`: with as many numbers as the tasks have, within their range?"""
-    found, *numbers = (line or "").split(",")
-    try:
+    found, *fields = (line or "").split(",")
+    rest = iter(fields)
+    with suppress(ValueError):
         for task in tasks:
-            task.row(",".join(numbers[:task.width]))
-            numbers = numbers[task.width:]
-    except ValueError:
-        return False
-    return found == name and not numbers
+            task.row(",".join(islice(rest, task.width)))
+        return found == name and not list(rest)
+    return False
 
 
 def check(path, template, *tasks: Task) -> str:
@@ -90,8 +90,7 @@ def matched(videos, known, source) -> dict[str, str]:
     names, or two have the same."""
     found = {}
     for video in videos:
-        last = video.rpartition("/")[2]
-        fits = [video] if video in known else [name for name in known if name.rpartition("/")[2] == last]
+        fits = [video] if video in known else [name for name in known if Path(name).name == Path(video).name]
         if len(fits) > 1 or set(fits) & set(found.values()):
             raise ValueError(f"{source}: the template's {video} may be {' or '.join(fits)}, and each may be "
                              "another of its videos; expected one name for each video")
@@ -132,7 +131,7 @@ def of_run(config, task: Task, videos):
 # ---- Writing
 
 def answers(values: np.ndarray, task: Task) -> list[str]:
-    """What a submission says of values in units, (T, K): the text of each frame."""
+    """What a submission says of values in units, (n, K): the text of each row."""
     if task.one_class:
         return [f"{k}" for k in values.argmax(axis=1)]
     if task.yes_or_no:
@@ -153,8 +152,9 @@ def main(options):
     if out.exists() and (out.samefile(options.template) or read_lines(out, top)[:1] not in ([], [top])):
         raise ValueError(f"--out: {out} exists and is no submission of --task {options.task}; delete it, or "
                          "give another name")
-    videos, unknown = Counter(split_name(name)[0] for name in names), {}
-    said, given = {video: [] for video in videos}, options.predictions or load(options.config, options.set)
+    frames, columns = [split_name(name) for name in names], [names]
+    videos, unknown, last = Counter(video for video, _ in frames), {}, Counter()
+    given = options.predictions or load(options.config, options.set)
     for task in tasks:
         values, source = (of_table if options.predictions else of_run)(given, task, videos)
         unknown |= {video: count for video, count in videos.items() if video not in values}
@@ -162,21 +162,19 @@ def main(options):
             raise ValueError(f"{options.template}: none of its videos, {some(unknown)}, has values in "
                              f"{source}; is it the template of other videos?")
         yield f"values of {task.name} from {source}"
-        for video in videos:
-            rows = values.get(video, np.zeros((1, len(task.outputs))))         # neutral
-            said[video].append(answers(smoothed(rows, options.smooth), task))
-
-    lines, after = [top], Counter()
-    for name in names:
-        video, number = split_name(name)
-        own = [rows[min(max(number, 1), len(rows)) - 1] for rows in said[video]]     # some count from 0
-        lines.append(",".join([name, *own]))
-        after[video] += video not in unknown and number > max(map(len, said[video]))
+        of_each = dict.fromkeys(videos, np.zeros((1, len(task.outputs))))                # neutral
+        of_each |= {video: smoothed(rows, options.smooth) for video, rows in values.items()}
+        last |= Counter({video: len(rows) for video, rows in of_each.items()})           # the larger of each
+        rows = [of_each[video][min(max(number, 1), len(of_each[video])) - 1]             # some count from 0
+                for video, number in frames]
+        columns.append(answers(np.stack(rows), task))
+    lines = [top, *map(",".join, zip(*columns))]
+    after = Counter(video for video, number in frames if video not in unknown and number > last[video])
     temporary = out.with_name(f".{out.name}.tmp")                              # whole or not at all
     temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
     temporary.replace(out)
     for what, rows in (("neutral values, because no face is known", unknown),
-                       ("after a video's last frame, with its values", +after)):
+                       ("after a video's last frame, with its values", after)):
         if rows:
             yield (f"  {what}: {sum(rows.values()):,} rows of "
                    + some(f"{video} ({count:,})" for video, count in rows.items()))
