@@ -23,7 +23,8 @@ from engine.config import from_command_line, print_all
 from engine.training import generator
 from images import (Files, VideoFrames, check_ends, find_videos, last_of, listed, random_crop, resize,
                     sizes)
-from labels import EXPR, TASKS, Task, has_labels, label_files, occurrences, read_labels, split, targets
+from labels import (EXPR, TASKS, Task, has_labels, label_files, longest, occurrences, read_labels, split,
+                    targets)
 
 AGAIN = "delete it and run extract_features.py again"
 
@@ -52,17 +53,16 @@ class Frames(Files):
 
 def expr_frames(files: dict[str, Path], videos: dict[str, VideoFrames]) -> tuple[Frames, list[str]]:
     """The frames that have an expression label and an image, for fine-tuning (§3.1), and lines about the
-    rest. Raises ValueError if there is no such frame, or as `check_ends`."""
+    rest. Raises ValueError if there is no such frame."""
     found = {video: videos[video] for video in files if video in videos}
     labels, rows, classes = {video: read_labels(file, EXPR) for video, file in files.items()}, [], []
-    lines = check_ends(last_of(found), {video: len(of_video) for video, of_video in labels.items()})
     for which, (video, frames) in enumerate(found.items()):
         labelled = np.flatnonzero(labels[video] != EXPR.invalid) + 1
         numbers = np.intersect1d(frames.numbers, labelled)
         rows.append(np.stack([np.full_like(numbers, which), numbers], axis=1).astype(np.int32))
         classes.append(labels[video][numbers - 1])
     without = [video for video in files if video not in found]
-    lines += [f"  left out, no frames: {', '.join(without)}"] if without else []
+    lines = [f"  left out, no frames: {', '.join(without)}"] if without else []
     if not sum(map(len, rows)):
         raise ValueError(f"no frame has both an expression label and an image: {len(files)} label files, "
                          f"{len(without)} of them without frames; check data.labels and data.frames")
@@ -222,7 +222,7 @@ def open_videos(files: dict[str, Path], features, task: Task) -> tuple[list[Vide
                 raise ValueError(f"{path}: features are {frames} x {width}, expected at least {len(labels)} "
                                  f"frames (as {file} has) x {dim}; "
                                  "run extract_features.py, which extracts changed videos anew")
-            ends[name] = frames
+            ends |= {name: frames} if extracted is None else {}        # else the extraction has checked them
             videos.append(Video(name, path, labels))
     check_ends(ends, {video.name: len(video.labels) for video in videos})
     if not videos:
@@ -311,7 +311,7 @@ def describe(frames, labels, fold: int = 0):
     Raises ValueError as `find_videos` and `split`, at its end as `check_ends`, and if a set has no labelled
     frame with a face image.
     """
-    (found, lines), longest = find_videos(frames), Counter()
+    (found, lines), rows_of = find_videos(frames), longest(labels)
     yield f"{len(found)} videos with frames, {sum(map(len, found.values())):,} face images"
     yield from lines
     problems = []
@@ -319,7 +319,6 @@ def describe(frames, labels, fold: int = 0):
         split(labels, task, fold)
         for name, files in label_files(labels, task).items():
             rows = {video: read_labels(file, task) for video, file in files.items()}
-            longest |= Counter({video: len(of) for video, of in rows.items()})     # the larger of each
             face = [np.isin(np.arange(1, len(of) + 1), found[video].numbers if video in found else [])
                     for video, of in rows.items()]
             without_frames = sum(video not in found for video in files)
@@ -335,10 +334,10 @@ def describe(frames, labels, fold: int = 0):
                 problems.append(f"{task.name}, {name}: no labelled frame has a face image ({some.sum():,} of "
                                 f"{len(rows):,} have a label), so there is nothing to train on or to score")
             yield f"      {occurrences(rows, task)}"
-    there = {video: int((found[video].numbers <= n).sum()) for video, n in longest.items() if video in found}
+    there = {video: int((found[video].numbers <= n).sum()) for video, n in rows_of.items() if video in found}
     yield (f"{sum(len(found[video]) - n for video, n in there.items()):,} images after the last label, "
-           f"{sum(longest[video] - n for video, n in there.items()):,} lines of labels without an image")
-    yield from check_ends(last_of(found), longest)
+           f"{sum(rows_of[video] - n for video, n in there.items()):,} lines of labels without an image")
+    yield from check_ends(last_of(found), rows_of)
     if problems:
         raise ValueError("\n".join([*problems, "a label file is named after its video's folder"]))
 

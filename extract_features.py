@@ -17,7 +17,6 @@ a frame with ViT-B, and the images that the workers (`run.workers`) read ahead: 
 
 import json
 import zlib
-from collections import Counter
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from engine.config import from_command_line
 from engine.run import OTHER_RUN
 from engine.training import Progress
 from images import check_ends, find_videos, last_of, sizes
-from labels import TASKS, has_labels, label_files, read_labels
+from labels import longest
 from pipeline import begun, open_run, start
 from scoring import extractor, video_features
 
@@ -90,11 +89,7 @@ def to_extract(labels, videos) -> tuple[dict[str, dict], list[str]]:
     `names`: a checksum of their numbers. `sizes`: one of the sizes of the first and the last file. Raises
     ValueError as `check_ends`.
     """
-    rows = Counter()
-    for task in TASKS.values():
-        for files in label_files(labels, task).values() if has_labels(labels, task) else ():
-            rows |= Counter({video: len(read_labels(file, task)) for video, file in files.items()
-                             if video in videos})                              # the larger of each
+    rows = longest(labels)
     table = {video: {"frames": max(frames.last, rows[video]), "images": len(frames),
                      "names": zlib.crc32(frames.numbers.tobytes()),
                      "sizes": sizes([frames.where(0), frames.where(-1)])} for video, frames in videos.items()}

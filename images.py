@@ -66,7 +66,11 @@ def read_image(path) -> Image.Image:
                 raise ValueError(f"grey values of mode {image.mode} have no known range; convert to 8 bits "
                                  "without a sign")
             if image.mode.startswith("I;16"):   # 12 or 16 bits: Pillow would clip them at 255
-                grey = (np.asarray(image) >> tags.get(TIFF.BITSPERSAMPLE, (16,))[0] - 8).astype(np.uint8)
+                bits = tags.get(TIFF.BITSPERSAMPLE, (16,))[0]
+                if bits == 16 and np.asarray(image).max() < 4096:
+                    raise ValueError("grey values of 16 bits, of which the highest 4 are not used; convert "
+                                     "to 8 bits")
+                grey = (np.asarray(image) >> bits - 8).astype(np.uint8)
                 white_is_zero = tags.get(TIFF.PHOTOMETRIC_INTERPRETATION) == 0
                 image = Image.fromarray(255 - grey if white_is_zero else grey)
             image = image.convert("RGB")
@@ -212,8 +216,8 @@ class VideoFrames(Files):
     """The frames in a folder, from the number `first`; {kind: how many} of what lies `beside`; the names of
     the `folders` in it; `plain`: are frames called 00001.jpg?
 
-    Lists the folder once and opens no image. If none of its images is called 00001.jpg, but all have names
-    that differ in one number, that is the frame's. Raises ValueError if two files are the same frame, as
+    Lists the folder once and opens no image. If most of its images are called otherwise than 00001.jpg, and
+    differ in one number, that is the frame's. Raises ValueError if two files are the same frame, as
     00001.jpg and 1.png.
     """
 
@@ -224,8 +228,10 @@ class VideoFrames(Files):
         others = [name for name in shown if not name.lower().endswith(EXTENSIONS)]
         self.folders = [name for name in others if os.path.isdir(os.path.join(folder, name))]
         found = [(int(match[1]), match[0]) for match in map(FRAME.fullmatch, images) if match]
-        self.first, self.plain, names = first, len(found) > 0, {}
-        found = found or images and numbered(images)
+        other = [name for name in images if not FRAME.fullmatch(name)]
+        if len(other) > len(found):
+            found = numbered(other) or found
+        self.first, self.plain, names = first, any(FRAME.fullmatch(name) for _, name in found), {}
         for number, name in sorted(found):
             if names.setdefault(number, name) != name:
                 raise ValueError(f"{folder}: {names[number]} and {name} are both frame {number}; remove one")
@@ -271,8 +277,8 @@ def find_videos(roots) -> tuple[dict[str, VideoFrames], list[str]]:
     was passed over. A video that is in two roots is taken from the first that has frames of it.
 
     Raises ValueError for a root that is missing, for a video that is twice below it, if there is no frame,
-    and if most videos of a root have an image of number 0, with the command that renames them: line i of a
-    label file belongs to image i.
+    and if more than a tenth of a root's videos have an image of number 0, with the command that renames them:
+    line i of a label file belongs to image i.
     """
     videos, lines = {}, []
     for root in map(Path, roots):
@@ -286,12 +292,12 @@ def find_videos(roots) -> tuple[dict[str, VideoFrames], list[str]]:
                 raise ValueError(f"data.frames: {known.folder} and {frames.folder} are frames of one video; "
                                  "remove one, or give their roots as two, the better one first")
         zero = [video for video, frames in here.items() if frames.beside["with number 0"]]
-        if 2 * len(zero) > len(here):
+        if 10 * len(zero) > len(here):                 # where it has no face, a video lacks its number 0
             folders = sorted({os.path.dirname(here[video].folder) or "." for video in zero})
             raise ValueError(f"{len(zero)} of {len(here)} videos have an image of number 0, such as "
                              f"{zero[0]}; line 1 of a label file belongs to image 1, so labels would meet "
-                             "the next frame\n"
-                             f"to rename every frame n to n + 1:\n{RENAME}{shlex.join(folders)}")
+                             "the next frame\nif all videos there count from 0, rename every frame n to "
+                             f"n + 1:\n{RENAME}{shlex.join(folders)}")
         lines += passed_over(root, found)
         twice = len(here.keys() & videos.keys())
         for count, why in ((twice, "are in an earlier folder of data.frames too, and taken from there"),
@@ -311,15 +317,17 @@ def last_of(videos: dict[str, VideoFrames]) -> dict[str, int]:
 
 def check_ends(ends: dict[str, int], rows: dict[str, int], low: float = 0.9, high: float = 1.1) -> list[str]:
     """Do videos end where their labels do? ends: {video: its last frame}, rows: {video: lines of its labels}.
-    -> a line about a few that do not, by more than a tenth. Raises ValueError with the likely cause if most
-    do not. Of one or two that end early, it may be that their last frames have no face."""
+    -> a line about those that do not, by more than a tenth. Raises ValueError with the likely cause if most
+    end late, or most end early by the same factor: early by chance, as the last frames have no face, may be
+    any."""
     ratios = {video: end / rows[video] for video, end in ends.items() if rows.get(video)}
     odd = [video for video, ratio in ratios.items()
            if not low <= ratio <= high and abs(ends[video] - rows[video]) > FEW]
     said = [f"  {len(odd)} of {len(ratios)} videos do not end where their labels do: " + ", ".join(
         f"{video} (frames to {ends[video]:,}, {rows[video]:,} labels)" for video in odd[:5])] if odd else []
     ratio = np.median([ratios[video] for video in odd] or [1])
-    if 2 * len(odd) > len(ratios) and (len(ratios) > 2 or not 0.55 < ratio < 1):
+    wrong = [video for video in odd if ratios[video] > 1 or abs(ratios[video] / ratio - 1) < 0.05]
+    if 2 * len(wrong) > len(ratios) and (len(ratios) > 3 or not 0.55 < ratio < 1):
         cause = ("numbers like milliseconds, which count no frames" if ratio > 15 else
                  f"{ratio:.2g} images for each label" if ratio > 1 else
                  f"one frame of {1 / ratio:.2g}, numbered anew")

@@ -70,7 +70,7 @@ class Task:
         Raises ValueError if they are not as many, no such numbers, or out of range."""
         values = [(int if self.whole_numbers else float)(field) for field in text.split(",")]
         known = all(self.lowest <= value <= self.highest or value == code for value in values)
-        if len(values) != self.width or not known or "_" in text:              # Python reads 1_0 as 10
+        if len(values) != self.width or not known or "_" in text or not text.isascii():    # 1_0 would be 10
             raise ValueError(f"expected {self.a_row}")
         return values
 
@@ -184,6 +184,14 @@ def occurrences(labels: np.ndarray, task: Task) -> str:
     return ", ".join(f"{name} {n:,}" for name, (n, _) in zip(task.outputs, task.metric.labelled(sums)))
 
 
+def something_to_learn(labels: np.ndarray, task: Task):
+    """Raises ValueError if all labels of a training are the same, as in a template of zeros."""
+    values = labels[labels != task.invalid]
+    if len(values) and values.min() == values.max():
+        raise ValueError(f"all {len(values):,} training labels of {task.name} are {values[0]}, so there is "
+                         "nothing to learn; check data.labels")
+
+
 # ---- Folds: which videos are trained on and which are validated on
 
 def scene(video: str) -> str:
@@ -191,11 +199,25 @@ def scene(video: str) -> str:
     return re.sub(r"_(left|right)$", "", video)
 
 
+def frames_in(file) -> int:
+    """The frames of a label file."""
+    return max(len(read_lines(file, "of a label file")) - 1, 0)
+
+
+def longest(root) -> Counter:
+    """{video: frames of its longest label file, whatever the task}; nothing without labels."""
+    frames = Counter()
+    for task in [task for task in TASKS.values() if has_labels(root, task)]:
+        for files in label_files(root, task).values():
+            frames |= Counter({video: frames_in(file) for video, file in files.items()})
+    return frames
+
+
 def scene_frames(files: dict[str, Path]) -> Counter:
     """{scene: frames of its label files}"""
     frames = Counter()
     for video, file in files.items():
-        frames[scene(video)] += max(len(read_lines(file, "of a label file")) - 1, 0)
+        frames[scene(video)] += frames_in(file)
     return frames
 
 

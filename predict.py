@@ -125,8 +125,12 @@ def videos_in(root: Path) -> tuple[dict[str, Files], list[str]]:
         raise ValueError("\n".join(["--frames: no frame found; expected 00001.jpg, ..., or names that differ "
                                     "in one number, in the folder or in a folder per video; images with "
                                     "other names need --still", *lines]))
+    sparse = [name for name, files in parts.items() if files.last > 1000 + 10 * len(files)]
+    if sparse:
+        raise ValueError(f"--frames: {sparse[0]} has {len(parts[sparse[0]])} images, numbered up to "
+                         f"{parts[sparse[0]].last:,}; expected the numbers of frames")
     from_0 = [name for name, files in parts.items() if files.numbers[0] == 0]
-    from_0 = list(parts) if 2 * len(from_0) > len(parts) else from_0
+    from_0 = list(parts) if 10 * len(from_0) > len(parts) else from_0
     for name in from_0:
         parts[name].numbers += 1
     lines += [f"  {len(from_0)} videos count their images from 0, such as {name}: image 0 is frame 1 of the "
@@ -163,7 +167,7 @@ def is_finished(path: Path, record: dict, team) -> bool:
     beginning, is made of something else, or of nobody knows what."""
     told, folder = Path(f"{path}.json"), Path(f"{path}.parts")
     before, now = read_json(told), json.loads(json.dumps(record))
-    if before != now and (before or path.exists() or folder.exists()):
+    if before != now and (path.exists() or folder.exists()):
         differs = changes(before, now, "was", "now") if before else f" no {told} tells with what"
         raise ValueError(f"{path} was made, or begun, with something else:{differs}\n"
                          f"give another --out, or delete {told}, {folder} and {path}")

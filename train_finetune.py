@@ -26,8 +26,8 @@ from data import Images, every_kth, expr_frames
 from engine.checkpoints import load_vit
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
-from images import normalise, find_videos
-from labels import EXPR, split
+from images import check_ends, find_videos, last_of, normalise
+from labels import EXPR, longest, something_to_learn, split
 from losses import expr_loss
 from pipeline import find_input, open_run, start
 from scoring import count_classes, expr_classifier, finish_classes
@@ -40,6 +40,7 @@ def main(config, team):
 
     # data
     (videos, lines), files = find_videos(config.data.frames), split(config.data.labels, EXPR, f.fold)
+    lines += check_ends(last_of(videos), longest(config.data.labels))
     (frames, notes), (val_frames, val_notes) = (expr_frames(of_part, videos) for of_part in files)
     found = {"training": frames.fingerprint(), "validation": val_frames.fingerprint(),
              "training videos": frames.videos}
@@ -49,6 +50,7 @@ def main(config, team):
         lines += [f"  {name}: {len(part):,} labelled frames with a face image in {len(part.videos)} videos",
                   *of_part]
     team.say("\n".join(lines))
+    something_to_learn(frames.labels, EXPR)
     train = Images(frames, size, [frames.labels], seed, f.smallest_crop,
                    order=partial(every_kth, len(frames), f.every))
     val = Images(val_frames, size, [val_frames.labels], order=partial(every_kth, len(val_frames), f.every))

@@ -28,7 +28,7 @@ from images import find_videos
 from engine.checkpoints import write_file, write_text
 from engine.config import from_command_line
 from engine.training import clip_gradient, fused
-from labels import TASKS, hold_out, in_units, occurrences, split, targets
+from labels import TASKS, hold_out, in_units, occurrences, something_to_learn, split, targets
 from metrics import numbers
 from pipeline import finished, folder, open_run, start
 from scoring import (HELD_OUT, find_features, load, predict_videos, reasons, report, shared_out, sums_of,
@@ -65,6 +65,7 @@ def main(config, team, task):
             team.say(f"  {name}: {len(part)} videos, {sum(len(video.labels) for video in part):,} frames"
                      + (f"; left out: {reasons(without)}" if without else "")
                      + f"\n    {occurrences(np.concatenate([video.labels for video in part]), task)}")
+    something_to_learn(np.concatenate([video.labels for video in videos]), task)
     if scored.seen_text():
         team.say(f"  warning: {scored.seen_text()}")
 

@@ -24,7 +24,7 @@ from PIL import Image
 from engine.config import Config, from_command_line, print_all
 from engine.training import generator
 from images import EXTENSIONS, Files, find_images, listed, read_image, sizes, with_face
-from labels import EXPRESSIONS
+from labels import EXPRESSIONS, read_lines
 
 # Each set's own codes as ABAW classes; -1 = a face without an expression label, None = no face: left out.
 # From 0: Neutral Happy Sad Surprise Fear Disgust Anger Contempt None Uncertain No-Face
@@ -102,6 +102,8 @@ def rows(path, columns: list[str], take, separator=","):
         for number, line in enumerate(file, start=1):
             text = line.decode("utf-8-sig", "surrogateescape").strip()
             fields = [field.strip(' "') for field in text.split(separator)]
+            if "\r" in text:
+                raise ValueError(f"{path}: its lines end as on an old Mac (CR); save it with LF")
             if number == 1 and columns[0] in fields:
                 header = fields
             elif text:
@@ -109,6 +111,8 @@ def rows(path, columns: list[str], take, separator=","):
                     place = f"{name} line {number} at byte {file.tell() - len(line)}"
                     yield take(place, dict(zip(header, fields, strict=True)))
                 except (LookupError, ValueError) as error:
+                    if number == 1:
+                        read_lines(path, ",".join(columns))            # which says what is no text
                     raise ValueError(f"{path} line {number}: got {text[:80]!r}, expected {','.join(columns)} "
                                      f"({type(error).__name__}: {error})") from None
 

@@ -99,8 +99,8 @@ class LabelledFrames(Frames):
     """The frames of a file that have a label and a face image. `given`: {video: its VideoFrames}.
 
     `labels` (n, 15), with the codes of what is missing. `video` (n,): which of `videos`; `used`: those with
-    frames. `skipped` {reason: count}. Raises ValueError if nothing, or nearly no image is there, or if most
-    videos have about twice as many frames as the list knows, or half as many."""
+    frames. `skipped` {reason: count}. Raises ValueError if nothing, or nearly no image is there, or as
+    `check_ends`."""
 
     def __init__(self, found: Annotations, given: dict):
         files = {video: given[video] for video in found.videos if video in given}
@@ -110,12 +110,13 @@ class LabelledFrames(Frames):
             of_video = found.frames[:, 0] == v
             numbers, last[video] = found.frames[of_video, 1], int(found.frames[of_video, 1].max())
             there[of_video] = np.isin(numbers, files[video].numbers if video in files else [])
-        self.lines = check_ends(last_of(files), last, 0.55, 1.8)   # a list need not go on to a video's end
+        self.lines = check_ends(last_of(files), last, 0.55, 1.8)   # a list may end before its video
         labelled = annotated(found.labels).any(axis=1)
         absent = [f"{found.videos[v]}/{number:05d}.jpg" for v, number in found.frames[labelled & ~there]]
         if len(absent) > MOST_MISSING * labelled.sum() or not labelled.any():
+            example = f", such as {absent[0]}; check data.frames" if absent else ""
             raise ValueError(f"{found.path}: {labelled.sum():,} frames with a label, {len(absent):,} of them "
-                             f"without an image; looked for {', '.join(absent[:1])}; check data.frames")
+                             f"without an image{example}")
         kept = labelled & there
         super().__init__(found.videos, list(map(files.get, found.videos)), found.frames[kept],
                          found.labels[kept])

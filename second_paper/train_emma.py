@@ -27,8 +27,8 @@ from datasets.s_aff_wild2 import (FILES, LabelledFrames, annotated, pos_weight, 
 from engine.checkpoints import load_vit, write_text
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
-from images import normalise, find_videos
-from labels import TASKS, keep_apart
+from images import find_videos, normalise
+from labels import TASKS, keep_apart, scene
 from metrics import score_table
 from pipeline import find_input, folder, open_run, start
 from scoring import count_images
@@ -52,6 +52,9 @@ def main(config, team):
     videos, lines = find_videos(config.data.frames)
     files = [read_annotations(f"{root}/{name}") for name in FILES]
     keep_apart(*(dict.fromkeys(file.videos, file.path) for file in files), str, "Remove the rows of one")
+    both = sorted(set(map(scene, files[0].videos)) & set(map(scene, files[1].videos)))
+    lines += [f"  warning: both files show {len(both)} scenes, such as {both[0]}: a score on them is too high"
+              ] if both else []
     frames, val_frames = (LabelledFrames(file, videos) for file in files)
     for part, file in ((frames, files[0]), (val_frames, files[1])):
         given = zip(TASKS.values(), split_labels(annotated(part.labels)))

@@ -100,6 +100,8 @@ def test_roots_that_cannot_be_right_are_refused(tmp_path, make, roots, message):
 # ---- Frames with labels
 
 def test_only_frames_with_a_label_and_an_image_are_fine_tuned_on(tmp_path):
+    for video in range(9):
+        draw(tmp_path / f"frames/{video}", [1])
     draw(tmp_path / "frames/a", [0, 2, 3, 4, 6])                           # 6 is past the labels
     draw(tmp_path / "frames/b", [1])
     rows = {"a": ["0", "1", "-1", "3", "4"], "b": ["7"], "c": ["2"]}
@@ -127,7 +129,8 @@ def test_the_fingerprint_tells_other_labels_other_frames_and_other_images(tmp_pa
 @pytest.mark.parametrize("ends, wrong", [
     ([40, 44, 41, 36], None), ([40, 80, 41], None), ([33], None), ([33, 30], None), ([1320], "milliseconds"),
     ([80, 82, 40], "2 images for each label"), ([8, 40, 8], "one frame of 5, numbered anew"),
-    ([20], "one frame of 2,"), ([33, 34, 33], "one frame of 1.2,"), ([50], "1.2 images")])
+    ([20], "one frame of 2,"), ([33, 34, 33, 40], "one frame of 1.2,"), ([50], "1.2 images"),
+    ([50, 30, 56, 66], "1.3 images"), ([40, 20, 25, 30], None), ([40, 28, 28], None)])
 def test_videos_that_end_elsewhere_than_their_labels_are_named_if_few_else_refused(ends, wrong):
     ends = {f"v{i}": end for i, end in enumerate(ends)}
     with pytest.raises(ValueError, match=wrong) if wrong else nullcontext():

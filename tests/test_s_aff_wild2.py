@@ -163,8 +163,8 @@ def test_a_file_of_another_folder_or_without_any_label_is_refused(tmp_path):
     videos = folders(tmp_path, {"a": [1]})
     rows = ["a/00001.jpg" + FULL, *(f"b/{n:05d}.jpg" + FULL for n in range(1, 11))]
     assert len(LabelledFrames(read_annotations(write(tmp_path / "a.txt", *rows[:10])), videos)) == 1
-    with pytest.raises(ValueError, match="a.txt: 11 frames with a label, 10 of them without an image; looked "
-                                         "for b/00001.jpg; check data.frames"):
+    with pytest.raises(ValueError, match="a.txt: 11 frames with a label, 10 of them without an image, such "
+                                         "as b/00001.jpg; check data.frames"):
         LabelledFrames(read_annotations(write(tmp_path / "a.txt", *rows)), videos)
     found = read_annotations(write(tmp_path / "a.txt", *[f"twice/{n}.jpg" + FULL for n in range(2, 11)]))
     with pytest.raises(ValueError, match="2 images for each label"):

@@ -59,7 +59,7 @@ def read_predictions(path, task: Task) -> dict[str, tuple[np.ndarray, np.ndarray
     names, top = ["video", "frame", *task.outputs], header_of(task)
     right = f"{top!r}, or one column each of {', '.join(names)}"
     first, *lines = read_lines(path, right) or [""]
-    header = [name.strip() for name in first.split(",")]
+    header = [name.strip(' "') for name in first.split(",")]
     submission = ",".join(header).lower() == top.lower()
     if not submission and any(header.count(name) != 1 for name in names):
         raise ValueError(f"{path}, line 1: header is {','.join(header)[:200]!r}, expected {right}")

@@ -20,7 +20,7 @@ import numpy as np
 
 from engine.config import load, options_of, print_all
 from labels import NAME, TASKS, Task, in_units, read_lines, smoothed, split_name
-from tools.predictions import MTL, header_of, read_predictions, some
+from tools.predictions import header_of, read_predictions, some
 
 try:
     import scoring
@@ -39,7 +39,7 @@ def read_template(path, *tasks: Task) -> list[str]:
     top, width, names = header_of(*tasks), sum(task.width for task in tasks), []
     for number, line in enumerate(read_lines(path, top), 1):
         head, first = line.strip(", ").lower(), line.partition(",")[0].lower()
-        if number == 1 and (head in ("image_location", top.lower()) or top == MTL and first == "image"):
+        if number == 1 and (head in ("image_location", top.lower()) or first == "image"):
             continue
         name, *values = [field.strip() for field in line.split(",")]
         if not NAME.fullmatch(name) or sum(map(bool, values)) not in (0, width):
