@@ -50,7 +50,6 @@ class Stage(NamedTuple):
     inputs: dict[str, str]         # {a setting that may name the input: the stage that makes it otherwise}
     settings: tuple                # sections and single settings
     file: str = "best.pt"          # what the next stage reads
-    second: bool = False           # it needs the second paper's data
 
 
 STAGES = {
@@ -63,9 +62,8 @@ STAGES = {
     "stills": Stage("second_paper.train_cnn", {"stills.start": ""},
                     ("stills", "run.seed", "vit.image_size", "data.affectnet_crop")),
     "emma": Stage("second_paper.train_emma", {"emma.start": "pretrain", "emma.cnn": "stills"},
-                  ("vit", "emma", "run.seed"), second=True),
-    "cotex": Stage("second_paper.train_cotex", {"cotex.start": "pretrain"}, ("vit", "cotex", "run.seed"),
-                   second=True),
+                  ("vit", "emma", "run.seed")),
+    "cotex": Stage("second_paper.train_cotex", {"cotex.start": "pretrain"}, ("vit", "cotex", "run.seed")),
 }
 INPUTS = {setting for stage in STAGES.values() for setting in stage.inputs}
 
@@ -329,10 +327,8 @@ def make_inputs(stage: str, config: Config, team):
     """Draw the data, and make the results that a stage reads."""
     drawn = importlib.import_module("datasets.synthetic")
     drawn.check_paths(config)
-    for second in (False, True)[:1 + STAGES[stage].second]:
-        if not team.agree(drawn.is_complete(config, second)):
-            run_first(f"{config.synthetic.root} lacks drawn data", "datasets.synthetic", config, team,
-                      drawn.make_second if second else drawn.make)
+    if not team.agree(drawn.is_complete(config)):
+        run_first(f"{config.synthetic.root} lacks drawn data", "datasets.synthetic", config, team, drawn.make)
     for setting, before in STAGES[stage].inputs.items():
         if before and not value_of(config, setting):
             make(before, config, team)

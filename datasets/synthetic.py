@@ -2,18 +2,18 @@
 
 With them every stage runs, and has something to learn, without real data. A picture depends on the seed and
 its number alone: the same bytes each time, with any number of processes. Reading order: synthetic_face.py
-(one face), synthetic_acting.py (a video of it), then here: videos, still faces, the second paper's data.
-What draws yields (file, content).
+(one face), synthetic_acting.py (a video of it), then here: videos, still faces, the second paper's faces.
+What draws yields (file, content): a picture, a text, an array, or a row (a list of cells) for one of LISTS.
 
     python -m datasets.synthetic --config configs/demo.yaml     # draws everything
 """
 
+import copy
 import json
 import os
 import zlib
 from collections import namedtuple
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +31,16 @@ from engine.distributed import launch
 from labels import EXPRESSIONS, TASKS
 
 TRAIN, VAL, STILL, DRAWN, REAL = 0, 1, 2, 10, 11       # kinds of people: nobody is in two of them
-SPLITS, STYLES = {TRAIN: "Train_Set", VAL: "Validation_Set"}, {DRAWN: "drawn", REAL: "real"}
+SPLITS = {TRAIN: "Train_Set", VAL: "Validation_Set"}
+STYLES = {DRAWN: "ABAW4/drawn", REAL: "ABAW4/real"}
 # Sets of still faces: share of all, and their own codes.
 SETS = {"AffectNet-2017": (0.40, AFFECTNET), "AffectNet-2021": (0.20, AFFECTNET), "RAF-DB": (0.25, RAF_DB),
         "FER2013": (0.15, FER2013)}
+# {list: the cells of its first row}: what many drawings have rows in.
+LISTS = {"AffectNet-2017/training.csv": AFFECTNET_COLUMNS, "AffectNet-2017/validation.csv": AFFECTNET_COLUMNS,
+         "RAF-DB/basic/EmoLabel/list_patition_label.txt": [], "FER2013/fer2013.csv": FER2013_COLUMNS,
+         "FERPlus/fer2013new.csv": FERPLUS_COLUMNS, **{f"ABAW4/{file}": [HEADER] for file in FILES}}
+COMPLETE = "ABAW4/complete.json"                       # the mark lies in what older versions drew on demand
 SHARES = (.22, .12, .09, .10, .19, .12, .11, .05)      # of each expression, in the order of EXPRESSIONS
 CLASS_SHARES = (.18, .13, .12, .24, .17, .16)          # of CLASSES
 # What a row says where nobody annotated.
@@ -74,44 +80,59 @@ def videos(sizes) -> list[Video]:
     return out
 
 
-def played(sizes, video: Video):
-    """-> Acting of a video; all labels, as text {task: (T, width)}; {label file: content}; whether each frame
-    has a face; the generator for what follows.
+def draw_video(sizes, video: Video):
+    """Label files, rows of s-Aff-Wild2, and frames.
 
     Some have the faults of real videos: more images than labels, not annotated, CRLF, no face found.
     """
     n, rng = video.number, random(sizes, video.split, video.number, 2)
     acting = act(rng, video.frames + (4 if n % 5 == 2 else 0), video.first)
-    labels, files = annotate(rng, acting), {}
+    labels = annotate(rng, acting)
     for task in map(TASKS.get, video.tasks):
         lines = [",".join(row) for row in labels[task.name][:video.frames]]
         if n % 4:                                                # every fourth is annotated throughout
             interrupt(rng, lines, 0.08, 10, 50, lambda: UNKNOWN[task.name])
         file = f"Aff-Wild2/annotations/{task.folders[0]}/{SPLITS[video.split]}/{video.name}.txt"
-        files[file] = ("\r\n" if n % 6 == 3 else "\n").join([",".join(task.outputs), *lines, ""])
-    found = [True] * video.frames
+        yield file, ("\r\n" if n % 6 == 3 else "\n").join([",".join(task.outputs), *lines, ""])
+    found = [True] * video.frames                                # has a frame a face?
     if n % 3 != 1:
         interrupt(rng, found, 0.06, 1, 20, lambda: False)
-    return acting, labels, files, found + [True] * 4, rng
-
-
-def draw_video(sizes, video: Video):
-    """Label files and frames."""
-    acting, _, files, found, rng = played(sizes, video)
-    yield from files.items()
+    yield from draw_rows(sizes, video, labels, np.array(found))
     p = person(random(sizes, video.split, video.number))
     for t, state in enumerate(spoil(rng, p, acting)):
-        if found[t]:
+        if t >= video.frames or found[t]:
             yield f"Aff-Wild2/cropped_aligned/{video.name}/{t + 1:05d}.jpg", draw_face(p, state, rng)
+
+
+def draw_rows(sizes, video: Video, labels: dict, found: np.ndarray):
+    """The rows of s-Aff-Wild2, partly labelled frames: about every third frame that has a face.
+
+    A row: `<video>/00001.jpg`, valence, arousal, expression, 12 AUs. The labels are those of the label files,
+    and there are some of the tasks that a video has no file of. Each is there or missing by chance.
+    labels: as `annotate` gives them; found: bool (T,).
+    """
+    faces, gone = np.flatnonzero(found), np.flatnonzero(~found)
+    rng = random(sizes, video.split, video.number, 3)
+    chosen = faces[rng.integers(min(3, len(faces) or 1))::3].tolist()
+    chosen += [t for t in gone if rng.random() < 0.01 * len(chosen) / len(gone)]     # no image
+    chosen += [t for t in chosen if rng.random() < 0.01]                             # come twice
+    rows = {}
+    for t in chosen:
+        va, expr, au = (labels[name][t].tolist() for name in TASKS)
+        if rng.random() < 0.03:                                  # valence without arousal, or the reverse
+            va[rng.integers(2)] = "-5"
+        au = ["-1" if rng.random() < 0.03 else unit for unit in au]
+        rows[t] = [f"{video.name}/{t + 1:05d}.jpg"]
+        for name, known, share in zip(TASKS, (va, expr, au), (0.70, 0.65, 0.70)):
+            rows[t] += known if rng.random() < share else [UNKNOWN[name]]
+    for t in chosen:
+        yield f"ABAW4/{FILES[video.split]}", rows[t]
 
 
 # ---- Still faces, each of another person
 
-def draw_still(sizes, number: int, listed: bool = False):
-    """The picture of the still face of a number below sizes.faces, and what lies beside it in its set.
-
-    `listed`: instead of these, its rows (list, values) in the lists of the set.
-    """
+def draw_still(sizes, number: int):
+    """The still face of a number below sizes.faces: its picture, and what its set has beside it."""
     p, rng = person(random(sizes, STILL, number)), random(sizes, STILL, number, 2)
     ends = np.round(np.cumsum([share for share, _ in SETS.values()]) * sizes.faces)
     name = list(SETS)[np.searchsorted(ends, number, "right")]    # the first whose end is above the number
@@ -130,79 +151,33 @@ def draw_still(sizes, number: int, listed: bool = False):
     train = rng.random() < 0.85
     file = f"{number % 7 + 1}/{rng.bytes(28).hex()}.jpg"         # in AffectNet 2017
     faced = name in ("AffectNet-2021", "RAF-DB") or rng.random() >= 0.03
-    picture = partial(draw_face, p, state, rng) if faced else partial(background(state.place).reduce, 2)
-    if name == "AffectNet-2017" and not listed:
-        yield f"{name}/Manually_Annotated_Images/{file}", picture().resize((96, 96))
-    elif name == "AffectNet-2017":
-        code = 10 if not faced else rng.integers(8, 10) if rng.random() >= 0.96 else codes[k]
+    again = copy.deepcopy(rng)                                   # for AffectNet's code: the numbers of the noise
+    picture = draw_face(p, state, rng) if faced else background(state.place).reduce(2)
+    if name == "AffectNet-2017":
+        code = 10 if not faced else again.integers(8, 10) if again.random() >= 0.96 else codes[k]
         va = [f"{x:.6f}" for x in va] if code == codes[k] else [-2, -2]
         landmarks = ";".join(f"{x:.1f};{y:.1f}" for x, y in oval(48, 48, 30, 38))
+        yield f"{name}/Manually_Annotated_Images/{file}", picture.resize((96, 96))
         yield (f"{name}/{'training' if train else 'validation'}.csv",
                [file, 0, 0, 96, 96, landmarks, code, *va])
-    elif name == "AffectNet-2021" and not listed:
+    elif name == "AffectNet-2021":
         folder = f"{name}/{'train' if train else 'val'}_set"
-        yield f"{folder}/images/{number}.jpg", picture().resize((96, 96))
+        yield f"{folder}/images/{number}.jpg", picture.resize((96, 96))
         for label, value in (("exp", codes[k]), ("val", va[0]), ("aro", va[1])):
             yield f"{folder}/annotations/{number}_{label}.npy", np.array(str(value))     # one string
     elif name == "RAF-DB":
         file = f"{'train' if train else 'test'}_{number:05d}"
-        if listed:
-            yield f"{name}/basic/EmoLabel/list_patition_label.txt", [f"{file}.jpg {codes[k]}"]
-        else:
-            yield f"{name}/basic/Image/aligned/{file}_aligned.jpg", picture().resize((100, 100))
-    elif name == "FER2013" and listed:                           # its pixels lie in its list
+        yield f"{name}/basic/Image/aligned/{file}_aligned.jpg", picture.resize((100, 100))
+        yield f"{name}/basic/EmoLabel/list_patition_label.txt", [f"{file}.jpg {codes[k]}"]
+    else:                                                        # FER2013: its pixels lie in its list
         usage = "Training" if train else ("PublicTest", "PrivateTest")[number % 2]
-        pixels = np.asarray(picture().convert("L").resize((48, 48))).ravel()
+        pixels = np.asarray(picture.convert("L").resize((48, 48))).ravel()
         yield f"{name}/fer2013.csv", [codes[k], " ".join(map(str, pixels)), usage]
         # The votes of ten people. A row without a face has no name.
         shares = [0.0 if vote == "NF" else 0.85 if of == k else 0.15 / 8 for vote, of in FERPLUS.items()]
         votes = rng.multinomial(10, shares) if faced else [0] * 9 + [10]
         image = f"fer{number - int(ends[2]):07d}.png" if faced else ""
         yield "FERPlus/fer2013new.csv", [usage, image, *votes]
-
-
-def still_lists(sizes):
-    """The lists over all still faces."""
-    lists = {"AffectNet-2017/training.csv": [AFFECTNET_COLUMNS],
-             "AffectNet-2017/validation.csv": [AFFECTNET_COLUMNS],
-             "RAF-DB/basic/EmoLabel/list_patition_label.txt": [],
-             "FER2013/fer2013.csv": [FER2013_COLUMNS], "FERPlus/fer2013new.csv": [FERPLUS_COLUMNS]}
-    for number in range(sizes.faces):
-        for file, row in draw_still(sizes, number, listed=True):
-            lists[file].append(row)
-    for file, rows in lists.items():
-        yield file, "".join(",".join(map(str, row)) + "\n" for row in rows)
-
-
-# ---- The second paper's data: partly labelled frames of the videos (s-Aff-Wild2), two styles of faces
-
-def frame_lists(sizes):
-    """The lists of s-Aff-Wild2, of training and validation: about every third frame that has a face.
-
-    A row: `<video>/00001.jpg`, valence, arousal, expression, 12 AUs. The labels are those of the label files,
-    and there are some of the tasks that a video has no file of. Each is there or missing by chance.
-    """
-    lists = {file: [HEADER] for file in FILES}
-    for video in videos(sizes):
-        _, labels, _, found, _ = played(sizes, video)
-        found = np.array(found[:video.frames])
-        faces, gone = np.flatnonzero(found), np.flatnonzero(~found)
-        rng = random(sizes, video.split, video.number, 3)
-        chosen = faces[rng.integers(min(3, len(faces) or 1))::3].tolist()
-        chosen += [t for t in gone if rng.random() < 0.01 * len(chosen) / len(gone)]     # no image
-        chosen += [t for t in chosen if rng.random() < 0.01]                             # come twice
-        rows = {}
-        for t in chosen:
-            va, expr, au = (labels[name][t].tolist() for name in TASKS)
-            if rng.random() < 0.03:                              # valence without arousal, or the reverse
-                va[rng.integers(2)] = "-5"
-            au = ["-1" if rng.random() < 0.03 else unit for unit in au]
-            rows[t] = [f"{video.name}/{t + 1:05d}.jpg"]
-            for name, known, share in zip(TASKS, (va, expr, au), (0.70, 0.65, 0.70)):
-                rows[t] += known if rng.random() < share else [UNKNOWN[name]]
-        lists[FILES[video.split]] += [",".join(rows[t]) for t in chosen]
-    for file, rows in lists.items():
-        yield file, "\n".join([*rows, ""])
 
 
 def draw_class_face(sizes, style: int, number: int):
@@ -228,17 +203,30 @@ def draw_class_face(sizes, style: int, number: int):
 
 # ---- All of it
 
-def write(folder: Path, files) -> None:
-    """Write (file, content) into a folder. A content is a picture, a text, or an array."""
-    for name, content in files:
+def write(folder: Path, drawing) -> list:
+    """Write what is drawn, (file, content), into a folder. -> the rows, which belong to LISTS"""
+    rows = []
+    for name, content in drawing:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str):
+        if isinstance(content, list):
+            rows.append((name, content))
+        elif isinstance(content, str):
             path.write_text(content, newline="")
         elif isinstance(content, np.ndarray):
             np.save(path, content)
         else:
             content.save(path, quality=90)
+    return rows
+
+
+def lists_of(rows):
+    """LISTS, from the rows (list, cells) of all drawings, in order."""
+    lists = {file: [cells] if cells else [] for file, cells in LISTS.items()}
+    for file, cells in rows:
+        lists[file].append(cells)
+    for file, table in lists.items():
+        yield file, "".join(",".join(map(str, cells)) + "\n" for cells in table)
 
 
 def description(sizes) -> dict:
@@ -247,50 +235,35 @@ def description(sizes) -> dict:
     return {**asdict(sizes), "root": "", "code": zlib.crc32(code)}
 
 
-def is_complete(config, second: bool = False) -> bool:
-    """Is all of the main data, or of the second paper's, drawn with these settings?"""
-    mark = Path(config.synthetic.root, "ABAW4" if second else "", "complete.json")
-    return read_json(mark) == description(config.synthetic)
+def is_complete(config) -> bool:
+    """Is everything drawn with these settings?"""
+    return read_json(Path(config.synthetic.root, COMPLETE)) == description(config.synthetic)
 
 
-def make(config, team, second: bool = False) -> None:
-    """Draw the main data into synthetic.root with all processes of `team`; if `second`, the second paper's,
-    into ABAW4 in it.
+def make(config, team) -> None:
+    """Draw everything into synthetic.root with all processes of `team`.
 
     Raises ValueError if the folder holds other data: real data must not be overwritten, nor two sizes mixed.
-    Also if the main data are not there, which the second paper's lists are about.
     """
-    sizes, expected = config.synthetic, description(config.synthetic)
-    folder = Path(sizes.root, "ABAW4" if second else "")
-    if second and not is_complete(config):
-        raise ValueError(f"{sizes.root} does not hold the videos that the lists are about; draw them first, "
-                         "with the same settings: python -m datasets.synthetic")
-    if second:
-        names = (*FILES, *STYLES.values())
-        drawings = [draw_class_face(sizes, DRAWN, number) for number in range(sizes.faces * 3 // 8)]
-        drawings += [draw_class_face(sizes, REAL, number) for number in range(sizes.faces // 5)]
-    else:
-        names = ("Aff-Wild2", "FERPlus", *SETS)
-        drawings = [draw_video(sizes, video) for video in videos(sizes)]
-        drawings += [draw_still(sizes, number) for number in range(sizes.faces)]
+    sizes, folder, expected = config.synthetic, Path(config.synthetic.root), description(config.synthetic)
     # In this order, as another process may be writing both just now.
-    if any((folder / name).exists() for name in names) and (
+    if any((folder / name).exists() for name in ("Aff-Wild2", "FERPlus", "ABAW4", *SETS)) and (
             held := read_json(folder / "sizes.json")) != expected:
         raise ValueError(f"{folder} holds {held or 'data that is not synthetic'}, expected nothing or "
                          f"{expected}; draw into a new folder (synthetic.root, and the paths under data), or "
                          "delete this one")
     write_text(folder / "sizes.json", json.dumps(expected))      # before any data: data without it is real
-    (folder / "complete.json").unlink(missing_ok=True)           # until all of it is there again
-    for drawing in drawings[team.rank::team.world]:
-        write(folder, drawing)
+    (folder / COMPLETE).unlink(missing_ok=True)                  # until all of it is there again
+    drawings = [draw_video(sizes, video) for video in videos(sizes)]
+    drawings += [draw_still(sizes, number) for number in range(sizes.faces)]
+    drawings += [draw_class_face(sizes, DRAWN, number) for number in range(sizes.faces * 3 // 8)]
+    drawings += [draw_class_face(sizes, REAL, number) for number in range(sizes.faces // 5)]
+    shares = team.gather([write(folder, drawing) for drawing in drawings[team.rank::team.world]])
+    if team.rank == 0:                                           # now every process has drawn its share
+        rows = [row for i in range(len(drawings)) for row in shares[i % team.world][i // team.world]]
+        write(folder, lists_of(rows))
+        write_text(folder / COMPLETE, json.dumps(expected))
     team.wait()
-    if team.rank == 0:
-        write(folder, frame_lists(sizes) if second else still_lists(sizes))
-        write_text(folder / "complete.json", json.dumps(expected))
-    team.wait()
-
-
-make_second = partial(make, second=True)
 
 
 def check_paths(config) -> None:
@@ -307,11 +280,5 @@ def check_paths(config) -> None:
                     "data.synthetic=true draws; set both, or data.synthetic=false to use your own data")
 
 
-def main(config, team) -> None:
-    """Draw everything."""
-    make(config, team)
-    make_second(config, team)
-
-
 if __name__ == "__main__":
-    launch(main, from_command_line(__doc__)[0])
+    launch(make, from_command_line(__doc__)[0])

@@ -244,10 +244,9 @@ def ran(monkeypatch, here):
     """The scripts that were run, in order; each makes its result."""
     names = []
     Path("my.yaml").write_text(yaml.safe_dump({**SETTINGS, "data": {"synthetic": True}}))
-    drawn = SimpleNamespace(check_paths=lambda config: None, made=[])
-    drawn.is_complete = lambda config, second: second in drawn.made
-    drawn.make = lambda config, team: (names.append("draw"), drawn.made.append(False))
-    drawn.make_second = lambda config, team: (names.append("draw the second"), drawn.made.append(True))
+    drawn = SimpleNamespace(check_paths=lambda config: None)
+    drawn.is_complete = lambda config: "draw" in names
+    drawn.make = lambda config, team: names.append("draw")
     monkeypatch.setitem(sys.modules, "datasets.synthetic", drawn)
     for stage, (script, *_) in STAGES.items():
         def main(config, team, task=None, stage=stage):
@@ -264,9 +263,9 @@ FIRST = ["draw", "pretrain", "finetune", "features"]
     ("pretrain", [], FIRST[:2]), ("features", [], FIRST), ("task", [], [*FIRST, "task au"]),
     ("finetune", ["finetune.start=none"], ["draw", "finetune"]),
     ("stills", [], ["draw", "stills"]),
-    ("emma", [], ["draw", "draw the second", "pretrain", "stills", "emma"]),
-    ("emma", ["emma.cnn=none"], ["draw", "draw the second", "pretrain", "emma"]),
-    ("cotex", ["cotex.start=none"], ["draw", "draw the second", "cotex"]),
+    ("emma", [], ["draw", "pretrain", "stills", "emma"]),
+    ("emma", ["emma.cnn=none"], ["draw", "pretrain", "emma"]),
+    ("cotex", ["cotex.start=none"], ["draw", "cotex"]),
 ])
 def test_with_drawn_data_all_that_is_missing_is_made_in_order_and_once(ran, stage, overrides, expected):
     config, task = config_with(*overrides), TASKS["au"] if stage == "task" else None
