@@ -214,59 +214,51 @@ def difference(ours: np.ndarray, theirs: np.ndarray, metric: Metric) -> Interval
 
 # ---- Tables. `task` is a record of labels.py, sums are (videos, ...)
 
-def in_lines(head: str, names, columns: list[list[str]]) -> str:
-    """A table as text: a line of titles, then a line per name. `columns`: title and cells of each."""
+def in_lines(head: str, names, columns) -> str:
+    """A table as text: a line of titles, then a line per name. `columns`: title and cells of each; a cell is a
+    text, a whole number, or a number that gets three decimals."""
     lines = [f"{name:10s}" for name in [head, *names]]
-    for column in columns:
-        width = max(map(len, column)) + 2
-        lines = [line + f"{cell:>{width}s}" for line, cell in zip(lines, column)]
+    for title, cells in columns:
+        texts = [title, *[cell if isinstance(cell, str) else f"{cell:,}" if isinstance(cell, (int, np.integer))
+                          else f"{cell:.3f}" for cell in cells]]
+        width = max(map(len, texts)) + 2
+        lines = [line + f"{text:>{width}s}" for line, text in zip(lines, texts, strict=True)]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def with_mean(title: str, scores: np.ndarray) -> list[str]:
-    """A column of scores, (K,), and their mean."""
-    return [title, *[f"{score:.3f}" for score in [*scores, scores.mean()]]]
-
-
-def absent(names, sums, metric: Metric) -> str:
-    """A line on the outputs that do not occur among the labels; "" if all do."""
-    there = metric.labelled(sums)[:, 0] > 0                    # (K,)
-    gone, rest = [name for name, known in zip(names, there) if not known], metric.score(sums)[there]
-    others = f"; the mean of the others is {rest.mean():.3f}" if len(rest) else ""
-    return f"\nnot among the labels, so 0 in the mean: {', '.join(gone)}{others}" if gone else ""
+def plain_table(metric: Metric, names, total: np.ndarray, sure=(), known=()) -> str:
+    """Our scores and chance, a line per output and one of their mean; then which outputs no label has. Other
+    columns stand after ours (`sure`) and after chance (`known`). Shape: `total` as counted."""
+    scores, chance, there = metric.score(total), metric.chance(total), metric.labelled(total)[:, 0] > 0
+    text = in_lines(metric.name, [*names, "mean"], [
+        ("ours", [*scores, scores.mean()]), *sure, ("chance", [*chance, chance.mean()]), *known])
+    others = f"; the mean of the others is {scores[there].mean():.3f}" if there.any() else ""
+    gone = ", ".join(name for name, labelled in zip(names, there) if not labelled)
+    return text + (f"\nnot among the labels, so 0 in the mean: {gone}{others}" if gone else "")
 
 
 def score_table(task, sums: np.ndarray, unseen=None, fold: int = 0, comparable: bool = True) -> str:
-    """A line per output and one of their mean, at most 110 characters wide, and `absent`. unseen: mask
-    (videos,), then the score of these videos alone stands beside. comparable: with the paper's numbers of
-    this fold (Table 1) and, for fold 0, the challenge's baseline."""
-    metric, total, names = task.metric, sums.sum(axis=0), [*task.outputs, "mean"]
+    """A `plain_table` with intervals and labelled frames, at most 110 characters wide. unseen: mask (videos,),
+    then the score of these videos alone stands beside. comparable: with the paper's numbers of this fold
+    (Table 1) and, for fold 0, the challenge's baseline."""
+    metric, total = task.metric, sums.sum(axis=0)
     ends = [f"[{low:.3f}, {high:.3f}]" if len(sums) > 1 else "-" for _, low, high in interval(sums, metric)]
-    columns = [with_mean("ours", metric.score(total)), ["95 %", *ends]]
+    sure, known = [("95 %", ends)], []
     if unseen is not None:
-        columns.append(with_mean("unseen", metric.score(sums[unseen].sum(axis=0))))
-    columns.append(with_mean("chance", metric.chance(total)))
+        scores = metric.score(sums[unseen].sum(axis=0))
+        sure.append(("unseen", [*scores, scores.mean()]))
     if comparable:
         paper = {name: folds[fold] for name, folds in task.paper.items()}
-        for title, known in (("paper", paper), ("baseline", task.baseline if fold == 0 else {})):
-            columns.append([title, *[f"{known[name]:.3f}" if name in known else "-" for name in names]])
-    columns.append(["frames", *[f"{part:,}" if part == whole else f"{part:,} of {whole:,}"
-                                for part, whole in metric.labelled(total)], ""])
-    return in_lines(metric.name, names, columns) + absent(task.outputs, total, metric)
-
-
-def class_table(names, sums: np.ndarray) -> str:
-    """F1 of classes beside chance, where images belong to no videos. Shape: sums (K, K)"""
-    columns = [with_mean("ours", CLASS_F1.score(sums)), with_mean("chance", CLASS_F1.chance(sums))]
-    return in_lines(CLASS_F1.name, [*names, "mean"], columns) + absent(names, sums, CLASS_F1)
+        for title, theirs in (("paper", paper), ("baseline", task.baseline if fold == 0 else {})):
+            known.append((title, [theirs.get(name, "-") for name in [*task.outputs, "mean"]]))
+    frames = [f"{part:,} of {whole:,}" if part < whole else part for part, whole in metric.labelled(total)]
+    return plain_table(metric, task.outputs, total, sure, [*known, ("frames", [*frames, ""])])
 
 
 def confusion(task, sums: np.ndarray) -> str:
     """What is taken for what: `details`. Of classes: frames by labelled (line) and predicted (column) one."""
-    titles, details = task.metric.titles or task.outputs, task.metric.details(sums.sum(axis=0))
-    columns = [[title, *[f"{cell:,}" if column.dtype.kind == "i" else f"{cell:.3f}" for cell in column]]
-               for title, column in zip(titles, details)]
-    return in_lines("" if task.metric.titles else "label", task.outputs, columns)
+    titles, details = task.metric.titles, task.metric.details(sums.sum(axis=0))
+    return in_lines("" if titles else "label", task.outputs, zip(titles or task.outputs, details))
 
 
 def numbers(task, sums: np.ndarray) -> dict:

@@ -22,7 +22,7 @@ from engine.distributed import Team, all_sum
 from engine.training import loader
 from images import normalise
 from labels import EXPR, TASKS, Task, for_metric, in_units, scene, smoothed, targets
-from metrics import CLASS_F1, class_table, score_table
+from metrics import CLASS_F1, plain_table, score_table
 from pictures import curves
 from pipeline import find_input, identity, like, named, tuned_on
 from temporal import SegmentModel
@@ -109,7 +109,7 @@ def finish_classes(run, network, images: Images, names, config: Config, team: Te
                 "chance": chance, "confusion": sums.tolist(), "val_images": int(sums.sum()),
                 "val_unreadable": unreadable})
     team.say(f"\n{int(sums.sum()):,} single validation images ({unreadable:,} more cannot be read)\n"
-             f"{class_table(names, sums)}\nwritten to {run.folder}")
+             f"{plain_table(CLASS_F1, names, sums)}\nwritten to {run.folder}")
 
 
 def extractor(config: Config, team: Team) -> tuple[VisionTransformer, dict, str]:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from labels import AU, EXPR, TASKS, VA, targets
-from metrics import (BINARY_F1, CCC, CLASS_F1, binary_f1, ccc, class_f1, class_table, confusion, difference,
-                     drawn_scores, numbers, score_table)
+from metrics import (BINARY_F1, CCC, CLASS_F1, binary_f1, ccc, class_f1, confusion, difference, drawn_scores,
+                     numbers, plain_table, score_table)
 
 # A metric with a number of dimensions, classes or columns: those of the three tasks, and others.
 KINDS = {"CCC": (CCC, 2), "CCC of 3": (CCC, 3), "8 classes": (CLASS_F1, 8), "2 classes": (CLASS_F1, 2),
@@ -232,7 +232,7 @@ def test_a_perfect_score_of_what_occurs_is_told_beside_the_challenges_mean(task,
     *_, of_mean, last = score_table(task, sums[None]).splitlines()
     assert of_mean.split()[:2] == ["mean", mean]
     assert last == f"not among the labels, so 0 in the mean: {gone}; the mean of the others is 1.000"
-    assert task is not EXPR or class_table(EXPR.outputs, sums).splitlines()[-1] == last
+    assert task is not EXPR or plain_table(CLASS_F1, EXPR.outputs, sums).splitlines()[-1] == last
     assert score_table(task, sums[None] * 0).endswith(f"in the mean: {', '.join(task.outputs)}")
 
 
@@ -251,7 +251,7 @@ def test_the_numbers_of_metrics_json_are_those_of_the_tables_and_one_video_has_n
     assert cells == [line.split()[1:] for line in confusion(task, sums).splitlines()[1:]]
     assert written["confusion_columns"] == list(task.metric.titles or task.outputs)
     if task.name == "expr":
-        assert columns(class_table(task.outputs, total)) == {
+        assert columns(plain_table(CLASS_F1, task.outputs, total)) == {
             title: shown[title] for title in (written["metric"], "ours", "chance")}
     alone = numbers(task, sums[:1])
     assert {row["interval"] for row in alone["outputs"].values()} == {alone["score_interval"]} == {None}
