@@ -7,13 +7,12 @@ from unittest import mock
 
 import pytest
 import torch
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config import load
 from processes import ALONE
 from tools import benchmark
-from tools.benchmark import PROMISED, SIZES, adamw, check, cnn, demo, in_turn, speed, step_of
+from tools.benchmark import PROMISED, SIZES, adamw, check, cnn, in_turn, speed, step_of
 
 SMALL = """vit.image_size=24 vit.dim=24 vit.depth=2 vit.heads=2 pretrain.decoder_dim=16 pretrain.epochs=7
     pretrain.decoder_heads=2 pretrain.decoder_depth=1 finetune.dropout=0 finetune.hidden=10 finetune.epochs=2
@@ -89,7 +88,7 @@ def test_the_whole_table_is_printed_and_written(config, monkeypatch, tmp_path, c
     speed(config, ALONE)
     assert [call.args[4] for call in benchmark.step_of.call_args_list if call.args[4:]] == [False, True] * 7
     text = Path("runs/benchmark_cpu.md").read_text()
-    assert text == capsys.readouterr().out and "A MAE step of 4 images" in text
+    assert text == capsys.readouterr().out
     rows = [line.strip("| ").replace(",", "").split(" | ") for line in text.splitlines() if line[:2] == "| "]
     steps = itertools.product(zip(["MAE", *STEPS], "3422223"), ("project", "plain"))
     for row, ((name, n), way) in zip(rows[1:15], steps, strict=True):
@@ -111,20 +110,3 @@ def test_the_demo_is_checked_against_what_is_promised(monkeypatch, tmp_path, cap
             a, b = PROMISED[task][0] - below * (task == "expr"), PROMISED[task][1] + above * (task == "au")
             benchmark.write_text(f"runs/demo/task_{task}/metrics.json", f'{{"score": {a}, "chance": {b}}}')
         assert check() == (below == above) and capsys.readouterr().out.count("NOT KEPT") == (below != above)
-
-
-def test_the_demo_is_made_from_nothing_and_its_pictures_go_into_docs(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for name, grey in (("pretrain/reconstruction", 50), ("task_au/timeline", 90), ("task_au/curves", 7)):
-        Path("runs/demo", name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (grey, 10), (grey,) * 3).save(f"runs/demo/{name}.png")
-    Path("docs").mkdir()
-    with mock.patch("shutil.rmtree") as removed, mock.patch.object(benchmark, "run") as run:
-        demo()
-    scripts = ["-m datasets.synthetic", "train_pretrain.py", "train_finetune.py", "extract_features.py",
-               "train_task.py --task va", "train_task.py --task expr", "train_task.py --task au"]
-    assert [c.args[0] for c in removed.call_args_list + run.call_args_list] == ["data/demo", "runs/demo", *(
-        f"torchrun --nproc_per_node=2 {script} --config configs/demo.yaml" for script in scripts)]
-    assert Path("runs/benchmark.md").read_text().count("\n| ") == 7
-    widths = {path.name: Image.open(path).width for path in Path("docs").iterdir()}
-    assert widths == {"reconstruction.png": 50, "timeline.png": 90, "curves.png": 7}

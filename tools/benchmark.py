@@ -1,18 +1,15 @@
 """How fast each stage is, and whether the demo keeps what is promised.
 
-    python -m tools.benchmark --check          # the finished demo's scores against the promised ones
+    python -m tools.benchmark --check          # the default: the finished demo's scores and the promised
     python -m tools.benchmark --device cpu     # each stage at the demo's sizes: runs/benchmark_cpu.md
     python -m tools.benchmark --device cuda    # at the paper's
-    python -m tools.benchmark                  # the demo from nothing: runs/benchmark.md, README's pictures
 
 A step has its stage's model, optimiser, clipping. Its loss is the MAE's, or the mean square of the outputs.
 `plain`: attention written out, float32, AdamW not fused. What is compared is measured in turn, A B A B A B.
 `share`: of what a large matrix product reaches. Where memory is too small, there are no numbers.
 """
 
-import shutil
 import tempfile
-import time
 from functools import partial
 
 import numpy as np
@@ -34,7 +31,6 @@ from scoring import expr_classifier
 from second_paper import cnn, cotex
 from second_paper.emma import EMMA
 from temporal import SegmentModel
-from tools.experiments import run
 from train_pretrain import build
 from vit import VisionTransformer
 
@@ -56,21 +52,6 @@ def check() -> bool:
         print(f"{task:5s} {metrics['score']:.3f}, promised {least:.2f}; a constant {metrics['chance']:.3f}, "
               f"at most {most:.2f}: {'kept' if kept[task] else 'NOT KEPT'}")
     return all(kept.values())
-
-
-def demo():
-    """The demo from nothing, in two processes: its seconds, and the pictures of README and docs."""
-    for folder in ("data/demo", "runs/demo"):
-        shutil.rmtree(folder, ignore_errors=True)
-    lines = ["| stage, in two processes | seconds |\n|---|---|"]
-    for script in ("-m datasets.synthetic", "train_pretrain.py", "train_finetune.py", "extract_features.py",
-                   *[f"train_task.py --task {task}" for task in TASKS]):
-        began = time.time()
-        run(f"torchrun --nproc_per_node=2 {script} --config configs/demo.yaml")
-        lines.append(f"| {script} | {time.time() - began:.0f} |")
-    write_text("runs/benchmark.md", "\n".join(lines) + "\n")
-    for picture in ("pretrain/reconstruction.png", "task_au/timeline.png", "task_au/curves.png"):
-        shutil.copy(f"runs/demo/{picture}", "docs")
 
 
 def step_of(name: str, config, B: int, team: Team, plain: bool = False):
@@ -147,8 +128,8 @@ def speed(config, team: Team):
             rates[name], rate = rates[name] if way == "plain" else n / s, n * flops / s
             say(f"| {name} | {way} | {n} | {1000 * s:,.2f} | {n / s:,.0f} | {rate / 1e12:.3g} "
                 f"| {rate / best:.2f} | {peak or torch.nan:.3g} |")
-    say(f"{torch.cuda.get_device_name() if a.is_cuda else 'CPU'}, {threads} threads; {best / 1e12:.3g} TFLOP/s\n\n"
-        "| what | way | samples | ms | a second | TFLOP/s | share | peak GB |\n" + "|---" * 8 + "|")
+    say(f"{torch.cuda.get_device_name() if a.is_cuda else 'CPU'}, {threads} threads; {best / 1e12:.3g} "
+        "TFLOP/s\n\n| what | way | samples | ms | a second | TFLOP/s | share | peak GB |\n|" + "---|" * 8)
     for name, n in [*[("MAE", n) for n in batches], ("fine-tuning", B), ("extraction", B), ("EMMA", B),
                     ("CoTEX", B), ("segments", config.task.batch)]:
         with FlopCounterMode(display=False) as counter:
@@ -171,12 +152,6 @@ def speed(config, team: Team):
                                ("extraction", frames, "extraction", "JPEG 112"), *tasks]:
         rate = min(rates[name] for name in by)
         say(f"| {part} | {samples:,} | {rate:,.0f} | {samples / rate / 60:,.1f} |")
-    step = step_of("MAE", config, batches[-1], team)
-    step()
-    with torch.profiler.profile() as found:
-        step()
-    table = found.key_averages().table(f"self_{team.device.type}_time_total", 15, max_name_column_width=50)
-    say(f"\nA MAE step of {batches[-1]} images\n\n```\n{table}```")
     write_text(f"runs/benchmark_{team.device.type}.md", "\n".join(lines) + "\n")
 
 
@@ -184,7 +159,5 @@ if __name__ == "__main__":
     config, options = from_command_line(__doc__, device={"choices": [*SIZES]}, check={"action": "store_true"})
     if options.device:
         launch(speed, load(f"configs/{SIZES[options.device][0]}.yaml", [f"run.device={options.device}"]))
-    elif options.check:
-        raise SystemExit(0 if check() else 1)
     else:
-        demo()
+        raise SystemExit(0 if check() else 1)
