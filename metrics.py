@@ -7,7 +7,7 @@
 After them come the same metrics from sums, the interval of a score, and the printed tables (docs/scores.md).
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 
@@ -172,11 +172,7 @@ CCC, CLASS_F1, BINARY_F1 = Concordance(), ClassF1(), BinaryF1()
 
 # ---- How sure a score is: a bootstrap over videos, because the frames of a video resemble each other
 
-class Interval(NamedTuple):
-    """A value, and the ends of its 95 % interval."""
-    value: float
-    low: float
-    high: float
+Interval = namedtuple("Interval", "value low high")            # a score, and the ends of its 95 % interval
 
 
 def drawn_scores(sums: np.ndarray, metric: Metric) -> np.ndarray:
@@ -215,12 +211,12 @@ def difference(ours: np.ndarray, theirs: np.ndarray, metric: Metric) -> Interval
 # ---- Tables. `task` is a record of labels.py, sums are (videos, ...)
 
 def in_lines(head: str, names, columns) -> str:
-    """A table as text: a line of titles, then a line per name. `columns`: title and cells of each; a cell is a
-    text, a whole number, or a number that gets three decimals."""
+    """A table as text: a line of titles, then a line per name. `columns`: title and cells of each; a cell is
+    a text, a whole number, or a number that gets three decimals."""
     lines = [f"{name:10s}" for name in [head, *names]]
     for title, cells in columns:
-        texts = [title, *[cell if isinstance(cell, str) else f"{cell:,}" if isinstance(cell, (int, np.integer))
-                          else f"{cell:.3f}" for cell in cells]]
+        texts = [cell if isinstance(cell, str) else f"{cell:,}" if isinstance(cell, (int, np.integer)) else
+                 f"{cell:.3f}" for cell in (title, *cells)]
         width = max(map(len, texts)) + 2
         lines = [line + f"{text:>{width}s}" for line, text in zip(lines, texts, strict=True)]
     return "\n".join(line.rstrip() for line in lines)
@@ -238,9 +234,9 @@ def plain_table(metric: Metric, names, total: np.ndarray, sure=(), known=()) -> 
 
 
 def score_table(task, sums: np.ndarray, unseen=None, fold: int = 0, comparable: bool = True) -> str:
-    """A `plain_table` with intervals and labelled frames, at most 110 characters wide. unseen: mask (videos,),
-    then the score of these videos alone stands beside. comparable: with the paper's numbers of this fold
-    (Table 1) and, for fold 0, the challenge's baseline."""
+    """A `plain_table` with intervals and labelled frames, at most 110 characters wide. unseen: mask
+    (videos,), then the score of these videos alone stands beside. comparable: with the paper's numbers of
+    this fold (Table 1) and, for fold 0, the challenge's baseline."""
     metric, total = task.metric, sums.sum(axis=0)
     ends = [f"[{low:.3f}, {high:.3f}]" if len(sums) > 1 else "-" for _, low, high in interval(sums, metric)]
     sure, known = [("95 %", ends)], []

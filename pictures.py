@@ -164,7 +164,7 @@ def axis(sheet, y: int, title: str, T: int, first: int, rate: float) -> int:
     return y + 30
 
 
-def draw_video(name: str, predictions: dict, labels={}, faces=(), noface=None, fps=None, note: str = ""):
+def draw_video(name: str, predictions: dict, labels={}, faces=(), noface=(), fps=None, note: str = ""):
     """A video from top to bottom: name, faces, frames without one, labels and predictions, axes. -> Image
 
     predictions, labels: {name of a task: values}; predictions are in units, (T, K), labels (T, K), or (T,)
@@ -172,7 +172,7 @@ def draw_video(name: str, predictions: dict, labels={}, faces=(), noface=None, f
     faces: (frame from 1, uint8 (h, w, 3)) in order; one that would cover the last is left out.
     Raises ValueError if there is no frame.
     """
-    T = max(map(len, [*predictions.values(), *labels.values(), () if noface is None else noface]))
+    T = max(map(len, [*predictions.values(), *labels.values(), noface]))
     if not T:
         raise ValueError(f"{name}: no frame to draw; expected predictions, labels or noface of some frames")
     n, sheet = min(T, RIGHT - LEFT), Image.new("RGB", (WIDTH, 1400), "white")       # n: columns of pixels
@@ -188,7 +188,7 @@ def draw_video(name: str, predictions: dict, labels={}, faces=(), noface=None, f
             write(sheet, x, y + FACE + 4, f"{number}", 11, anchor="ma")
             free = x + FACE // 2 + 4
     y += FACE + 26 if free else 0
-    noface = {} if noface is None else {"": np.asarray(noface)[:, None]}
+    noface = {"": np.asarray(noface)[:, None]} if len(noface) else {}
     for key, outputs in {"": ("no face",), **{task.name: task.outputs for task in TASKS.values()}}.items():
         series = [(columns(values[key], T, len(outputs)), colour) for values, colour in        # top to bottom
                   ((noface, DARK), (labels, LABEL), (predictions, PREDICTION)) if key in values]

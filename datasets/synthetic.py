@@ -58,9 +58,8 @@ def random(sizes, *numbers) -> np.random.Generator:
 Video = namedtuple("Video", "name split number frames tasks first")
 
 
-def videos(sizes) -> list[Video]:
-    """All videos, those for training first. `sizes`: the section `synthetic` of the settings."""
-    out = []
+def videos(sizes):
+    """Yield every Video, those for training first. `sizes`: the section `synthetic` of the settings."""
     for split, count in zip(SPLITS, (sizes.train_videos, sizes.val_videos)):
         first = 0
         for number in range(count):
@@ -74,10 +73,9 @@ def videos(sizes) -> list[Video]:
             frames = {0: sizes.frames, 1: min(73, sizes.frames), 2: sizes.frames * 3 // 2}.get(
                 film, max(1, int(sizes.frames * share)))
             tasks = {4: ("va",), 7: ("au",), 8: ("expr", "au")}.get(number % 9, tuple(TASKS))
-            out.append(Video(name, split, number, frames, tasks, first))
+            yield Video(name, split, number, frames, tasks, first)
             if "expr" in tasks:
                 first += round(frames / EPISODE) or 1                    # so that all of EPISODES get labels
-    return out
 
 
 def draw_video(sizes, video: Video):
@@ -151,7 +149,7 @@ def draw_still(sizes, number: int):
     train = rng.random() < 0.85
     file = f"{number % 7 + 1}/{rng.bytes(28).hex()}.jpg"         # in AffectNet 2017
     faced = name in ("AffectNet-2021", "RAF-DB") or rng.random() >= 0.03
-    again = copy.deepcopy(rng)                                   # for AffectNet's code: the numbers of the noise
+    again = copy.deepcopy(rng)                                   # AffectNet's code takes the noise's numbers
     picture = draw_face(p, state, rng) if faced else background(state.place).reduce(2)
     if name == "AffectNet-2017":
         code = 10 if not faced else again.integers(8, 10) if again.random() >= 0.96 else codes[k]
@@ -267,12 +265,10 @@ def make(config, team) -> None:
 
 
 def check_paths(config) -> None:
-    """With data.synthetic, every path under `data` must lie in synthetic.root.
-
-    Raises ValueError if one lies elsewhere: a stage would read other data than were drawn for it.
-    """
+    """Raises ValueError if a path under `data` does not lie in synthetic.root: a stage would read other data
+    than are drawn for it."""
     root = os.path.abspath(config.synthetic.root)
-    for name, value in asdict(config.data).items() if config.data.synthetic else ():
+    for name, value in asdict(config.data).items():
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, str) and path and not Path(os.path.abspath(path)).is_relative_to(root):
                 raise ValueError(

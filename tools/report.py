@@ -69,13 +69,13 @@ def show(source) -> Markup:
 
 
 def read_metrics(path, name: str, task) -> tuple:
-    """Of a metrics.json: [stage, metric, score, interval, chance], and of a task what was taken for what."""
+    """Of a metrics.json: a row [stage, metric, score, interval, chance], and of a task what was taken for
+    what, each in a list that may be empty: features have no score."""
     m = read_json(path)
-    key = next((key for key in ("score", "loss") if key in m), None)
     interval = "{:.3f} to {:.3f}".format(*m["score_interval"]) if m.get("score_interval") else "-"
     chance = m["chance"] if isinstance(m.get("chance"), float) else "-"
-    return ([name, m.get("metric", key), m[key], interval, chance] if key else None,
-            tag("pre", confusion(task, np.array(m["video_sums"]))) if task else None)
+    rows = [[name, m.get("metric", key), m[key], interval, chance] for key in ("score", "loss") if key in m]
+    return rows, [tag("pre", confusion(task, np.array(m["video_sums"])))] if task else []
 
 
 def read_videos(path, task, config) -> dict[str, tuple]:
@@ -144,13 +144,13 @@ def main(config, options):
             script = f"train_task --task {name}" if task else STAGES[name].script
             missing += [] if name in ("stills", "emma", "cotex") else [[name, command(script, config)]]
             continue                                       # nobody misses the second paper's
-        row, taken = part(read_metrics, place / "metrics.json", name, task) or (None, None)
+        rows, taken = part(read_metrics, place / "metrics.json", name, task) or ([], [])
+        summary += rows
         files = ["reconstruction.png"] * (name == "pretrain") + ["curves.png"] * (name != "features")
         files += ["metrics.json", "config.yaml", "made_of.json"]
         trainings += [tag("h3", name), *[part(show, place / file) for file in files]]
-        summary += [row] if row else []
         if task:
-            scores += [tag("h3", name), part(show, place / "scores.txt"), taken]
+            scores += [tag("h3", name), part(show, place / "scores.txt"), *taken]
             videos[name] = part(read_videos, place / "predictions.npz", task, config) or {}
             for video, (score, _, _) in videos[name].items():
                 own.setdefault(video, {})[name] = score
