@@ -222,7 +222,7 @@ def test_given_inputs_are_found_with_their_records(here):
     assert record["stage"] == "finetune" and record["checksum"] == checksum(path)
     assert find_input(config_with("finetune.start=none"), ALONE, "finetune.start")[1]["checksum"] == 0
     assert find_input(config, ALONE, "stills.start")[1]["checksum"] == 0
-    with pytest.raises(ValueError, match="nowhere.pt: no such checkpoint or folder"):
+    with pytest.raises(ValueError, match="nowhere.pt: no such checkpoint"):
         find_input(config_with("finetune.start=nowhere.pt"), ALONE, "finetune.start")
 
 
