@@ -243,8 +243,8 @@ def test_a_vit_is_filled_from_ours_and_from_public_files_whatever_lies_around_it
 
 def test_a_vit_of_other_names_or_settings_is_refused_and_positions_of_another_size_are_made_to_fit(tmp_path):
     def refused(state, message, kind=VisionTransformer, sizes=VIT):
-        with pytest.raises(ValueError, match=f"(?s)a.pt.*{message}"):
-            load_vit(small(kind, sizes), save(tmp_path / "a.pt", state))
+        with pytest.raises(ValueError, match=f"(?s)augreg.pt.*{message}"):      # which says nothing of ours
+            load_vit(small(kind, sizes), save(tmp_path / "augreg.pt", state))
 
     weights, mae = small(VisionTransformer, VIT).state_dict(), small(MaskedAutoencoder, MAE).state_dict()
     other = {f"visual.{name}": value for name, value in weights.items() if "norm" not in name}

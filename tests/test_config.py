@@ -35,10 +35,12 @@ REFUSED = {                                        # {what is expected: override
     "0 or more": ["run.seed=-1", "task.weight_decay=-1", "task.epochs=-1", "emma.weights=[1, -1, 1]"],
     "a number below 1": ["temporal.dropout=1", "cotex.mask_ratio=1", "emma.betas=[.9, 1]", "task.held_out=1"],
     "at most 1": ["pretrain.smallest_crop=1.5", "finetune.layer_decay=1.01"], "at most 4": ["task.fold=5"],
-    "one that is not 0": ["emma.weights=[0, 0, 0]"], "3 numbers": ["emma.weights=[1, 1]", "vit.std=[1]"],
+    "one that is not 0": ["emma.weights=[0,0,0]"], "3 numbers": ["emma.weights=[1, 1]", "vit.std=[1,1,1,1]"],
     "2 numbers": ["finetune.betas=[0.9]"], "a multiple of vit.patch=16": ["vit.image_size=225"],
     "a multiple of its 5 heads and of 4": ["vit.dim=768 --set vit.heads=5", "vit.dim=10 --set vit.heads=5",
                                            "pretrain.decoder_dim=512 --set pretrain.decoder_heads=5"],
+    "one entry per level, as in kernels and dilations": [
+        "temporal.channels=[] --set temporal.kernels=[] --set temporal.dilations=[]"],
     "a multiple of its 3 heads": ["temporal.width=512 --set temporal.heads=3"],
     "odd sizes with causal=false": ["temporal.kernels=[4, 4, 4] --set temporal.causal=no"]}
 PROBLEMS = [

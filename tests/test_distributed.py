@@ -230,9 +230,11 @@ def test_at_the_end_the_processes_have_parted_and_no_worker_is_left():
         workers = []
         launch(main, CONFIG, workers)
         workers[0].join(10)
-        return workers[0].exitcode, dist.is_initialized(), signal.getsignal(signal.SIGCHLD)
+        same = list(map(signal.getsignal, distributed.STOP)) == before
+        return workers[0].exitcode, dist.is_initialized(), signal.getsignal(signal.SIGCHLD), same
 
-    assert in_team(2, work) == ([0, 0], [(-signal.SIGKILL, False, signal.SIG_DFL)] * 2)
+    before = list(map(signal.getsignal, distributed.STOP))
+    assert in_team(2, work) == ([0, 0], [(-signal.SIGKILL, False, signal.SIG_DFL, True)] * 2)
 
 
 def test_a_file_name_of_no_encoding_can_be_printed():
