@@ -37,7 +37,7 @@ from typing import NamedTuple
 from engine.checkpoints import checksum, read_checkpoint, read_json
 from engine.config import from_command_line, print_all, value_of
 from engine.distributed import launch
-from engine.run import OTHER_RUN, Run
+from engine.run import OTHER_RUN, Run, there
 from engine.settings import SETTINGS, Config
 
 LONGEST_NAME = 100                # letters of a folder's name; beyond it the settings are hashed
@@ -65,25 +65,25 @@ STAGES = {
                   ("vit", "emma", "run.seed")),
     "cotex": Stage("second_paper.train_cotex", {"cotex.start": "pretrain"}, ("vit", "cotex", "run.seed")),
 }
-INPUTS = {setting for stage in STAGES.values() for setting in stage.inputs}
+INPUTS = {setting: before for stage in STAGES.values() for setting, before in stage.inputs.items()}
 
 
 # ---- Settings and folders
 
 def settings_of(stage: str, config: Config) -> dict:
-    """The settings that the result of a stage depends on, as JSON gives them back, less the paths of its
-    inputs. With drawn data, also how much of it there is."""
+    """The settings that the result of a stage depends on, less the paths of its inputs. With drawn data, also
+    how much of it there is."""
     names = (*STAGES[stage].settings, "data.synthetic", *["synthetic"] * config.data.synthetic)
-    return {name: json.loads(json.dumps(value_of(config, name))) for name in SETTINGS
+    return {name: value_of(config, name) for name in SETTINGS
             if (name in names or name.split(".")[0] in names) and name not in INPUTS
             and name != "synthetic.root"}
 
 
 def changed(stage: str, config: Config) -> dict:
     """The settings that --set has changed and that count for a stage, or for one before it."""
+    counts = {*settings_of(stage, config), *STAGES[stage].inputs}
     found = {name: value for name, value in config.changed.items()
-             if name in settings_of(stage, config) or name in STAGES[stage].inputs}
-    found = {name: value for name, value in found.items() if not name.startswith("data.")}
+             if name in counts and not name.startswith("data.")}
     for setting, before in STAGES[stage].inputs.items():
         if before and not value_of(config, setting):
             found |= changed(before, config)
@@ -98,12 +98,11 @@ def spelled(name: str, value) -> str:
 
 def folder(stage: str, config: Config, task=None) -> Path:
     """runs/<config>/<stage>, of a labels.Task runs/<config>/task_<task>, and what --set has changed."""
-    run = Path(config.run.out) / config.run.name
     name = f"{stage}_{task.name}" if task else stage
     differs = "".join(spelled(*item) for item in changed(stage, config).items())
     if len(name + differs) > LONGEST_NAME:
         differs = f"+{zlib.crc32(differs.encode()):08x}"
-    return run / f"{name}{differs}"
+    return Path(config.run.out) / config.run.name / f"{name}{differs}"
 
 
 # ---- Records
@@ -123,7 +122,7 @@ def read_record(folder) -> dict | None:
     """The record in a run folder; None if there is none. Raises ValueError if it is damaged."""
     path = Path(folder) / "made_of.json"
     record = read_json(path)
-    if record is not None and not (isinstance(record, dict) and "settings" in record):
+    if record is not None and "settings" not in record:
         raise ValueError(f"{path}: not the record that a stage has written; put a copy back")
     return record
 
@@ -132,8 +131,6 @@ def given_record(path) -> dict:
     """The record of a checkpoint, or of a folder of features, that a setting names."""
     if path == "none":
         return RANDOM
-    if not Path(path).exists():
-        raise ValueError(f"{path}: no such checkpoint or folder")
     if Path(path).is_dir():
         return {**(read_record(path) or {}), "file": str(path)}
     return {**read_checkpoint(path).get("made_of", {}), "file": str(path), "checksum": checksum(path)}
@@ -166,23 +163,21 @@ def named(record: dict) -> str:
     return what + (f" from {named(record['from'])}" if record.get("from") else "")
 
 
-def stage_of(record: dict) -> str:
-    """ "task_au" -> "task": the key of STAGES; a setting unknown there is nobody's."""
-    return record.get("stage", "").split("_")[0]
+def main_input(record: dict) -> tuple[str, str]:
+    """The setting and the stage of the input whose record is kept, by a record's stage, "task_au" or "task".
+    An unknown stage has none."""
+    stage = STAGES.get(record.get("stage", "").split("_")[0])
+    return next(iter(stage.inputs.items())) if stage else ("", "")
 
 
 def other_settings(record: dict, config: Config) -> dict[str, tuple]:
     """{setting: (stage, was, now)} of a record and of all that it was made from, the earliest stage first.
-
-    What lies before a path that a setting names is that path's affair.
-    """
-    stage, found = STAGES.get(stage_of(record)), {}
-    setting = next(iter(stage.inputs), "") if stage else ""
-    before = record.get("from")
+    What lies before a path that a setting names is that path's affair."""
+    (setting, _), before, found = main_input(record), record.get("from"), {}
     if before and "file" not in before and setting and not value_of(config, setting):
         found = other_settings(before, config)
     for name, was in record.get("settings", {}).items():
-        now = json.loads(json.dumps(value_of(config, name))) if name in SETTINGS else was
+        now = value_of(config, name) if name in SETTINGS else was
         if now != was and not (name.startswith("data.") and type(was) is not bool):      # of older versions
             found.setdefault(name, (record["stage"], was, now))
     return found
@@ -195,26 +190,23 @@ def lines_of(settings: dict) -> str:
 
 
 def differs(made: Path, record: dict, config: Config) -> str:
-    """What in a record is not what `config` leads to now, down the chain, in words; "" if all is.
-
-    Other settings, or another input than the settings lead to now. An earlier stage that is gone is no longer
-    needed; then its record, which is kept here, tells.
-    """
+    """What in a record is not what `config` leads to now, down the chain, in words; "" if all is: settings,
+    or the input. An earlier stage that is gone is no longer needed; then its record, kept here, tells."""
     settings = other_settings(record, config)
     if settings:
         return f"{made} was made with other settings:{lines_of(settings)}"
-    setting, stage = next(iter(STAGES[stage_of(record)].inputs.items()), ("", ""))
-    before, given = record.get("from"), setting and value_of(config, setting)
+    (setting, stage), before = main_input(record), record.get("from")
     if before is None:
         return ""
-    where = Path(given) if given else folder(stage, config) if stage else Path("none")
+    given = value_of(config, setting)
+    where = Path(given or stage and folder(stage, config) or "none")
     now = before                                             # if there is nothing to compare it with
     if str(where) == "none" or given and where.exists():
         now = given_record(str(where))
     elif not given and finished(where):
         now = read_record(where) or {}
     elif not given and "file" in before:
-        return f"{made} was made from {named(before)}, but {setting} is now not given"
+        now = {"file": "not given"}
     if identity(before) != identity(now):
         return f"{made} was made from {named(before)}, but {where} is now {named(now)}"
     return "" if given or not stage else differs(where, now, config)
@@ -223,9 +215,8 @@ def differs(made: Path, record: dict, config: Config) -> str:
 def stale(folder: Path, config: Config) -> str:
     """Why what lies in a run folder is not what `config` would make, with the ways on; "" if it is."""
     record = read_record(folder)
-    if record is None:
-        found = f"{folder}: made_of.json is missing, so nobody knows what this was made of"
-    else:
+    found = f"{folder}: made_of.json is missing, so nobody knows what this was made of"
+    if record is not None:
         found = differs(folder, record, config)
     return found and f"{found}\ntwo ways on: what it was made with, put back, or {OTHER_RUN}"
 
@@ -240,10 +231,9 @@ def command(script: str, config: Config) -> str:
 
 
 def open_run(stage: str, config: Config, team, task=None) -> Run:
-    """The run folder of a stage, locked. Raises ValueError if what lies there was made otherwise, or is in
-    use."""
-    place, record = folder(stage, config, task), {"stage": f"{stage}_{task.name}" if task else stage,
-                                                  "settings": settings_of(stage, config)}
+    """The run folder of a stage, locked. Raises ValueError if it was made otherwise, or is in use."""
+    place = folder(stage, config, task)
+    record = {"stage": place.name.partition("+")[0], "settings": settings_of(stage, config)}
     run = Run(place, record, config, team, lambda: stale(place, config) if begun(place) else "")
     new = changed(stage, config)
     if new and not team.agree(begun(place)):
@@ -253,12 +243,8 @@ def open_run(stage: str, config: Config, team, task=None) -> Run:
 
 def find_input(config: Config, team, setting: str) -> tuple[Path, dict]:
     """An input of a stage, and its record: the path that `setting` gives, or the file of the stage before.
-
-    Raises ValueError if it is missing (with the command that makes it), gone, stale, or not the file that its
-    stage has written.
-    """
-    given = value_of(config, setting)
-    stage = next(stage.inputs[setting] for stage in STAGES.values() if setting in stage.inputs)
+    Raises ValueError if it is missing (with the command that makes it), gone, stale, or another file."""
+    given, stage = value_of(config, setting), INPUTS[setting]
     if given or not stage:
         return Path(given or "none"), given_record(given or "none")
     place = folder(stage, config)
@@ -283,22 +269,11 @@ def missing(path, script: str, config: Config) -> ValueError:
     return ValueError(f"{path} {state} with: {command(script, config)}")
 
 
-def there(path: Path):
-    """Raises ValueError if `path`, which a finished stage has written, is gone."""
-    if not path.exists():
-        raise ValueError(f"{path} is gone, though its stage is finished; put a copy back, or begin "
-                         f"{OTHER_RUN}")
-
-
 def like(record: dict | None, config: Config, source) -> tuple[Config, dict]:
     """`config` with the settings that a checkpoint was made with, its features' and its ViT's too, and
     {setting: (stage, was, now)} of those that differed. A checkpoint without a record changes nothing.
-
-    Raises ValueError if one of them was given with --set: it contradicts the checkpoint `source`.
-    """
-    if record is None:
-        return config, {}
-    found = other_settings(record, config)
+    Raises ValueError if one of them was given with --set: it contradicts the checkpoint `source`."""
+    found = other_settings(record or {}, config)
     contradicting = {name: row for name, row in found.items() if name in config.changed}
     if contradicting:
         raise ValueError(f"{source} was made with other settings:{lines_of(contradicting)}\n"
@@ -315,16 +290,18 @@ def like(record: dict | None, config: Config, source) -> tuple[Config, dict]:
 
 def make(stage: str, config: Config, team, task=None):
     """With drawn data: make the result of a stage, and what it needs, unless it is finished."""
-    place = folder(stage, config, task)
-    if config.data.synthetic and not team.agree(finished(place)):
-        make_inputs(stage, config, team)
+    if make_inputs(stage, config, team, task):
         script, arguments = STAGES[stage].script, [task] if task else []
-        run_first(f"{place} is missing", script + (f" --task {task.name}" if task else ""), config, team,
+        run_first(f"{folder(stage, config, task)} is missing",
+                  script + (f" --task {task.name}" if task else ""), config, team,
                   importlib.import_module(script).main, *arguments)
 
 
-def make_inputs(stage: str, config: Config, team):
-    """Draw the data, and make the results that a stage reads."""
+def make_inputs(stage: str, config: Config, team, task=None) -> bool:
+    """With drawn data, unless the stage is finished: draw the data, and make the results that it reads. -> is
+    it still to be made?"""
+    if not config.data.synthetic or team.agree(finished(folder(stage, config, task))):
+        return False
     drawn = importlib.import_module("datasets.synthetic")
     drawn.check_paths(config)
     if not team.agree(drawn.is_complete(config)):
@@ -332,6 +309,7 @@ def make_inputs(stage: str, config: Config, team):
     for setting, before in STAGES[stage].inputs.items():
         if before and not value_of(config, setting):
             make(before, config, team)
+    return True
 
 
 def run_first(why: str, script: str, config: Config, team, main, *arguments):
@@ -348,8 +326,7 @@ def start(stage: str, main, config: Config, task=None):
 
 
 def _start(config, team, stage, main, task):
-    if config.data.synthetic and not team.agree(finished(folder(stage, config, task))):
-        make_inputs(stage, config, team)
+    make_inputs(stage, config, team, task)
     main(config, team, *[task] if task else [])
 
 

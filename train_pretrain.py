@@ -86,7 +86,8 @@ def main(config, team):
     run.end()
 
     # finish
-    loss, unreadable = run.last_row("loss"), int(run.last_row("unreadable"))
+    logged = pictures.read_log(run.folder / "log.csv")
+    loss, unreadable = float(logged["loss"][-1]), int(logged["unreadable"][-1])
     if team.rank == 0:
         pictures.curves(run.folder, {"loss": grey})
     run.finish({"images": len(faces), "epochs": p.epochs, "loss": loss, "unreadable": unreadable})

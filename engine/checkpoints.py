@@ -27,11 +27,18 @@ from engine.settings import Vit
 # What a checkpoint may hold besides tensors and plain values: the arguments of a training, and paths in them.
 SAFE = [argparse.Namespace, *[(PurePath, f"pathlib{module}.{system}Path") for module in ("", "._local")
                               for system in ("Posix", "Windows")]]
-# What other files begin with.
-SIGNS = {b"<": "a web page", b"version https://git-lfs": "a pointer of Git LFS (git lfs pull gets the file)",
-         b"\x1f\x8b": "a gzip archive", b"\xfd7zXZ": "an xz archive", b"BZh": "a bzip2 archive",
-         b"7z": "a 7z archive", b"Rar!": "a rar archive", b"\x93NUMPY": "a NumPy array",
-         b"\x89HDF": "an HDF5 file", b"PK\3\4": "a checkpoint or archive that is cut short; get it again"}
+# What a file is that is no checkpoint, by its first bytes, or by "zip of" and the names in an archive.
+SIGNS = {rb"zip of .*/constants\.pkl": "a TorchScript file; save its weights once: "
+         "torch.save(torch.jit.load('{}').state_dict(), 'weights.pt')",
+         rb"zip of (?!.*data\.pkl)": "a zip archive of other files",
+         rb"(?s).{8}\{\"": "a safetensors file; save its weights once: "
+         "torch.save(safetensors.torch.load_file('{}'), 'weights.pt')",
+         rb"(\xef\xbb\xbf)?\s*<": "a web page",
+         rb"version https://git-lfs": "a pointer of Git LFS (git lfs pull gets the file)",
+         rb"\x1f\x8b": "a gzip archive", rb"\xfd7zXZ": "an xz archive", rb"BZh": "a bzip2 archive",
+         rb"7z": "a 7z archive", rb"Rar!": "a rar archive", rb"(?s).{257}ustar": "a tar archive",
+         rb"\x93NUMPY": "a NumPy array", rb"\x89HDF": "an HDF5 file",
+         rb"PK\x03\x04": "a checkpoint or archive that is cut short; get it again"}
 # Under which keys others keep weights; and what no encoder needs: decoders, heads, projectors.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "model_ema", "teacher")
 NOT_NEEDED = re.compile("decoder|mask_token|head|fc|proj|predict|classifier")
@@ -59,10 +66,7 @@ def write_file(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except RuntimeError as error:
-        cause = error                          # torch.save hides the system's error, such as a full disk
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        raise cause or error from None
+        raise error.__context__ or error from None       # torch.save hides the system's, such as a full disk
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -91,14 +95,11 @@ def read_json(path):
 
 
 def checksum(path) -> int:
-    """CRC-32 of a file, read in blocks of 4 MB. Raises ValueError if it cannot be read."""
+    """CRC-32 of a file, read in blocks of 4 MB."""
     crc = 0
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                crc = zlib.crc32(block, crc)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
     return crc
 
 
@@ -107,14 +108,13 @@ def read_checkpoint(path) -> dict:
 
     Raises ValueError naming the file and saying what it is if it is missing, truncated, damaged (each entry's
     checksum is compared) or of another kind, or if it holds objects that are not SAFE: a pickle can run any
-    program when it is loaded, so `weights_only=True` refuses it.
-    """
+    program when it is loaded."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 # A flag that no checksum covers and that PyTorch would obey: "a folder".
-                flagged = [entry.filename for entry in archive.infolist() if entry.external_attr & 16]
-                damaged = flagged[0] if flagged else archive.testzip()
+                damaged = next((entry.filename for entry in archive.infolist() if entry.external_attr & 16),
+                               archive.testzip())
             if damaged:
                 raise ValueError(f"damaged (wrong checksum in {damaged}); use another copy")
         with torch.serialization.safe_globals(SAFE):
@@ -123,7 +123,7 @@ def read_checkpoint(path) -> dict:
             raise ValueError(f"expected a dictionary of tensors, found {type(checkpoint).__name__}")
         return checkpoint
     except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"{path}: no such checkpoint, which is a file like best.pt") from None
+        raise ValueError(f"{path}: no such checkpoint, a file like best.pt (features: a folder)") from None
     except Exception as error:        # a foreign file is unpickled as far as it goes; that can raise anything
         raise ValueError(f"{path}: {what_is_wrong(path, error)}") from None
 
@@ -132,20 +132,9 @@ def what_is_wrong(path, error: Exception) -> str:
     """What a file is that is no checkpoint, and what to do."""
     with open(path, "rb") as file:
         start = file.read(262)
-    entries = []
     with suppress(OSError, ValueError, zipfile.BadZipFile):
-        entries = zipfile.ZipFile(path).namelist()
-    script = any(name.endswith("/constants.pkl") for name in entries)
-    text = start.lstrip(b"\xef\xbb\xbf \r\n")
-    found = next((kind for sign, kind in SIGNS.items() if not entries and text.startswith(sign)), "")
-    if script or start[8:10] == b'{"':
-        found = "a TorchScript file" if script else "a safetensors file"
-        load = "torch.jit.load('{}').state_dict()" if script else "safetensors.torch.load_file('{}')"
-        return f"{found}; save its weights once: torch.save({load.format(path)}, 'weights.pt')"
-    if entries and not any(name.endswith("data.pkl") for name in entries):
-        found = f"a zip archive of {', '.join(entries[:3])}"
-    elif start[257:] == b"ustar":
-        found = "a tar archive"
+        start = f"zip of {', '.join(zipfile.ZipFile(path).namelist())}".encode()
+    found = next((kind.format(path) for sign, kind in SIGNS.items() if re.match(sign, start)), "")
     refused = re.search(r"GLOBAL (\S+) ", str(error))
     if refused and not found:
         code = ('import torch; d = lambda x: getattr(x, "state_dict", lambda: x)(); '
@@ -223,8 +212,8 @@ def load_vit(vit, path) -> str:
     left_out = sorted({name.split(".")[0] for name in [*not_needed, *outside]})
     said = (f"{path}; missing keys: {', '.join(missing) or 'none'}; unexpected keys, left out: "
             + (", ".join(left_out) or "none"))
-    kept = {name: value for name, value in weights.items() if name not in not_needed}
-    kept |= {name: ours[name] for name in missing}
+    kept = {name: ours[name] for name in missing}
+    kept |= {name: value for name, value in weights.items() if name not in not_needed}
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in ours and name in kept and kept[name].shape != ours[name].shape:
             said += f"; {name} of {kept[name].shape[1] - 1} patches made to fit {ours[name].shape[1] - 1}"
@@ -233,19 +222,19 @@ def load_vit(vit, path) -> str:
 
     # What no shape tells.
     heads, dim = vit.blocks[0].attn.heads, vit.norm.normalized_shape[0]
-    known = [family for sign, family in FAMILIES.items() if sign in f"{path} {' '.join(weights)}"]
-    family, mean, std = [*known, ("most ViTs'", usual.mean, usual.std)][0]
+    family, mean, std = next((FAMILIES[sign] for sign in FAMILIES if sign in f"{path} {' '.join(weights)}"
+                              and not record), ("most ViTs'", usual.mean, usual.std))
     ours = {"vit.heads": heads, "vit.mean": vit.mean, "vit.std": vit.std}
-    told = {"vit.heads": heads, "vit.mean": usual.mean, "vit.std": usual.std} | record.get("settings", {})
-    other = [name for name in ours if told[name] != ours[name]]
+    told = {"vit.heads": heads, "vit.mean": mean, "vit.std": std} | record.get("settings", {})
+    other = " ".join(f"--set {name}={told[name]}" for name in ours if told[name] != ours[name])
+    other = other.replace(", ", ",")
     if record and other:
         raise ValueError(f"{path}: its ViT was trained with other settings than this one; give it its own: "
-                         + " ".join(f"--set {name}={told[name]}" for name in other).replace(", ", ","))
+                         + other)
     if not record and dim != 64 * heads:
         said += f"; assumed: {heads} heads of {dim // heads} numbers, as the file does not tell"
-    if not record and [mean, std] != [vit.mean, vit.std]:
-        said += (f"; warning: {family} images have another mean and deviation, "
-                 + f"--set vit.mean={mean} --set vit.std={std}".replace(", ", ","))
+    if other:
+        said += f"; warning: {family} images have another mean and deviation, {other}"
     return said
 
 

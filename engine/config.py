@@ -18,16 +18,16 @@ import sys
 import typing
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
-from engine.settings import SECTIONS, SETTINGS, Config
+from engine.settings import SETTINGS, Config
 
 MAY_BE_ZERO = ("seed", "workers", "fold", "mean", "weight_decay", "warmup_epochs", "dropout", "drop_path",
                "clip", "held_out", "synthetic.faces", "task.epochs", "emma.weights", "cotex.mask_ratio",
                "js_weight")
 HIGHEST = {"smallest_crop": 1, "layer_decay": 1, "fold": 4, "mean": 1, "std": 1}
+LENGTHS = {"betas": 2, "mean": 3, "std": 3, "weights": 3}
 BELOW_ONE = ("mask_ratio", "dropout", "drop_path", "held_out", "betas")
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number",
          str: "text; put numbers in quotes"}
@@ -39,7 +39,7 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)     # ValueError: not UT
 
 def nearest(name, names) -> str:
     """The end of a message about a wrong name."""
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(name, names, cutoff=0.4)
     return f"; nearest: {', '.join(close)}" if close else ""
 
 
@@ -49,17 +49,15 @@ def typed(value, kind, name):
         if not isinstance(value, list):
             raise ValueError(f"{name}: got {value!r}, expected a list like [1, 2]")
         return [typed(item, typing.get_args(kind)[0], name) for item in value]
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
-        return value
+    choices = typing.get_args(kind)                                # of a Literal
     if kind is float and type(value) in (int, float, str):
         with suppress(ValueError, OverflowError):                  # refused below
             value = float(value)
     value = "" if kind is str and value is None else value
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ValueError(f"{name}: got {value!r}, expected {KINDS[kind]}")
+    fits = value in choices if choices else type(value) is kind
+    if not fits or kind is float and not math.isfinite(value):
+        expected = KINDS.get(kind) or f"one of {', '.join(choices)}"
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
     return os.path.expanduser(value) if name in PATHS or name.startswith("data.") and kind is str else value
 
 
@@ -81,39 +79,31 @@ def value_of(config: Config, name: str):
     return getattr(getattr(config, section, None), key, None)
 
 
-def problems_of(config):
-    """Yield what is wrong with single numbers, then with settings that do not fit together."""
+def rules(config):
+    """Yield (setting, value, what is expected, does it fit): of single numbers, then of several settings."""
     for name in SETTINGS:
         key, value = name.split(".")[1], value_of(config, name)
-        may_be_zero = key in MAY_BE_ZERO or name in MAY_BE_ZERO
+        zero = key in MAY_BE_ZERO or name in MAY_BE_ZERO
         for number in value if isinstance(value, list) else [value]:
-            if type(number) not in (int, float):
-                continue
-            if number < 0 or number == 0 and not may_be_zero:
-                yield f"{name}: got {number}, expected {'0 or more' if may_be_zero else 'more than 0'}"
-            if key in BELOW_ONE and number >= 1:
-                yield f"{name}: got {number}, expected a number below 1"
-            if number > HIGHEST.get(key, math.inf):
-                yield f"{name}: got {number}, expected at most {HIGHEST[key]}"
-        wanted = {"betas": 2, "mean": 3, "std": 3, "weights": 3}.get(key)
-        if wanted and len(value) != wanted:
-            yield f"{name}: got {value}, expected {wanted} numbers"
+            if type(number) in (int, float):
+                yield name, number, "0 or more" if zero else "more than 0", number > 0 or zero and number == 0
+                yield name, number, "a number below 1", number < 1 or key not in BELOW_ONE
+                yield name, number, f"at most {HIGHEST.get(key)}", number <= HIGHEST.get(key, number)
+        yield name, value, f"{LENGTHS.get(key)} numbers", key not in LENGTHS or len(value) == LENGTHS[key]
     s, v, p, t = config.segments, config.vit, config.pretrain, config.temporal
-    if s.stride > s.window:
-        yield (f"segments.stride: got {s.stride} > segments.window={s.window}, "
-               "which would leave frames uncovered")
-    if v.patch > 0 and v.image_size % v.patch:
-        yield f"vit.image_size: got {v.image_size}, expected a multiple of vit.patch={v.patch}"
+    yield ("segments.stride", s.stride, f"at most segments.window={s.window}, so that all frames are covered",
+           s.stride <= s.window)
+    yield ("vit.image_size", v.image_size, f"a multiple of vit.patch={v.patch}",
+           v.patch < 1 or v.image_size % v.patch == 0)
     for name, dim, heads, of in (("vit.dim", v.dim, v.heads, 4), ("temporal.width", t.width, t.heads, 1),
                                  ("pretrain.decoder_dim", p.decoder_dim, p.decoder_heads, 4)):
-        if heads < 1 or dim % heads or dim % of:
-            yield f"{name}: got {dim}, expected a multiple of its {heads} heads" + " and of 4" * (of == 4)
-    if not len(t.channels) == len(t.kernels) == len(t.dilations) > 0:
-        yield "temporal.channels, kernels and dilations: expected lists of one length, one entry per level"
-    if not t.causal and any(kernel % 2 == 0 for kernel in t.kernels):
-        yield f"temporal.kernels: got {t.kernels}, expected odd sizes with causal=false"
-    if not any(config.emma.weights):
-        yield f"emma.weights: got {config.emma.weights}, of VA, Expr and AU; expected one that is not 0"
+        yield (name, dim, f"a multiple of its {heads} heads" + " and of 4" * (of == 4),
+               heads > 0 and dim % heads == 0 and dim % of == 0)
+    yield ("temporal.channels", t.channels, "one entry per level, as in kernels and dilations",
+           len(t.channels) == len(t.kernels) == len(t.dilations) > 0)
+    yield ("temporal.kernels", t.kernels, "odd sizes with causal=false",
+           t.causal or all(kernel % 2 for kernel in t.kernels))
+    yield "emma.weights", config.emma.weights, "one that is not 0", any(config.emma.weights)
 
 
 def read(path) -> dict:
@@ -137,24 +127,23 @@ def load(path, overrides=()) -> Config:
     """
     config, problems = Config(), []
     for section, settings in read(path).items():
-        if section not in SECTIONS:
-            problems.append(f"{section}: no such section" + nearest(section, SECTIONS))
-        elif not isinstance(settings, dict):
+        if not isinstance(settings, dict):
             problems.append(f"{section}: expected settings below it, got {settings!r}")
-        else:
-            for key, value in settings.items():
-                fill(config, f"{section}.{key}", value, problems)
+            continue
+        for key, value in settings.items():
+            fill(config, f"{section}.{key}", value, problems)
     of_file = copy.deepcopy(config)
     for override in overrides:
         name, equals, text = override.partition("=")
-        if not equals or "." not in name:
+        if not equals:
             problems.append(f"--set {override}: expected section.field=value")
             continue
         try:
             fill(config, name, yaml.safe_load(text), problems)
         except NOT_YAML:
             problems.append(f"--set {override[:80]}: the value is not plain YAML")
-    problems += problems_of(config)
+    problems += [f"{name}: got {got}, expected {expected}" for name, got, expected, fits in rules(config)
+                 if not fits]
     if problems:
         raise ValueError(f"{path}: {len(problems)} problem(s) in the settings\n  " + "\n  ".join(problems))
     config.changed = {name: value_of(config, name) for name in SETTINGS
@@ -168,11 +157,11 @@ def options_of(description, **arguments) -> argparse.Namespace:
     """What was typed: --config, --set and the script's own `arguments` (name -> add_argument's keywords)."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE",
-                        help="settings (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
-                        help="override one setting; repeatable")
-    for name, keywords in arguments.items():
+    ours = {"config": {"default": "configs/demo.yaml", "metavar": "FILE",
+                       "help": "settings (default: %(default)s)"},
+            "set": {"action": "append", "default": [], "metavar": "SECTION.FIELD=VALUE",
+                    "help": "override one setting; repeatable"}}
+    for name, keywords in (ours | arguments).items():
         parser.add_argument(f"--{name}", **keywords)
     return parser.parse_args()
 

@@ -7,7 +7,6 @@ over the processes before `backward`. DDP then does the rest (see `all_sum`).
 
 import dataclasses
 import datetime
-import errno
 import gc
 import multiprocessing
 import os
@@ -20,8 +19,15 @@ import warnings
 import torch
 import torch.distributed as dist
 
-# PyTorch's words when a DataLoader's worker finds no room in shared memory, or dies of that.
-OUT_OF_SHARED_MEMORY = ("unable to allocate shared memory", "Bus error")
+# What a user can do about an error, by its words; the first that it has count. A worker without shared memory
+# may die of a bus error.
+SHARED_MEMORY = ("a worker that reads data ran out of shared memory; start the container with a larger "
+                 "--shm-size, or read without workers: --set run.workers=0")
+WAYS_ON = {"unable to allocate shared memory": SHARED_MEMORY, "Bus error": SHARED_MEMORY,
+           "out of memory": "the GPU's memory is full; try a smaller --set run.largest_piece=N, or a smaller "
+           "batch where it is not cut: task.batch, emma.batch, stills.batch, features.batch",
+           "by peer": "another process of this run has ended; see its message or exit code",     # gloo
+           "No space left": "free some space and start the same command again, the last checkpoint is intact"}
 # What adds up over processes: on GPUs NCCL, and gloo what lies on the CPU, since NCCL cannot.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 STOP = (signal.SIGTERM, signal.SIGINT)       # what tells a run to save and end
@@ -65,8 +71,10 @@ class Team:
             dist.barrier()
 
     def autocast(self):
-        """bf16 where the GPU has it, else float32. bf16 has float32's range, so no loss scaling is needed."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device))
+        """bf16 where the GPU has it, else float32; NVIDIA's GPUs before 2020 only imitate it, more slowly.
+        bf16 has float32's range, so no loss scaling is needed."""
+        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
     def parallel(self, model):
         """The model under DDP, which averages gradients over processes; in a single process, the model."""
@@ -92,9 +100,7 @@ class _AllSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
+        return _AllSum.apply(gradient)
 
 
 def several() -> bool:
@@ -113,12 +119,6 @@ def all_sum(x: torch.Tensor) -> torch.Tensor:
     return _AllSum.apply(x) if several() else x
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Does this device multiply bf16 numbers? NVIDIA's GPUs since 2020 do (compute capability 8.0). On older
-    ones PyTorch only imitates it, more slowly than float32."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def choose_device(wanted: str = "auto") -> torch.device:
     """run.device as a device: "auto" is CUDA where there is a GPU, else the CPU. A GPU per process.
 
@@ -126,13 +126,14 @@ def choose_device(wanted: str = "auto") -> torch.device:
     """
     local, processes = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "mps" and (processes > 1 or not torch.backends.mps.is_available()):
-        raise ValueError("run.device: mps is one Apple GPU, for one process; PyTorch sees none, or there "
-                         "are several processes; start with python, or try --set run.device=cpu")
-    if wanted == "cuda" and not gpus:
-        raise ValueError("run.device: got cuda, but PyTorch sees no GPU here; try --set run.device=cpu")
-    if wanted in ("cpu", "mps") or not gpus:
-        return torch.device("cpu" if wanted == "auto" else wanted)
+    if wanted == "auto":
+        wanted = "cuda" if gpus else "cpu"
+    there = {"cpu": True, "cuda": gpus, "mps": processes == 1 and torch.backends.mps.is_available()}
+    if not there[wanted]:
+        raise ValueError(f"run.device: got {wanted}, but PyTorch sees no such GPU here (mps: or there are "
+                         "several processes); try --set run.device=cpu")
+    if wanted != "cuda":
+        return torch.device(wanted)
     if processes > gpus:
         raise ValueError(f"{processes} processes, but this machine has {gpus} GPU(s); start with "
                          f"torchrun --nproc_per_node={gpus}, or --set run.device=cpu")
@@ -179,14 +180,18 @@ def _fresh_store():
     return dist.PrefixStore(prefix, store)
 
 
+def on_stop(acts: dict) -> dict:
+    """How SIGTERM and Ctrl-C act from now on, {signal: act} -> how they acted before."""
+    return {number: signal.signal(number, act) for number, act in acts.items()}
+
+
 def _end(number, frame):
-    """SIGTERM and Ctrl-C, but in a training (`run.Signals`): a line, and the exit code of an ended process.
+    """SIGTERM and Ctrl-C, but in a training (`run.Run`): a line, and the exit code of an ended process.
     A copy, as torchrun sends, ends at once."""
     if (os.environ.get("RANK") or "0") == "0":
         print(f"stopped by {signal.Signals(number).name}; what is finished is kept, start the same command "
               "again to go on", file=sys.stderr, flush=True)
-    for later in STOP:
-        signal.signal(later, lambda *ignored: os._exit(128 + number))
+    on_stop(dict.fromkeys(STOP, lambda *ignored: os._exit(128 + number)))
     sys.exit(128 + number)
 
 
@@ -200,30 +205,20 @@ def launch(main, config, *arguments):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):               # file names may hold bytes of no encoding
             stream.reconfigure(errors="backslashreplace")
-    before = {number: signal.signal(number, _end) for number in STOP}
+    before = on_stop(dict.fromkeys(STOP, _end))
     try:
         main(config, join(config.run.device), *arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        said = f"{error} {error.__cause__}"                  # "exited unexpectedly", from "Bus error"
+        ways_on = [way_on for words, way_on in WAYS_ON.items() if words in said]
+        if isinstance(error, RuntimeError):
+            if not ways_on:
+                raise
+            sys.exit(f"error: {ways_on[0]}")
         if os.environ.get("RANK", "0") != "0":
             time.sleep(SECONDS_FOR_RANK_0)
-        way_on = ""
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            way_on = "; free some space and start the same command again, the last checkpoint is intact"
-        print(f"error: {error}{way_on}", file=sys.stderr, flush=True)
+        print("; ".join([f"error: {error}", *ways_on[:1]]), file=sys.stderr, flush=True)
         sys.exit(2)
-    except RuntimeError as error:
-        said = f"{error} {error.__cause__}"                  # "exited unexpectedly", from "Bus error"
-        if any(words in said for words in OUT_OF_SHARED_MEMORY):
-            sys.exit("error: a worker that reads data ran out of shared memory; start the container with a "
-                     "larger --shm-size, or read without workers: --set run.workers=0")
-        if isinstance(error, torch.OutOfMemoryError):
-            what = str(error).partition(". GPU")[0]          # CUDA out of memory. Tried to allocate 2.00 GiB
-            sys.exit(f"error: {what}; cut the batch into smaller pieces with --set run.largest_piece=N, or "
-                     "make the batch smaller where it is not cut: task.batch, emma.batch, stills.batch, "
-                     "features.batch")
-        if "by peer" not in str(error):                      # gloo: "Connection closed by peer"
-            raise
-        sys.exit("error: another process of this run has ended; see its message or exit code")
     finally:
         # After an error, workers may still be there. They ignore SIGTERM (`training.loader`), so they are
         # killed; and a DataLoader's handler of SIGCHLD would raise an error of its own about that.
@@ -236,5 +231,4 @@ def launch(main, config, *arguments):
             # collect them first.
             gc.collect()
             dist.destroy_process_group()
-        for number, act in before.items():
-            signal.signal(number, act)
+        on_stop(before)

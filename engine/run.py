@@ -11,6 +11,7 @@ calls them. Its folder is never left half-written:
 """
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -22,32 +23,10 @@ import torch
 
 from engine.checkpoints import checksum, load_weights, read_checkpoint, write_file, write_text
 from engine.config import as_yaml
-from engine.distributed import Team, all_sum
-from engine.training import STOP, Batches, Progress, in_pieces, loader, seed_dropout, set_learning_rate
+from engine.distributed import STOP, Team, all_sum, on_stop
+from engine.training import Progress, in_pieces, loader, seed_dropout, set_learning_rate, shares
 
 OTHER_RUN = "a run of its own, --set run.name=NEW"           # the way on that loses nothing
-
-
-class Signals:
-    """SIGTERM and Ctrl-C in a training: the first asks it to save and end, a later one ends it at once. A
-    scheduler and torchrun may both send the first one: a copy within a second is the same request."""
-
-    def __init__(self, team: Team):
-        self.team, self.received, self.first = team, 0, 0.0
-        self.before = {number: signal.signal(number, self._remember) for number in STOP}
-
-    def _remember(self, number, frame):
-        if not self.received:
-            self.received, self.first = number, time.monotonic()
-            self.team.say(f"{signal.Signals(number).name} received: finishing this step, then saving; "
-                          "send it once more to end now and lose the steps since the last checkpoint")
-        elif time.monotonic() - self.first > 1:
-            os._exit(128 + number)
-
-    def give_back(self):
-        """Signals act as they did before the training."""
-        for number, act in self.before.items():
-            signal.signal(number, act)
 
 
 class Run:
@@ -115,18 +94,13 @@ class Run:
         if self.finished:
             record = json.loads((self.folder / "made_of.json").read_text())
             self.refuse_other_data(record["data"], data)
-            weights = self.folder / record["checkpoint"]
-            if not weights.exists():
-                raise ValueError(f"{weights} is gone, though its stage is finished; put a copy back, or "
-                                 f"begin {OTHER_RUN}")
+            there(self.folder / record["checkpoint"])
             self.team.say(f"{self.folder} is finished; nothing to do")
         return self.finished
 
     def finish(self, metrics: dict):
-        """Write metrics.json, which marks the stage as finished, before any process goes on.
-
-        The record gets the checksum of the weights that later stages read.
-        """
+        """Write metrics.json, which marks the stage as finished, before any process goes on; and before that,
+        into the record, the checksum of the weights that later stages read."""
         if self.team.rank == 0:
             names = [name for name in ("best.pt", "last.pt") if (self.folder / name).exists()]
             if names:
@@ -145,8 +119,8 @@ class Run:
         self.model, self.optimizer, self.dataset, self.section = model, optimizer, dataset, section
         self.unit, self.all_epochs = unit, epochs or section.epochs
         self.steps = math.ceil(len(dataset) / section.batch)
-        share = math.ceil(section.batch / self.team.world)
-        self.accumulation = math.ceil(share / self.config.run.largest_piece) if cut else 1
+        self.share = math.ceil(section.batch / self.team.world)            # the most images of this process
+        self.accumulation = math.ceil(self.share / self.config.run.largest_piece) if cut else 1
         self.epoch, self.step, self.best, self.is_best, self.sums = 0, 0, -math.inf, False, {}
         self.same_on_all_machines(data)
         saved = self._last_checkpoint()
@@ -160,8 +134,8 @@ class Run:
             self.best, self.sums = saved["best"], saved["sums"]
             self.team.say(f"going on from epoch {self.epoch + 1}, step {self.step}")
         self.remember(data, origin)
-        self._cut_log()
-        self.signals = Signals(self.team)
+        self.received, self.asked = 0, 0.0                   # the signal that asked for a stop, and when
+        self.before = on_stop(dict.fromkeys(STOP, self._remember))
         self.epoch_began = self.saved = time.time()
         self.cost = 0.0                                      # seconds for a checkpoint
         done = self.epoch * self.steps + self.step
@@ -169,10 +143,8 @@ class Run:
 
     def effective_batch(self) -> str:
         """How a batch is spread, for the line that a stage prints."""
-        batch, world = self.section.batch, self.team.world
-        largest = math.ceil(math.ceil(batch / world) / self.accumulation)
-        return (f"effective batch {batch} = {largest} x {self.accumulation} accumulation x {world} "
-                f"processes, on {self.team.device}")
+        return (f"effective batch {self.section.batch} = {math.ceil(self.share / self.accumulation)} x "
+                f"{self.accumulation} accumulation x {self.team.world} processes, on {self.team.device}")
 
     def epochs(self):
         """The epochs that are left, counted from 0. The dataset is told each."""
@@ -183,17 +155,16 @@ class Run:
     def batches(self):
         """What is left of the epoch: this process's share of each batch. Before each, the learning rate and
         dropout's seed are set, and the readable images of the whole batch are counted: `count`, at least 1.
-
         A stop that a signal has asked for takes effect here, between two steps, on all processes together.
         """
-        seed, rank, s = self.config.run.seed, self.team.rank, self.section
-        order = Batches(len(self.dataset), s.batch, seed, self.epoch, self.team, first=self.step)
-        for share in loader(self.dataset, order, self.config.run.workers, self.team):
-            readable, whole = self._sum_unless_stopped(len(share[0])), len(order.whole(self.step))
+        seed, samples, s = self.config.run.seed, len(self.dataset), self.section
+        mine = shares(samples, s.batch, seed, self.epoch, self.team, first=self.step)
+        for share in loader(self.dataset, mine, self.config.run.workers, self.team):
+            readable, whole = self.obey_signals(len(share[0])), min(s.batch, samples - self.step * s.batch)
             self.count, self.unreadable = max(readable, 1), whole - readable
             set_learning_rate(self.optimizer, self.epoch * self.steps + self.step,
                               self.steps * self.all_epochs, s.warmup_epochs * self.steps, s.lr)
-            seed_dropout(seed, self.epoch, self.step, rank)
+            seed_dropout(seed, self.epoch, self.step, self.team.rank)
             yield share
 
     def on_device(self, batch) -> list:
@@ -202,8 +173,7 @@ class Run:
 
     def pieces(self, ddp, *batch):
         """The pieces of a batch, on the device, for gradient accumulation."""
-        for piece in in_pieces(ddp, self.accumulation, *batch):
-            yield self.on_device(piece)
+        return map(self.on_device, in_pieces(ddp, self.accumulation, *batch))
 
     def end_step(self, loss, norm):
         """After the optimiser step: sum up the epoch, tell the progress, save in time. `loss` is that of the
@@ -213,17 +183,12 @@ class Run:
         self.step += 1
         if time.time() - self.saved > 60 * self.config.run.checkpoint_minutes:
             self.save()
-        self.progress.add(1, self._in_words)
-
-    def _in_words(self) -> str:
-        return f"  epoch {self.epoch + 1}, mean loss {self._checked_sums()['loss'] / self.step:.4f}"
+        self.progress.add(1, lambda: (f"  epoch {self.epoch + 1}, mean loss "
+                                      f"{self._checked_sums()['loss'] / self.step:.4f}"))
 
     def unless_stopped(self, items):
         """A validation's items, until a signal comes. Call `obey_signals` before using the result."""
-        for item in items:
-            if self.signals.received:
-                return
-            yield item
+        return itertools.takewhile(lambda item: not self.received, items)
 
     def keep_best(self, score: float):
         """Write best.pt if this epoch's score is the best so far (`is_best`, until the epoch ends)."""
@@ -242,8 +207,8 @@ class Run:
     @property
     def shown(self) -> bool:
         """Is this epoch told of? Each tenth of the run is, and the last, and each that is the best so far."""
-        at, all_of_them = self.epoch + 1, self.all_epochs
-        return at % max(1, all_of_them // 10) == 0 or at == all_of_them or self.is_best
+        return (self.is_best or self.epoch + 1 == self.all_epochs
+                or (self.epoch + 1) % max(1, self.all_epochs // 10) == 0)
 
     def end_epoch(self, text: str = "", **columns):
         """Add the epoch's means and `columns` to log.csv, say them as `text` if it is to be told of, turn to
@@ -265,19 +230,23 @@ class Run:
         """After the last epoch: save, obey a signal that came too late for a step, give the signals back."""
         self.save()
         self.obey_signals()
-        self.signals.give_back()
+        on_stop(self.before)
         self.team.wait()                                     # best.pt is there for every process
 
-    def obey_signals(self):
+    def _remember(self, number, frame):
+        """SIGTERM or Ctrl-C: the first asks the training to save and end, a later one ends it at once. A
+        scheduler and torchrun may both send the first one: a copy within a second is the same request."""
+        if not self.received:
+            self.received, self.asked = number, time.monotonic()
+            self.team.say(f"{signal.Signals(number).name} received: finishing this step, then saving; "
+                          "send it once more to end now and lose the steps since the last checkpoint")
+        elif time.monotonic() - self.asked > 1:
+            os._exit(128 + number)
+
+    def obey_signals(self, number: int = 0) -> int:
         """If any process was asked to stop: save, say so, and end all with the exit code of an ended process.
-
-        Every process must call this at the same place.
-        """
-        self._sum_unless_stopped(0)
-
-    def _sum_unless_stopped(self, number: int) -> int:
-        """The sum of a number over the processes, by the same message that tells who was asked to stop."""
-        asked = [self.signals.received == name for name in STOP]
+        Every process must call this at the same place. -> the sum of `number` over them, by one message."""
+        asked = [self.received == name for name in STOP]
         total, *asked = all_sum(torch.tensor([number, *asked])).tolist()
         for name, processes in zip(STOP, asked):
             if processes:
@@ -311,10 +280,7 @@ class Run:
 
     def _last_checkpoint(self) -> dict | None:
         """The last whole checkpoint; None before the first. A damaged one is named, the one before it used.
-
-        Raises ValueError if all checkpoints are damaged: someone should know before weeks of work begin
-        again.
-        """
+        Raises ValueError if all are damaged: someone should know before weeks of work begin again."""
         for path in (self.folder / "last.pt", self.folder / "previous.pt"):
             if not self.team.agree(path.exists()):
                 continue
@@ -347,28 +313,21 @@ class Run:
                              "is kept; try a lower learning rate or a longer warm-up")
         return sums
 
-    # ---- log.csv
-
     def log(self, row: dict):
-        """Add one row to log.csv, whole or not at all. The first row fixes the columns."""
+        """Add one row to log.csv; rows of epochs that are done again go. The first row fixes the columns."""
         if self.team.rank == 0:
             path = self.folder / "log.csv"
-            text = path.read_text() if path.exists() else ",".join(row) + "\n"
+            header, *rows = path.read_text().splitlines() if path.exists() else [",".join(row)]
+            rows = [line for line in rows if int(line.split(",")[0]) < row["epoch"]]
             values = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()]
-            write_text(path, text + ",".join(values) + "\n")
+            write_text(path, "\n".join([header, *rows, ",".join(values)]) + "\n")
 
-    def last_row(self, column: str) -> float:
-        """A number of the last row of log.csv."""
-        header, *rows = (self.folder / "log.csv").read_text().splitlines()
-        return float(rows[-1].split(",")[header.split(",").index(column)])
 
-    def _cut_log(self):
-        """Drop the rows of epochs that a run which goes on will do again."""
-        path = self.folder / "log.csv"
-        if self.team.rank == 0 and path.exists():
-            header, *rows = path.read_text().splitlines()
-            kept = [row for row in rows if int(row.split(",")[0]) <= self.epoch]
-            write_text(path, "".join(f"{line}\n" for line in [header, *kept]))
+def there(path):
+    """Raises ValueError if `path`, which a finished stage has written, is gone."""
+    if not path.exists():
+        raise ValueError(f"{path} is gone, though its stage is finished; put a copy back, or begin "
+                         f"{OTHER_RUN}")
 
 
 def changes(before: dict, now: dict, then_word: str, now_word: str) -> str:

@@ -34,28 +34,16 @@ def seed_dropout(seed: int, epoch: int, step: int, rank: int):
     torch.manual_seed(int(state >> 1))
 
 
-class Batches(torch.utils.data.Sampler):
-    """This process's share of each batch of an epoch, from step `first` on: for DataLoader's `batch_sampler`.
+def shares(samples: int, batch: int, seed: int, epoch: int, team: Team, first: int = 0):
+    """Yield this process's share of each batch of an epoch, lists of indices, from step `first` on.
 
     Every sample once per epoch, for any number of processes; the last batch may be short, and a share may
     be empty. PyTorch's DistributedSampler repeats or drops samples to make the shares even, which changes
     loss and result.
     """
-
-    def __init__(self, samples: int, batch: int, seed: int, epoch: int, team: Team, first: int = 0):
-        self.samples, self.batch, self.team, self.first = samples, batch, team, first
-        self.order = generator(seed, epoch).permutation(samples)
-
-    def __len__(self):
-        return math.ceil(self.samples / self.batch) - self.first
-
-    def whole(self, step: int) -> list[int]:
-        """The samples of a step on all processes."""
-        return self.order[step * self.batch:(step + 1) * self.batch].tolist()
-
-    def __iter__(self):
-        for step in range(self.first, self.first + len(self)):
-            yield self.whole(step)[self.team.rank::self.team.world]
+    order = generator(seed, epoch).permutation(samples)
+    for start in range(first * batch, samples, batch):
+        yield order[start:start + batch][team.rank::team.world].tolist()
 
 
 def loader(dataset, batches, workers: int, team: Team):
@@ -91,44 +79,34 @@ def _in_shared_memory(collate, items):
 # ---- Steps
 
 def in_pieces(ddp, count: int, *tensors):
-    """Cut a batch into `count` pieces: `for x, y in in_pieces(ddp, 4, images, labels)`.
-
-    Call `backward` for each piece. DDP sends gradients with the last one only, so they cross the network
-    once.
-    """
-    cut = [tensor.tensor_split(count) for tensor in tensors]
-    for i in range(count):
+    """Cut a batch into `count` pieces: `for x, y in in_pieces(ddp, 4, images, labels)`. Call `backward` for
+    each. DDP sends gradients with the last one only, so they cross the network once."""
+    cut = zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True)
+    for i, piece in enumerate(cut):
         wait = i < count - 1 and hasattr(ddp, "no_sync")               # a plain model sends nothing
         with ddp.no_sync() if wait else contextlib.nullcontext():
-            yield tuple(parts[i] for parts in cut)
+            yield piece
 
 
 def clip_gradient(model, longest: float) -> torch.Tensor:
     """The length of the gradient over all parameters, a scalar on the model's device. If it is above
     `longest`, the gradient is shortened to that; 0 = never."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if longest:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), longest, norm)
-    return norm
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), longest or math.inf)
 
 
 # ---- Optimiser
 
 def learning_rate(progress: float, warmup: float, peak: float) -> float:
-    """Linear warm-up to `peak`, then half a cosine to 0. `progress`, `warmup`: shares of the run in [0, 1].
-
-    A function of the step alone, so a resumed run has nothing to restore.
-    """
+    """Linear warm-up to `peak`, then half a cosine to 0. `progress`, `warmup`: shares of the run in [0, 1]. A
+    function of the step alone, so a resumed run has nothing to restore."""
     if progress < warmup:
         return peak * progress / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-12)))
 
 
 def set_learning_rate(optimizer, step: int, steps: int, warmup_steps: float, peak: float):
-    """Set the learning rate of step `step` of `steps`, counted from 0 over the whole run.
-
-    A group that has a factor (`adamw`) gets lr · factor; one with a fixed learning rate keeps it.
-    """
+    """Set the learning rate of step `step` of `steps`, counted from 0 over the whole run. A group that has a
+    factor (`adamw`) gets lr · factor; one with a fixed learning rate keeps it."""
     # The n steps divide the run into n + 1 parts, so that neither the first nor the last has rate 0.
     lr = learning_rate((step + 1) / (steps + 1), min(warmup_steps, steps) / (steps + 1), peak)
     for group in optimizer.param_groups:
@@ -142,12 +120,10 @@ def layers_of(model) -> dict[str, int]:
     layers = {}
     for name, _ in model.named_parameters():
         block = re.search(r"\bblocks\.(\d+)\.", name)
-        if block:
-            layers[name] = int(block[1]) + 1
-        elif re.search(r"\b(patch_embed|cls_token|pos_embed)\b", name):
-            layers[name] = 0
-    top = max(layers.values(), default=0) + 1
-    return {name: layers.get(name, top) for name, _ in model.named_parameters()}
+        below = re.search(r"\b(patch_embed|cls_token|pos_embed)\b", name)
+        layers[name] = int(block[1]) + 1 if block else 0 if below else math.inf
+    top = 1 + max((layer for layer in layers.values() if layer < math.inf), default=0)
+    return {name: min(layer, top) for name, layer in layers.items()}
 
 
 def adamw(model, section):
@@ -165,12 +141,11 @@ def adamw(model, section):
     factors = {name: getattr(section, "layer_decay", 1.0) ** (top - layer) for name, layer in layers.items()}
     groups = []
     for factor in sorted(set(factors.values()), reverse=True):
-        trained = [p for name, p in model.named_parameters() if p.requires_grad and factors[name] == factor]
-        matrices = [p for p in trained if p.squeeze().ndim > 1]
-        rest = [p for p in trained if p.squeeze().ndim <= 1]
         more = {} if factor == 1 else {"factor": factor}     # without decay, groups as in older checkpoints
-        groups += [{"params": matrices, "weight_decay": section.weight_decay, **more},
-                   {"params": rest, "weight_decay": 0.0, **more}]
+        for is_matrix in (True, False):
+            trained = [p for name, p in model.named_parameters() if p.requires_grad
+                       and factors[name] == factor and (p.squeeze().ndim > 1) == is_matrix]
+            groups.append({"params": trained, "weight_decay": section.weight_decay * is_matrix, **more})
     return torch.optim.AdamW(groups, lr=section.lr, betas=tuple(section.betas), fused=fused(model))
 
 

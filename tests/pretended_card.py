@@ -92,7 +92,7 @@ def on_cpu(x):
 def pretend() -> PretendedCard:
     """From here on run.device=cuda means a pretended card, which has no bf16. For a process of its own."""
     tiny.instead("engine.distributed.choose_device", lambda ours: lambda wanted: CARD)
-    tiny.instead("engine.distributed.has_bf16", lambda ours: lambda device: False)
+    tiny.instead("torch.cuda.is_bf16_supported", lambda theirs: lambda **asked: False)
     # PyTorch's C++ sees where they really are.
     tiny.instead("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype",
                  lambda theirs: lambda gradients: {(CARD, torch.float32): (gradients, None)})

@@ -87,8 +87,8 @@ def test_arrays_and_json_read_back_the_same_and_a_checksum_is_that_of_the_whole_
     write_text(tmp_path / "c.json", '{"a": [1]}')
     assert read_json(tmp_path / "c.json") == {"a": [1]} and read_json(tmp_path / "nowhere") is None
     for refused, message in ((lambda: read_json(tmp_path / "b"), "b: not the JSON that a stage has written"),
-                             (lambda: checksum(tmp_path / "d"), "d: cannot be read .No such file")):
-        with pytest.raises(ValueError, match=message):
+                             (lambda: checksum(tmp_path / "d"), "No such file or directory: .*d")):
+        with pytest.raises((ValueError, OSError), match=message):
             refused()
 
 
@@ -138,7 +138,7 @@ KINDS = {b"": "a file that begins with b''", b"hello, I am text\n": "a file that
          b"\x89PNG\r\n\x1a\n": "a file that beg",
          b"<!DOCTYPE html><p>Sign in": "a web page", b"\x1f\x8b\x08weights": "a gzip archive",
          b"version https://git-lfs.github.com/spec/v1\noid": "a pointer of Git LFS .git lfs pull",
-         tar(): "a tar archive", archive(["a/", "a/weights.pt"]): "a zip archive of a/, a/weights.pt",
+         tar(): "a tar archive", archive(["a/", "a/weights.pt"]): "a zip archive of other files",
          archive(["x/data.pkl", "x/code/", "x/constants.pkl"]): "a TorchScript file; .*torch.jit.load",
          b"\x80\0\0\0\0\0\0\0" + b'{"cls_token":': "a safetensors file; .*safetensors.torch.load_file"}
 
@@ -243,8 +243,8 @@ def test_a_vit_is_filled_from_ours_and_from_public_files_whatever_lies_around_it
 
 def test_a_vit_of_other_names_or_settings_is_refused_and_positions_of_another_size_are_made_to_fit(tmp_path):
     def refused(state, message, kind=VisionTransformer, sizes=VIT):
-        with pytest.raises(ValueError, match=f"(?s)a.pt.*{message}"):
-            load_vit(small(kind, sizes), save(tmp_path / "a.pt", state))
+        with pytest.raises(ValueError, match=f"(?s)augreg.pt.*{message}"):      # which says nothing of ours
+            load_vit(small(kind, sizes), save(tmp_path / "augreg.pt", state))
 
     weights, mae = small(VisionTransformer, VIT).state_dict(), small(MaskedAutoencoder, MAE).state_dict()
     other = {f"visual.{name}": value for name, value in weights.items() if "norm" not in name}

@@ -35,18 +35,22 @@ REFUSED = {                                        # {what is expected: override
     "0 or more": ["run.seed=-1", "task.weight_decay=-1", "task.epochs=-1", "emma.weights=[1, -1, 1]"],
     "a number below 1": ["temporal.dropout=1", "cotex.mask_ratio=1", "emma.betas=[.9, 1]", "task.held_out=1"],
     "at most 1": ["pretrain.smallest_crop=1.5", "finetune.layer_decay=1.01"], "at most 4": ["task.fold=5"],
-    "one that is not 0": ["emma.weights=[0, 0, 0]"], "3 numbers": ["emma.weights=[1, 1]", "vit.std=[1]"],
+    "one that is not 0": ["emma.weights=[0,0,0]"], "3 numbers": ["emma.weights=[1, 1]", "vit.std=[1,1,1,1]"],
     "2 numbers": ["finetune.betas=[0.9]"], "a multiple of vit.patch=16": ["vit.image_size=225"],
     "a multiple of its 5 heads and of 4": ["vit.dim=768 --set vit.heads=5", "vit.dim=10 --set vit.heads=5",
                                            "pretrain.decoder_dim=512 --set pretrain.decoder_heads=5"],
+    "one entry per level, as in kernels and dilations": [
+        "temporal.channels=[] --set temporal.kernels=[] --set temporal.dilations=[]"],
     "a multiple of its 3 heads": ["temporal.width=512 --set temporal.heads=3"],
     "odd sizes with causal=false": ["temporal.kernels=[4, 4, 4] --set temporal.causal=no"]}
 PROBLEMS = [
-    "taks: no such section; nearest: task", "task.batch: got 'many'", "run: expected settings below it, got",
-    "1: no such section", "segments.strde: no such setting; nearest: segments.stride", "zzz.qqq: no such",
-    "--set oops: expected section.field=value", "--set task=1: expected section.field=value",
+    "taks.lr: no such setting; nearest: task.lr", "task.batch: got 'many', expected a whole number",
+    "run: expected settings below it, got", "1.a: no such setting",
+    "segments.strde: no such setting; nearest: segments.stride", "zzz.qqq: no such setting",
+    "--set oops: expected section.field=value", "task: no such setting; nearest: ",
     "--set run.name=2024-13-45: the value is not plain YAML", "--set run.name=[[[", "--set run.name=!!python",
-    "segments.stride: got 301 > segments.window=300", "temporal.channels, kernels and dilations: expected"]
+    "segments.stride: got 301, expected at most segments.window=300, so that all frames are covered",
+    "temporal.channels: got [768, 256, 128], expected one entry per level, as in kernels and dilations"]
 
 
 @pytest.fixture
@@ -104,7 +108,7 @@ def test_the_command_line_wins_over_the_file_and_what_differs_is_known(file):
 def test_a_tilde_is_the_home_folder_in_every_path_and_in_nothing_else(file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     paths = {name for name, field in SETTINGS.items() if name.startswith("data.") and field.type is str}
-    paths |= INPUTS | {"synthetic.root", "run.out"}
+    paths |= {*INPUTS, "synthetic.root", "run.out"}
     config = load(file, [f"{name}=~/x" for name in paths] + ["data.frames=[~/a, b~]", "run.name=~/mine"])
     assert {value_of(config, name) for name in paths} == {"/home/me/x"}
     assert (config.data.frames, config.run.name) == (["/home/me/a", "b~"], "~/mine")

@@ -32,9 +32,9 @@ CONFIG = SimpleNamespace(run=SimpleNamespace(device="cpu"))
     ("mps", 1, 1, True, "mps"),
     ("cuda", 1, 2, False, "2 processes, but this machine has 1 GPU(s); start with torchrun "
      "--nproc_per_node=1, or --set run.device=cpu"),
-    ("cuda", 0, 1, False, "run.device: got cuda, but PyTorch sees no GPU here; try --set run.device=cpu"),
-    ("mps", 0, 1, False, "run.device: mps is one Apple GPU, for one process; PyTorch sees none, or"),
-    ("mps", 0, 2, True, "run.device: mps is one Apple GPU, for one process; PyTorch sees none, or")])
+    ("cuda", 0, 1, False, "run.device: got cuda, but PyTorch sees no such GPU here (mps: or there "),
+    ("mps", 0, 1, False, "run.device: got mps, but PyTorch sees no such GPU here (mps: or there "),
+    ("mps", 0, 2, True, "run.device: got mps, but PyTorch sees no such GPU here (mps: or there ")])
 def test_each_process_takes_its_own_gpu_and_a_device_that_is_not_there_is_refused(
         monkeypatch, wanted, gpus, processes, mps, expected):
     chosen = []
@@ -182,9 +182,8 @@ ENDS = [(ValueError("wrong header"), 2, "error: wrong header\n"),
         (OSError(errno.ENOSPC, "No space left"), 2, "error: [Errno 28] No space left; free some space and "
          "start the same command again, the last checkpoint is intact\n"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity"),
-         "error: CUDA out of memory. Tried to allocate 2.00 GiB; cut the batch into smaller pieces with "
-         "--set run.largest_piece=N, or make the batch smaller where it is not cut: task.batch, emma.batch, "
-         "stills.batch, features.batch", ""),
+         "error: the GPU's memory is full; try a smaller --set run.largest_piece=N, or a smaller batch where "
+         "it is not cut: task.batch, emma.batch, stills.batch, features.batch", ""),
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_23_4>"), MEMORY, ""),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), MEMORY, "")]
 
@@ -231,9 +230,11 @@ def test_at_the_end_the_processes_have_parted_and_no_worker_is_left():
         workers = []
         launch(main, CONFIG, workers)
         workers[0].join(10)
-        return workers[0].exitcode, dist.is_initialized(), signal.getsignal(signal.SIGCHLD)
+        same = list(map(signal.getsignal, distributed.STOP)) == before
+        return workers[0].exitcode, dist.is_initialized(), signal.getsignal(signal.SIGCHLD), same
 
-    assert in_team(2, work) == ([0, 0], [(-signal.SIGKILL, False, signal.SIG_DFL)] * 2)
+    before = list(map(signal.getsignal, distributed.STOP))
+    assert in_team(2, work) == ([0, 0], [(-signal.SIGKILL, False, signal.SIG_DFL, True)] * 2)
 
 
 def test_a_file_name_of_no_encoding_can_be_printed():

@@ -76,7 +76,7 @@ def chain(*overrides, number: float = 1.0):
     ("finetune", None, ["finetune.start=a/b/mae.pth"], "finetune+finetune.start=b-mae.pth"),
     ("finetune", None, ["finetune.start=a/mae.pth", "pretrain.lr=1"], "finetune+finetune.start=a-mae.pth"),
     ("task", "au", ["task.features=x/y z", "finetune.lr=1"], "task_au+task.features=x-y-z"),
-    ("task", "au", ["run.workers=3", "run.device=cpu", "data.labels=x", "features.batch=3"], "task_au"),
+    ("task", "au", ["run.workers=3", "run.device=cpu", "data.labels=x", "data.synthetic=true"], "task_au"),
     ("task", "au", ["task.lr=3e-5"], "task_au"),                     # the file's own value
     ("emma", None, ["stills.epochs=3"], "emma+stills.epochs=3"),
     ("emma", None, ["stills.epochs=3", "emma.cnn=none"], "emma+emma.cnn=none"),
@@ -222,7 +222,7 @@ def test_given_inputs_are_found_with_their_records(here):
     assert record["stage"] == "finetune" and record["checksum"] == checksum(path)
     assert find_input(config_with("finetune.start=none"), ALONE, "finetune.start")[1]["checksum"] == 0
     assert find_input(config, ALONE, "stills.start")[1]["checksum"] == 0
-    with pytest.raises(ValueError, match="nowhere.pt: no such checkpoint or folder"):
+    with pytest.raises(ValueError, match="nowhere.pt: no such checkpoint"):
         find_input(config_with("finetune.start=nowhere.pt"), ALONE, "finetune.start")
 
 
@@ -269,6 +269,9 @@ FIRST = ["draw", "pretrain", "finetune", "features"]
 ])
 def test_with_drawn_data_all_that_is_missing_is_made_in_order_and_once(ran, stage, overrides, expected):
     config, task = config_with(*overrides), TASKS["au"] if stage == "task" else None
+    real = config_with("data.synthetic=false")
+    pipeline._start(real, ALONE, stage, lambda *given: ran.append(given[2:]), task)
+    assert [ran.pop()] == [(task,) if task else ()] and ran == []
     make(stage, config, ALONE, task)
     assert ran == expected
     make(stage, config, ALONE, task)

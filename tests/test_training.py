@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from engine.distributed import Team
-from engine.training import (STOP, Batches, Progress, adamw, clip_gradient, generator, in_pieces, layers_of,
-                             loader, seed_dropout, set_learning_rate)
+from engine.training import (STOP, Progress, adamw, clip_gradient, generator, in_pieces, layers_of,
+                             loader, seed_dropout, set_learning_rate, shares)
 from processes import ALONE, CPU, in_child
 from vit import VisionTransformer
 
@@ -23,21 +23,19 @@ from vit import VisionTransformer
 @pytest.mark.parametrize("n, batch", [(1, 1), (1, 3), (7, 3), (9, 3), (33, 32), (100, 200)])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_shares_are_disjoint_and_make_up_the_batches_of_a_single_process(n, batch, world):
-    alone = list(Batches(n, batch, 0, 4, ALONE))
-    shares = [list(Batches(n, batch, 0, 4, Team(rank, world, CPU))) for rank in range(world)]
+    alone = list(shares(n, batch, 0, 4, ALONE))
+    of_ranks = [list(shares(n, batch, 0, 4, Team(rank, world, CPU))) for rank in range(world)]
     assert sorted(i for step in alone for i in step) == list(range(n))         # each sample once in an epoch
     assert list(map(len, alone)) == [min(batch, n - first) for first in range(0, n, batch)]    # may be short
-    for step, parts in zip(alone, zip(*shares, strict=True), strict=True):
+    for step, parts in zip(alone, zip(*of_ranks, strict=True), strict=True):
         assert sorted(i for part in parts for i in part) == sorted(step)
         assert max(map(len, parts)) - min(map(len, parts)) <= 1                # a share may be empty
     for first in range(len(alone) + 1):
-        resumed = Batches(n, batch, 0, 4, Team(world - 1, world, CPU), first)
-        assert list(resumed) == shares[-1][first:] and len(resumed) == len(shares[-1]) - first
-        assert [resumed.whole(step) for step in range(len(alone))] == alone    # of all processes
+        assert list(shares(n, batch, 0, 4, Team(world - 1, world, CPU), first)) == of_ranks[-1][first:]
 
 
 def test_the_random_numbers_are_those_with_which_earlier_runs_began():
-    assert Batches(7, 7, 3, 4, ALONE).whole(0) == np.random.default_rng([2, 3, 4]).permutation(7).tolist()
+    assert [*shares(7, 7, 3, 4, ALONE)] == [np.random.default_rng([2, 3, 4]).permutation(7).tolist()]
     for numbers in ((3, 4), (3, 4, 5)):
         assert generator(*numbers).random() == np.random.default_rng([len(numbers), *numbers]).random()
     seed_dropout(1, 2, 3, 4)
@@ -56,8 +54,8 @@ class Squares(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_puts_shares_together_in_order_in_workers_that_ignore_the_signals_of_a_stop(workers):
-    order = Batches(11, 4, 0, 0, Team(1, 2, CPU), first=1)
-    batches = list(loader(Squares(), order, workers, ALONE))
+    order = list(shares(11, 4, 0, 0, Team(1, 2, CPU), first=1))
+    batches = list(loader(Squares(), iter(order), workers, ALONE))
     assert [squares.tolist() for squares, *_ in batches] == [[i * i for i in share] for share in order]
     assert all(empty.shape == (0, 3) for _, empty, _ in batches)
     makers, *blocked = torch.stack([made for *_, made in batches]).T.tolist()
