@@ -351,7 +351,7 @@ def task_loop(task):
         def score_of(model):
             model.eval()
             features = [np.load(video.features)[:len(video.labels)] for video in val]
-            outputs = np.concatenate([predict(model, of_video, 8, 5, 3, ALONE) for of_video in features])
+            outputs = np.concatenate([predict(model, config, ALONE, of_video) for of_video in features])
             labels = np.concatenate([video.labels for video in val])
             if task is VA:
                 known = labels != -5
