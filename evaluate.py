@@ -30,7 +30,7 @@ from images import check_ends, find_videos, last_of
 from labels import TASKS, has_labels, read_labels, scene, split, targets
 from metrics import confusion, difference, score_table
 from pipeline import command, finished, folder, lines_of, make, missing, tuned_on
-from scoring import (HELD_OUT, changed, check_features, check_scenes, find_features, load, of_videos,
+from scoring import (HELD_OUT, as_tuned, check_features, check_scenes, find_features, load, of_videos,
                      predict_videos, reasons, report, sums_of, to_score, tuned)
 from second_paper import emma
 
@@ -84,7 +84,7 @@ def main(config, team, task, checkpoint="", tune=False, against=None):
                  f"after, thresholds {' '.join(f'{t:.2f}' for t in thresholds) or 'as they are'}"
                  + (f"\n  the ViT was fine-tuned on {len(seen)} of their scenes, so they are easier than new "
                     "videos" if seen else ""))
-    outputs = changed(predict_videos(trained.model, videos, config, team), task, k, thresholds)
+    outputs = as_tuned(predict_videos(trained.model, videos, config, team), task, k, thresholds)
     sums = sums_of(outputs, videos, task)
     team.say(f"{report(task, sums, scored, path, config.task.fold)}\n\n{confusion(task, sums)}\n")
     if against is not None:

@@ -16,25 +16,14 @@ from torch.nn import functional as F
 from engine.distributed import all_sum
 
 
-def ccc(x, y):
-    """The concordance correlation coefficient of a prediction x and its labels y, as in the paper:
+def ccc_loss(pred, target, valid):
+    """Valence-arousal loss: L_VA = 1 - CCC (eq. 2) over all valid frames of the batch, from sums.
 
         CCC(x, y) = 2 cov(x, y) / (σ_x² + σ_y² + (μ_x - μ_y)²)      (1)
 
     1 only if x = y: unlike a correlation it also asks for the same mean and the same deviation. The paper
     writes cov(x, y) = Σ (x - μ_x)(y - μ_y). Taken literally this is wrong by a factor N: σ² is divided by the
-    number N of frames, this is not. Here all three are divided by N, as in the metric.
-    Shape: two of (T,) -> scalar in [-1, 1]; 0 for two equal constants.
-    """
-    mu_x, mu_y = x.mean(), y.mean()
-    var_x, var_y = ((x - mu_x) ** 2).mean(), ((y - mu_y) ** 2).mean()          # σ_x², σ_y²
-    cov = ((x - mu_x) * (y - mu_y)).mean()
-    return 2 * cov / (var_x + var_y + (mu_x - mu_y) ** 2).clamp(min=1e-6)
-
-
-def ccc_loss(pred, target, valid):
-    """Valence-arousal loss: L_VA = 1 - CCC (eq. 2) over all valid frames of the batch. `ccc`, but from sums.
-
+    number N of frames, this is not. Here all three are divided by N, as in the metric (`metrics.ccc`).
     The paper does not say how valence and arousal become one loss; they are added, as in the authors' code.
     Shape: all three (..., 2) -> scalar in [0, 4]. A dimension with no valid frame counts 0. Not a mean over
     frames, so it cannot be accumulated over pieces: a process passes its whole share of the batch at once.
@@ -104,12 +93,9 @@ def weighted_au_loss(logits, target, valid, pos_weight, N=None):
     2 ln 2 · Σ_k (1 - p_k) on average, p_k the share of positives.
     Unlike `au_loss`, added and not averaged over the AUs: the term is several times larger (EMMA's choice).
     Shape: logits, target, mask (..., K), pos_weight (K,) -> scalar. Masked per entry. Given N: as in
-    `expr_loss`. Raises ValueError if the shapes differ.
+    `expr_loss`. Raises ValueError if the first three shapes differ.
     """
     x = _checked(logits, logits.shape, target, valid).masked_fill(~valid, 0)
-    if pos_weight.shape != logits.shape[-1:]:
-        shape = tuple(x.shape[-1:])
-        raise ValueError(f"pos_weight {tuple(pos_weight.shape)}: expected {shape}, one for each AU")
     y, w = target.to(x.dtype).masked_fill(~valid, 0), pos_weight.to(x.dtype)
     loss = F.binary_cross_entropy_with_logits(x, y, pos_weight=w, reduction="none")      # (..., K)
     return _mean((loss * valid).sum(dim=-1), valid.any(dim=-1), N)                       # (..., K) -> (...)
@@ -122,11 +108,8 @@ def js_divergence(*logits):
 
     p_v = softmax(logits_v). 0 where all views agree, at most log V where each is sure of another class.
     Computed from the logits, so that a probability of 0 has a finite gradient.
-    Shape: V of (..., M) -> (...), one number for each sample. Raises ValueError if the shapes differ.
+    Shape: V of (..., M) -> (...), one number for each sample. PyTorch refuses shapes that differ.
     """
-    shapes = [tuple(view.shape) for view in logits]
-    if len(set(shapes)) != 1:
-        raise ValueError(f"views of shapes {shapes}; expected at least one, all of the same (..., classes)")
     log_p = torch.stack([at_least_float32(view) for view in logits]).log_softmax(dim=-1)   # (V, ..., M)
     log_m = log_p.logsumexp(dim=0) - math.log(len(logits))                                  # (..., M)
     return (log_p.exp() * (log_p - log_m)).sum(dim=-1).mean(dim=0)                          # -> (...)

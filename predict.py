@@ -45,7 +45,7 @@ from engine.training import Progress
 from images import READ, Files, VideoFrames, below, find_images, listed, passed_over, sizes
 from labels import EXPR, TASKS, in_units, smoothed
 from pipeline import command, find_input, finished, folder, like, lines_of, missing, settings_of
-from scoring import check_features, each_frame, expr_classifier, extractor, load
+from scoring import ExprClassifier, check_features, each_frame, extractor, load
 from second_paper import emma
 
 TOGETHER = 1000            # with --still, images that are written together
@@ -92,7 +92,7 @@ def expression_model(config, team):
     path, origin = find_input(config, team, "features.checkpoint")
     saved = read_checkpoint(path)
     config, _ = like(saved.get("made_of"), config, path)
-    model = expr_classifier(config)
+    model = ExprClassifier(config)
     load_weights(model, saved.get("model", saved), path)
     team.say(f"  {path}, each frame by itself; columns of {EXPR.name}")
     look = partial(each_frame, model.to(team.device).eval(), path, len(EXPR.outputs), np.float32)
@@ -184,14 +184,6 @@ def rows_of(name: str, files, values: dict, noface, options) -> bytes:
     return text.getvalue().encode("utf-8", "surrogateescape")       # names may hold bytes of no encoding
 
 
-def draw(path: Path, name: str, files, values: dict, noface, options):
-    """The picture of a video, with values {task: (T, K)}."""
-    shown = np.linspace(1, len(noface), min(60, len(noface))).astype(int)
-    note = f"mean over {options.smooth} frames before and after each one" if options.smooth else ""
-    pictures.save(pictures.draw_video(name, {} if noface.all() else values, {}, some_faces(files, shown, 80),
-                                      noface, options.fps, note), path)
-
-
 # ---- The script
 
 def check_options(options):
@@ -254,11 +246,15 @@ def main(config, team, options):
         seen, noface = look(parts[name], frames[name], progress)
         values = {task: smoothed(in_units(head(seen), TASKS[task]), options.smooth)
                   for task, head in heads.items()}                                    # (T, K) each
-        of_part = name, parts[name], values, noface, options
         if options.picture:
-            draw(images[name], *of_part)
+            shown = np.linspace(1, frames[name], min(60, frames[name])).astype(int)
+            note = f"mean over {options.smooth} frames before and after each one" if options.smooth else ""
+            picture = pictures.draw_video(name, {} if noface.all() else values, {},
+                                          some_faces(parts[name], shown, 80), noface, options.fps, note)
+            pictures.save(picture, images[name])
         if not there:                                # after its picture: a part that is there needs nothing
-            write_file(rows[name], lambda file: file.write(rows_of(*of_part)))
+            of_part = rows_of(name, parts[name], values, noface, options)
+            write_file(rows[name], lambda file: file.write(of_part))
         without += int(noface.sum())
     without = int(all_sum(torch.tensor(without)))                  # when it is known, all parts are written
     if team.rank == 0 and not there:

@@ -41,24 +41,19 @@ THRESHOLDS = sorted((round(0.05 * i, 2) for i in range(1, 20)), key=lambda thres
 # ---- Single images
 
 class ExprClassifier(nn.Module):
-    """ViT -> one feature per face -> fully connected layers -> 8 logits: (B, 3, H, W) -> (B, 8)."""
+    """What is fine-tuned (§3.1), with the sizes of a configuration: ViT -> one feature per face -> fully
+    connected layers -> 8 logits: (B, 3, H, W) -> (B, 8)."""
 
-    def __init__(self, vit: VisionTransformer, token: str, hidden: int, dropout: float):
+    def __init__(self, config: Config):
         super().__init__()
-        self.vit, self.token = vit, token
-        dim, classes = vit.norm.normalized_shape[0], len(EXPR.outputs)
-        self.head = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout),
-                                  nn.Linear(hidden, classes))
+        f, D = config.finetune, config.vit.dim
+        self.vit = VisionTransformer(**dataclasses.asdict(config.vit), drop_path=f.drop_path)
+        self.token = f.token
+        self.head = nn.Sequential(nn.Linear(D, f.hidden), nn.GELU(), nn.Dropout(f.dropout),
+                                  nn.Linear(f.hidden, len(EXPR.outputs)))
 
     def forward(self, images):
         return self.head(self.vit.features(images, self.token))        # (B, 3, H, W) -> (B, D) -> (B, 8)
-
-
-def expr_classifier(config: Config) -> ExprClassifier:
-    """The classifier of a configuration, with random weights: what is fine-tuned (§3.1)."""
-    f = config.finetune
-    vit = VisionTransformer(**dataclasses.asdict(config.vit), drop_path=f.drop_path)
-    return ExprClassifier(vit, f.token, f.hidden, f.dropout)
 
 
 @torch.no_grad()
@@ -333,9 +328,8 @@ def labelled_faces(video: Video, task: Task) -> int:
 
 def reasons(left_out: dict[str, str]) -> str:
     """{"a": "no labels", "b": "no labels"} -> "a, b (no labels)"."""
-    groups = {reason: [name for name in left_out if left_out[name] == reason]
-              for reason in left_out.values()}
-    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in groups.items())
+    return "; ".join(f"{', '.join(name for name in left_out if left_out[name] == reason)} ({reason})"
+                     for reason in dict.fromkeys(left_out.values()))
 
 
 def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
@@ -359,17 +353,17 @@ def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
 def tuned(task: Task, outputs: dict[str, np.ndarray], videos: list[Video]) -> tuple[int, tuple]:
     """The smoothing and, of action units, the thresholds with the best score on `videos`, which were neither
     trained on nor are scored: chosen on the scored ones, they would only be luck. Among equals the least
-    smoothing and the threshold next to 0.5. -> frames before and after, thresholds: see `changed`"""
+    smoothing and the threshold next to 0.5. -> frames before and after, thresholds: see `as_tuned`"""
     tried, best = THRESHOLDS if task.yes_or_no else [0.5], (-1.0, 0, ())
     for k in SMOOTH:
-        sums = [sums_of(changed(outputs, task, k, (t,)), videos, task).sum(axis=0) for t in tried]
+        sums = [sums_of(as_tuned(outputs, task, k, (t,)), videos, task).sum(axis=0) for t in tried]
         scores = np.stack([task.metric.score(of_threshold) for of_threshold in sums])      # (thresholds, K)
         thresholds = tuple(tried[i] for i in scores.argmax(axis=0)) if len(tried) > 1 else ()
         best = max(best, (float(scores.max(axis=0).mean()), k, thresholds), key=lambda way: way[0])
     return best[1:]
 
 
-def changed(outputs: dict[str, np.ndarray], task: Task, k: int, thresholds: tuple) -> dict[str, np.ndarray]:
+def as_tuned(outputs: dict[str, np.ndarray], task: Task, k: int, thresholds: tuple) -> dict[str, np.ndarray]:
     """{video: outputs (T, K)} as they are scored after smoothing and with thresholds."""
     return {name: for_metric(smoothed(in_units(of_video, task), k), task, thresholds)
             for name, of_video in outputs.items()}

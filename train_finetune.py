@@ -30,7 +30,7 @@ from images import check_ends, find_videos, last_of, normalise
 from labels import EXPR, longest, something_to_learn, split
 from losses import expr_loss
 from pipeline import find_input, open_run, start
-from scoring import count_images, expr_classifier, finish_classes
+from scoring import ExprClassifier, count_images, finish_classes
 
 
 def main(config, team):
@@ -58,7 +58,7 @@ def main(config, team):
     # model and optimiser
     path, origin = find_input(config, team, "finetune.start")
     torch.manual_seed(seed)
-    model = expr_classifier(config)
+    model = ExprClassifier(config)
     said = load_vit(model.vit, path)
     ddp = team.parallel(model)
     optimizer = adamw(model, f)

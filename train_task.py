@@ -31,7 +31,7 @@ from engine.training import clip_gradient, fused
 from labels import TASKS, hold_out, in_units, occurrences, something_to_learn, split, targets
 from metrics import numbers
 from pipeline import finished, folder, open_run, start
-from scoring import HELD_OUT, find_features, load, predict_videos, reasons, report, sums_of, to_score
+from scoring import HELD_OUT, find_features, predict_videos, reasons, report, sums_of, to_score
 from temporal import SegmentModel
 
 
@@ -98,15 +98,16 @@ def main(config, team, task):
         run.keep_best(mean)
         run.end_epoch(f"{'held-out' if held_out else 'validation'} {task.metric.name} {mean:.3f}", score=mean)
     run.end()
-    finish(run, task, scored, config, team)
+    finish(run, task, scored)
 
 
-def finish(run, task, scored, config, team):
+def finish(run, task, scored):
     """Score the best epoch's weights on the validation videos, tell the score, and draw the pictures."""
-    best, videos = run.folder / "best.pt", scored.videos
-    outputs = predict_videos(load(best, config, task, team).model, videos, config, team)
+    config, team, videos = run.config, run.team, scored.videos
+    run.load_best()
+    outputs = predict_videos(run.model, videos, config, team)
     sums = sums_of(outputs, videos, task)
-    text, metrics = report(task, sums, scored, best, config.task.fold), numbers(task, sums)
+    text, metrics = report(task, sums, scored, run.folder / "best.pt", config.task.fold), numbers(task, sums)
     metrics |= {"validation_videos": len(videos), "seen_videos": int((~scored.unseen).sum()),
                 "left_out": scored.left_out, "data": scored.data, "comparable": scored.comparable,
                 "videos": [video.name for video in videos], "video_sums": sums.tolist()}
@@ -120,10 +121,10 @@ def finish(run, task, scored, config, team):
     team.say(f"pictures: {run.folder}/curves.png, {run.folder}/timeline.png")
 
 
-def draw_timeline(outputs, videos, task, config, path, longest: int = 600):
-    """The validation video with most labels, at most its first `longest` frames."""
-    video = max(videos, key=lambda video: targets(video.labels[:longest], task)[1].sum())
-    target, valid = targets(video.labels[:longest], task)
+def draw_timeline(outputs, videos, task, config, path):
+    """The validation video with most labels, at most its first 600 frames."""
+    video = max(videos, key=lambda video: targets(video.labels[:600], task)[1].sum())
+    target, valid = targets(video.labels[:600], task)
     T, faces = len(target), []
     try:
         shown = np.linspace(1, T, min(40, T)).astype(int)

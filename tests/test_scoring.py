@@ -17,7 +17,7 @@ from images import normalise
 from labels import AU, EXPR, TASKS, VA
 from metrics import binary_f1, ccc, class_f1
 from processes import ALONE, in_team
-from scoring import (HELD_OUT, changed, check_features, check_scenes, count_images, each_frame, extractor,
+from scoring import (HELD_OUT, as_tuned, check_features, check_scenes, count_images, each_frame, extractor,
                      labelled_faces, load, of_videos, predict, read_predictions, reasons, report, sums_of,
                      to_score, tuned)
 from temporal import SegmentModel
@@ -295,7 +295,7 @@ def test_smoothing_and_thresholds_are_the_best_of_those_tried(tmp_path, task):
         videos.append(Video(str(seed), tmp_path, labels))
 
     def score(k, thresholds):
-        sums = sums_of(changed(outputs, task, k, thresholds), videos, task)
+        sums = sums_of(as_tuned(outputs, task, k, thresholds), videos, task)
         return task.metric.score(sums.sum(axis=0)).mean()
     k, thresholds = tuned(task, outputs, videos)
     assert score(k, thresholds) >= max(score(other, ()) for other in (0, 1, 2, 5, 10, 20, 50)) - 1e-12

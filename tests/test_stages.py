@@ -262,7 +262,7 @@ def pretrain(folder, config):
 def finetune(folder, config):
     f, rows = config.finetune, expr_rows(folder, "Train_Set")
     val, samples = expr_rows(folder, "Validation_Set"), -(-len(rows) // f.every)
-    model = ExprClassifier(VisionTransformer(**VIT, drop_path=f.drop_path), "cls", 8, f.dropout)
+    model = ExprClassifier(config)
     start_of(model.vit, folder)
 
     def losses_of(images, classes):
@@ -418,7 +418,7 @@ def test_a_training_is_the_plain_loop(made, name):
 def test_features_are_those_of_each_face_or_of_the_last_one_before_it(made):
     done(made, "train_finetune", "--config", "my.yaml")
     said = done(made, "extract_features", "--config", "my.yaml")
-    model = ExprClassifier(VisionTransformer(**VIT), "cls", 8, 0.0)
+    model = ExprClassifier(settings(made))
     model.load_state_dict(weights(made / "runs/my/finetune", "best.pt"))
     model.eval()
     for video, (_, frames) in VIDEOS.items():
