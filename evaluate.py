@@ -29,7 +29,7 @@ from engine.training import Progress
 from images import check_ends, find_videos, last_of
 from labels import TASKS, has_labels, read_labels, scene, split, targets
 from metrics import confusion, difference, score_table
-from pipeline import command, finished, folder, lines_of, make, missing, tuned_on
+from pipeline import finished, folder, lines_of, make, missing, tuned_on
 from scoring import (HELD_OUT, as_tuned, check_features, check_scenes, find_features, load, of_videos,
                      predict_videos, reasons, report, sums_of, to_score, tuned)
 from second_paper import emma
@@ -75,15 +75,12 @@ def main(config, team, task, checkpoint="", tune=False, against=None):
         held_out = [video for video in others if video.name in names]
         if not names or len(held_out) < len(names):
             raise ValueError(f"{path}: {len(names)} training videos were held back, of which {len(held_out)} "
-                             "have labels and features here; train one that holds some back: "
-                             + command(f"train_task --task {task.name}", config)
-                             + " --set task.held_out=0.15")
+                             "have labels and features here; train one with --set task.held_out=0.15")
         k, thresholds = tuned(task, predict_videos(trained.model, held_out, config, team), held_out)
-        seen = {scene(name) for name in tuned_on(origin)} & {scene(video.name) for video in held_out}
+        seen = to_score(held_out, {}, [], task, origin, config).seen
         team.say(f"chosen on {len(held_out)} held-out training videos: mean over {k} frames before and "
                  f"after, thresholds {' '.join(f'{t:.2f}' for t in thresholds) or 'as they are'}"
-                 + (f"\n  the ViT was fine-tuned on {len(seen)} of their scenes, so they are easier than new "
-                    "videos" if seen else ""))
+                 + (f"\n  {seen}, so they are easier than new videos" if seen else ""))
     outputs = as_tuned(predict_videos(trained.model, videos, config, team), task, k, thresholds)
     sums = sums_of(outputs, videos, task)
     team.say(f"{report(task, sums, scored, path, config.task.fold)}\n\n{confusion(task, sums)}\n")

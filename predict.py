@@ -192,6 +192,9 @@ def check_options(options):
         options.fps = options.fps and float(Fraction(options.fps))
     out, smooth, fps = options.out, options.smooth, options.fps
     for wrong, message in [
+            (not Path(options.frames).is_dir(),
+             f"--frames: {options.frames} is no folder; expected one that holds the face crops of a video, "
+             "00001.jpg, ..., or a folder of them per video"),
             (not out.lower().endswith(".csv") or Path(out).is_dir(),
              f"--out: got {out!r}, expected the name of a CSV file, like predictions.csv"),
             (smooth < 0, f"--smooth: got {smooth}, expected 0 frames or more"),

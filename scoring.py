@@ -275,8 +275,8 @@ def check_features(path, record: dict | None, features_record: dict):
     record cannot be checked."""
     if record is not None and identity(record["from"]) != identity(features_record):
         raise ValueError(f"{path}: trained on features of another ViT, {named(record['from'])}, not "
-                         f"{named(features_record)}, which mean something else; give those it was trained "
-                         "on, --set task.features=..., or their ViT, --set features.checkpoint=...")
+                         f"{named(features_record)}; give its own: --set task.features=..., or their ViT: "
+                         "--set features.checkpoint=...")
 
 
 def check_scenes(path, record: dict | None, videos):

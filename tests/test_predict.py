@@ -167,7 +167,7 @@ def test_images_that_tools_name_from_0_have_the_rows_of_the_same_images_from_1(h
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--frames", "nowhere"], "No such file or directory: 'nowhere'"),
+    (["--frames", "nowhere"], "--frames: nowhere is no folder"),
     (["--frames", "data/RAF-DB"], "no frame found; expected 00001.jpg.*need --still"),
     *[(["--out", name], f"--out: got '{name}', expected the name of a CSV file")
       for name in ("runs", "p.json", "p.tsv", "p.jsonl", "p.csv/")],

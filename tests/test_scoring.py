@@ -305,5 +305,6 @@ def test_smoothing_and_thresholds_are_the_best_of_those_tried(tmp_path, task):
             for t in (0.05, 0.3, 0.5, 0.7, 0.95):
                 other = thresholds[:i] + (t,) + thresholds[i + 1:]
                 assert score(k, other) <= score(k, thresholds) + 1e-12
+    assert score(0, ()) != score(10, ())
     assert score(0, ()) == pytest.approx(np.mean(alone(task, np.concatenate(list(outputs.values())),
                                                        np.concatenate([video.labels for video in videos]))))

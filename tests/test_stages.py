@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 import losses
@@ -262,12 +263,14 @@ def pretrain(folder, config):
 def finetune(folder, config):
     f, rows = config.finetune, expr_rows(folder, "Train_Set")
     val, samples = expr_rows(folder, "Validation_Set"), -(-len(rows) // f.every)
-    model = ExprClassifier(config)
+    model = ExprClassifier(config)                                              # draws the head's weights
+    model.vit, model.head[2] = VisionTransformer(**VIT, drop_path=f.drop_path), nn.Dropout(f.dropout)
     start_of(model.vit, folder)
 
     def losses_of(images, classes):
         for x, y in zip(images.tensor_split(2), classes.tensor_split(2)):
-            yield F.cross_entropy(model(normalise(x)), y, reduction="sum") / len(images)
+            logits = model.head(model.vit(normalise(x))[:, 0])                  # of the cls token
+            yield F.cross_entropy(logits, y, reduction="sum") / len(images)
 
     def rows_of(epoch):
         return [rows[(i * f.every + epoch % f.every) % len(rows)] for i in range(samples)]
