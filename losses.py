@@ -108,7 +108,7 @@ def js_loss(logits, valid, N=None):
         JS(p_1, ..., p_V) = 1/V Σ_v Σ_c p_vc · log(p_vc / m_c),    m = 1/V Σ_v p_v
 
     p_v = softmax(logits_v). 0 where all views agree, at most log V where each is sure of another class.
-    Computed from the logits, so that a probability of 0 has a finite gradient. Gradients flow into every view.
+    Computed from the logits, so that a probability of 0 has a finite gradient. Gradients reach every view.
     Shape: V of (..., M), (...) mask -> scalar in [0, log V]. Given N: as in `expr_loss`. Raises ValueError if
     the shapes do not fit the mask's.
     """

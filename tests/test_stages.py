@@ -416,6 +416,7 @@ def test_a_training_is_the_plain_loop(made, name):
     if "task" not in name and name != "stills":
         assert 0 < found.clipped < found.steps, "take another clip"
     assert (out / "metrics.json").exists() and (out / "curves.png").exists()
+    assert (out / "reconstruction.png").exists() == (name == "pretrain")
 
 
 def test_features_are_those_of_each_face_or_of_the_last_one_before_it(made):
