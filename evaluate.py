@@ -29,9 +29,9 @@ from engine.training import Progress
 from images import check_ends, find_videos, last_of
 from labels import TASKS, has_labels, read_labels, scene, split, targets
 from metrics import confusion, difference, score_table
-from pipeline import command, finished, folder, lines_of, make, missing, tuned_on
-from scoring import (HELD_OUT, changed_by, check_features, check_scenes, find_features, load, predict_videos,
-                     reasons, report, shared_out, sums_of, to_score, tuned)
+from pipeline import finished, folder, lines_of, make, missing, tuned_on
+from scoring import (HELD_OUT, as_tuned, check_features, check_scenes, find_features, load, of_videos,
+                     predict_videos, reasons, report, sums_of, to_score, tuned)
 from second_paper import emma
 
 
@@ -49,22 +49,19 @@ def main(config, team, task, checkpoint="", tune=False, against=None):
 
     # model
     trained = load(path, config, task, team)
-    task, config = trained.task, trained.config
+    [task], config = trained.tasks, trained.config
     team.say(f"settings as in the checkpoint:{lines_of(trained.changed)}" if trained.changed else str(path))
 
     # data
     features, origin = find_features(config, team)
     train_files, val_files = split(config.data.labels, task, config.task.fold)
-    videos, left_out, dim = open_videos(val_files, features, task)
+    videos, left_out, _ = open_videos(val_files, features, task)
     try:
         others, _, _ = open_videos(train_files, features, task)
     except ValueError:                                       # those of the validation are enough to score
         others = []
     check_features(path, trained.record, origin)
     check_scenes(path, trained.record, videos)
-    if dim != trained.model.dim:
-        raise ValueError(f"{path}: takes features of {trained.model.dim} numbers, those in {features} have "
-                         f"{dim}; give those it was trained on, --set task.features=...")
     scored = to_score(videos, left_out, others, task, origin, config)
     if trained.record is None:
         scored = scored._replace(comparable=False)
@@ -72,25 +69,20 @@ def main(config, team, task, checkpoint="", tune=False, against=None):
                  "it may have been trained on these videos")
 
     # score
-    def predicted(some):
-        return predict_videos(trained.model, shared_out(some, team), config.segments, config.task.batch, team)
-
     k, thresholds = 0, ()
     if tune:
         names = (trained.record or {"data": {}})["data"].get(HELD_OUT, [])
         held_out = [video for video in others if video.name in names]
         if not names or len(held_out) < len(names):
             raise ValueError(f"{path}: {len(names)} training videos were held back, of which {len(held_out)} "
-                             "have labels and features here; train one that holds some back: "
-                             + command(f"train_task --task {task.name}", config)
-                             + " --set task.held_out=0.15")
-        k, thresholds = tuned(task, predicted(held_out), held_out, team)
-        seen = {scene(name) for name in tuned_on(origin)} & {scene(video.name) for video in held_out}
+                             "have labels and features here; train one with --set task.held_out=0.15")
+        k, thresholds = tuned(task, predict_videos(trained.model, held_out, config, team), held_out)
+        seen = to_score(held_out, {}, [], task, origin, config).seen
         team.say(f"chosen on {len(held_out)} held-out training videos: mean over {k} frames before and "
                  f"after, thresholds {' '.join(f'{t:.2f}' for t in thresholds) or 'as they are'}"
-                 + (f"\n  the ViT was fine-tuned on {len(seen)} of their scenes, so they are easier than new "
-                    "videos" if seen else ""))
-    sums = sums_of(predicted(videos), videos, task, team, changed_by(task, k, thresholds))
+                 + (f"\n  {seen}, so they are easier than new videos" if seen else ""))
+    outputs = as_tuned(predict_videos(trained.model, videos, config, team), task, k, thresholds)
+    sums = sums_of(outputs, videos, task)
     team.say(f"{report(task, sums, scored, path, config.task.fold)}\n\n{confusion(task, sums)}\n")
     if against is not None:
         config.changed = {}                                  # the folder of the configuration as it stands
@@ -103,11 +95,11 @@ def compare(task, sums, videos, other: Path) -> str:
     if "video_sums" not in metrics or metrics["metric"] != task.metric.name:
         raise ValueError(f"{other}: no finished task with the sums of its videos; expected a folder like "
                          f"runs/demo/task_{task.name}")
-    ours = {video.name: of_video for video, of_video in zip(videos, sums)}
-    theirs = {name: np.array(of_video) for name, of_video in zip(metrics["videos"], metrics["video_sums"])}
-    differ = sorted(ours.keys() ^ theirs.keys()) or [
-        name for name in ours
-        if not np.array_equal(task.metric.labelled(ours[name]), task.metric.labelled(theirs[name]))]
+    ours = dict(zip([video.name for video in videos], sums))
+    theirs = dict(zip(metrics["videos"], np.array(metrics["video_sums"])))
+    labelled = [{name: task.metric.labelled(of_video).tolist() for name, of_video in system.items()}
+                for system in (ours, theirs)]
+    differ = sorted(name for name in ours | theirs if labelled[0].get(name) != labelled[1].get(name))
     if differ:
         raise ValueError(f"{other} was scored on other videos, or with other labels, such as "
                          f"{', '.join(differ[:5])}; two systems are compared on the same ones")
@@ -142,43 +134,36 @@ def emma_sums(trained, tasks) -> dict[str, tuple[list[Video], np.ndarray, dict[s
     out}}. A labelled frame without a face counts, with the outputs of the frame before it, as it does for a
     segment model. Raises ValueError if a task has no video left."""
     config, team, given = trained.config, trained.team, find_videos(trained.config.data.frames)[0]
-    seen = {scene(name) for name in tuned_on(trained.record) + trained.record["data"]["training videos"]}
-    once, found = {}, {}                    # {video: one task's record of it}, {task: what to score}
+    known = {scene(name) for name in tuned_on(trained.record) + trained.record["data"]["training videos"]}
+    seen, found = {}, {}                    # {video: outputs (T, 22), noface (T,)}, {task: what is returned}
     for task in tasks:
-        found[task.name] = videos, left_out = {}, {}
-        files = split(config.data.labels, task, 0)[1]
-        for name, file in files.items():
+        videos, left_out = [], {}
+        for name, file in split(config.data.labels, task, 0)[1].items():
             labels = read_labels(file, task)
-            if scene(name) in seen:
+            if scene(name) in known:
                 left_out[name] = "EMMA was trained on its scene"
             elif not targets(labels, task)[1].any():
                 left_out[name] = "no labels"
             elif name not in given:
                 left_out[name] = "no frames"
             else:
-                videos[name] = Video(name, given[name].folder, labels)
-        check_ends(last_of(given), {name: len(video.labels) for name, video in videos.items()})
-        once |= videos
+                videos.append(Video(name, given[name].folder, labels))
+        check_ends(last_of(given), {video.name: len(video.labels) for video in videos})
 
-    frames = {video.name: given[video.name] for video in shared_out(list(once.values()), team)}
-    progress = Progress(sum(files.last for files in frames.values()), "frames", team)
-    outputs = {}
-    for name, files in frames.items():
-        of_video, noface = trained.predict(files, files.last, progress)
-        if not noface.all():
-            outputs[name] = of_video
-    readable = {name for names in team.gather(list(outputs)) for name in names}
-    for task in tasks:
-        videos, left_out = found[task.name]
-        left_out |= {name: "no readable face" for name in videos if name not in readable}
-        videos = [video for name, video in videos.items() if name in readable]
+        new = [video for video in videos if video.name not in seen]
+        frames = sum(given[video.name].last for video in new)
+        progress = Progress(frames // team.world, "frames", team)        # about what this process has to do
+        seen |= of_videos(lambda video: trained.predict(given[video.name], given[video.name].last, progress),
+                          new, team)
+        left_out |= {video.name: "no readable face" for video in videos if seen[video.name][1].all()}
+        videos = [video for video in videos if video.name not in left_out]
         if not videos:
             raise ValueError(f"no validation video of {task.name} can be scored: {reasons(left_out)}; check "
                              "data.frames")
         # mode="clip": labels after the last image count, with its outputs.
-        of_task = {video.name: np.take(emma.outputs_of(task, outputs[video.name]), range(len(video.labels)),
-                                       axis=0, mode="clip") for video in videos if video.name in outputs}
-        found[task.name] = videos, sums_of(of_task, videos, task, team), left_out
+        outputs = {video.name: np.take(emma.outputs_of(task, seen[video.name][0]), range(len(video.labels)),
+                                       axis=0, mode="clip") for video in videos}
+        found[task.name] = videos, sums_of(outputs, videos, task), left_out
     return found
 
 

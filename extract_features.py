@@ -28,7 +28,7 @@ from engine.training import Progress
 from images import check_ends, find_videos, last_of, sizes
 from labels import longest
 from pipeline import begun, open_run, start
-from scoring import extractor, video_features
+from scoring import extractor
 
 
 def main(config, team):
@@ -55,7 +55,7 @@ def main(config, team):
         return team.say(f"{run.folder} is finished; nothing to do")
 
     # model
-    vit, origin, said = extractor(config, team)
+    look, origin, said = extractor(config, team)
     run.remember({}, origin)
     known |= {video: table[video] for video in left}
     if team.rank == 0:                              # what is out of date goes, what is to be made is listed
@@ -74,7 +74,7 @@ def main(config, team):
     progress = Progress(sum(table[video]["frames"] for video in mine), "frames", team)
     for video in mine:
         path, length = run.folder / f"{video}.npy", table[video]["frames"]
-        features, noface = video_features(vit, videos[video], length, config, team, progress)
+        features, noface = look(videos[video], length, progress)
         if not noface.all():                        # nothing is written for a video without any face
             write_array(noface_path(path), noface)
             write_array(path, features)

@@ -104,42 +104,30 @@ def weighted_au_loss(logits, target, valid, pos_weight, N=None):
     2 ln 2 · Σ_k (1 - p_k) on average, p_k the share of positives.
     Unlike `au_loss`, added and not averaged over the AUs: the term is several times larger (EMMA's choice).
     Shape: logits, target, mask (..., K), pos_weight (K,) -> scalar. Masked per entry. Given N: as in
-    `expr_loss`. Raises ValueError if the shapes differ.
+    `expr_loss`. Raises ValueError if the first three shapes differ.
     """
     x = _checked(logits, logits.shape, target, valid).masked_fill(~valid, 0)
-    if pos_weight.shape != logits.shape[-1:]:
-        shape = tuple(x.shape[-1:])
-        raise ValueError(f"pos_weight {tuple(pos_weight.shape)}: expected {shape}, one for each AU")
     y, w = target.to(x.dtype).masked_fill(~valid, 0), pos_weight.to(x.dtype)
     loss = F.binary_cross_entropy_with_logits(x, y, pos_weight=w, reduction="none")      # (..., K)
     return _mean((loss * valid).sum(dim=-1), valid.any(dim=-1), N)                       # (..., K) -> (...)
 
 
-def js_divergence(*logits):
-    """Jensen-Shannon divergence between the predictions of several views of the same samples, in nats.
+def js_loss(logits, valid, N=None):
+    """CoTEX: how far the predictions of V views of the same samples differ, the mean of the Jensen-Shannon
+    divergence over the N valid samples, in nats.
 
         JS(p_1, ..., p_V) = 1/V Σ_v Σ_c p_vc · log(p_vc / m_c),    m = 1/V Σ_v p_v
 
     p_v = softmax(logits_v). 0 where all views agree, at most log V where each is sure of another class.
-    Computed from the logits, so that a probability of 0 has a finite gradient.
-    Shape: V of (..., M) -> (...), one number for each sample. Raises ValueError if the shapes differ.
-    """
-    shapes = [tuple(view.shape) for view in logits]
-    if len(set(shapes)) != 1:
-        raise ValueError(f"views of shapes {shapes}; expected at least one, all of the same (..., classes)")
-    log_p = torch.stack([at_least_float32(view) for view in logits]).log_softmax(dim=-1)   # (V, ..., M)
-    log_m = log_p.logsumexp(dim=0) - math.log(len(logits))                                  # (..., M)
-    return (log_p.exp() * (log_p - log_m)).sum(dim=-1).mean(dim=0)                          # -> (...)
-
-
-def js_loss(logits, valid, N=None):
-    """CoTEX: the mean of `js_divergence` over the N valid samples. Gradients flow into every view.
-
-    Shape: a list of V of (..., M), (...) mask -> scalar in [0, log V]. Given N: as in `expr_loss`. Raises
-    ValueError if the shapes do not fit.
+    Computed from the logits, so that a probability of 0 has a finite gradient. Gradients reach every view.
+    Shape: V of (..., M), (...) mask -> scalar in [0, log V]. Given N: as in `expr_loss`. Raises ValueError if
+    the shapes do not fit the mask's.
     """
     views = [_checked(view, view.shape[:-1], valid).masked_fill(~valid[..., None], 0) for view in logits]
-    return _mean(js_divergence(*views), valid, N)
+    log_p = torch.stack(views).log_softmax(dim=-1)                                          # (V, ..., M)
+    log_m = log_p.logsumexp(dim=0) - math.log(len(logits))                                  # (..., M)
+    JS = (log_p.exp() * (log_p - log_m)).sum(dim=-1).mean(dim=0)                            # -> (...)
+    return _mean(JS, valid, N)
 
 
 def at_least_float32(x):

@@ -31,7 +31,6 @@ from fractions import Fraction
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -42,30 +41,24 @@ from engine.checkpoints import checksum, load_weights, read_checkpoint, read_jso
 from engine.config import from_command_line
 from engine.distributed import all_sum, launch
 from engine.run import changes
-from engine.settings import Config
 from engine.training import Progress
 from images import READ, Files, VideoFrames, below, find_images, listed, passed_over, sizes
 from labels import EXPR, TASKS, in_units, smoothed
 from pipeline import command, find_input, finished, folder, like, lines_of, missing, settings_of
-from scoring import check_features, each_frame, expr_classifier, extractor, load, video_features
+from scoring import ExprClassifier, check_features, each_frame, extractor, load
 from second_paper import emma
 
 TOGETHER = 1000            # with --still, images that are written together
 
 
-# ---- The models
+# ---- The models. Each function gives
+# look: files of T frames, T, progress -> what it saw (T, D), noface (T,)
+# heads: {a task's name: (T, D) -> its outputs (T, K)}
+# the configuration with the settings that they were trained with, and the record that tells which they are
 
-class Models(NamedTuple):
-    """What looks at the frames, and what tells each task from that."""
-    look: Callable                  # files of T frames, T, progress -> what it saw (T, D), noface (T,)
-    heads: dict[str, Callable]      # {a task's name: (T, D) -> its outputs (T, K)}
-    config: Config                  # with the settings that they were trained with
-    record: dict                    # which they are
-
-
-def segment_models(config, team) -> Models:
+def segment_models(config, team):
     """Videos: the run's ViT and its trained tasks. Raises ValueError if no task is trained."""
-    vit, origin, said = extractor(config, team)
+    look, origin, said = extractor(config, team)
     team.say(f"  ViT from {said}")
     heads, record = {}, {"vit": {"checksum": origin["checksum"], "token": config.finetune.token}}
     features = {"stage": "features", "settings": settings_of("features", config), "from": origin}
@@ -83,31 +76,28 @@ def segment_models(config, team) -> Models:
         record[task.name] = {"checksum": checksum(path), **vars(trained.config.segments)}
     if not heads:
         raise missing(path, f"train_task --task {task.name}", config)
-    return Models(lambda files, T, progress: video_features(vit, files, T, config, team, progress), heads,
-                  config, record)
+    return look, heads, config, record
 
 
-def emma_model(path, config, team) -> Models:
+def emma_model(path, config, team):
     """Each frame or image by itself: the EMMA of a checkpoint."""
     trained = emma.load(path, config, team)
     heads = {task.name: partial(emma.outputs_of, task) for task in trained.tasks}
     team.say(f"  {path}, each frame by itself; columns of {', '.join(heads)}")
-    return Models(trained.predict, heads, trained.config, {"emma": {"checksum": checksum(path)}})
+    return trained.predict, heads, trained.config, {"emma": {"checksum": checksum(path)}}
 
 
-def expression_model(config, team) -> Models:
+def expression_model(config, team):
     """Each image by itself: the ViT with the expression head of its fine-tuning."""
     path, origin = find_input(config, team, "features.checkpoint")
     saved = read_checkpoint(path)
     config, _ = like(saved.get("made_of"), config, path)
-    model = expr_classifier(config)
+    model = ExprClassifier(config)
     load_weights(model, saved.get("model", saved), path)
-    model, width = model.to(team.device).eval(), len(EXPR.outputs)
     team.say(f"  {path}, each frame by itself; columns of {EXPR.name}")
-    return Models(lambda files, T, progress: each_frame(model, model.source, files, T, width, torch.float32,
-                                                        config, team, progress),
-                  {EXPR.name: lambda outputs: outputs}, config,
-                  {"vit": {"checksum": origin["checksum"], "token": config.finetune.token}})
+    look = partial(each_frame, model.to(team.device).eval(), path, len(EXPR.outputs), np.float32)
+    return (partial(look, config, team), {EXPR.name: np.asarray}, config,
+            {"vit": {"checksum": origin["checksum"], "token": config.finetune.token}})
 
 
 # ---- What is predicted, in parts: a video, or TOGETHER single images. `parts`: {name: its files}
@@ -194,14 +184,6 @@ def rows_of(name: str, files, values: dict, noface, options) -> bytes:
     return text.getvalue().encode("utf-8", "surrogateescape")       # names may hold bytes of no encoding
 
 
-def draw(path: Path, name: str, files, values: dict, noface, options):
-    """The picture of a video, with values {task: (T, K)}."""
-    shown = np.linspace(1, len(noface), min(60, len(noface))).astype(int)
-    note = f"mean over {options.smooth} frames before and after each one" if options.smooth else ""
-    pictures.save(pictures.draw_video(name, {} if noface.all() else values, {}, some_faces(files, shown, 80),
-                                      noface, options.fps, note), path)
-
-
 # ---- The script
 
 def check_options(options):
@@ -237,16 +219,17 @@ def main(config, team, options):
 
     # models
     of_run = expression_model if options.still else segment_models
-    models = emma_model(options.emma, config, team) if options.emma else of_run(config, team)
-    if models.config.data.synthetic:
+    look, heads, config, record = (emma_model(options.emma, config, team) if options.emma
+                                   else of_run(config, team))
+    if config.data.synthetic:
         team.say("  warning: these models learned from synthetic faces; they say little about real ones")
 
     # table
     path = Path(options.out)
     header = ["file", "face"] if options.still else ["video", "frame", "time", "face"]
-    for task in map(TASKS.get, models.heads):
+    for task in map(TASKS.get, heads):
         header += ["expression"] * task.one_class + [*task.outputs]
-    record = {**models.record, "still": options.still, "smooth": options.smooth, "fps": options.fps, **found}
+    record |= {"still": options.still, "smooth": options.smooth, "fps": options.fps, **found}
     there = is_finished(path, record, team)
 
     # loop: parts that lack rows or a picture, longest first, so that no process waits long for another's last
@@ -263,14 +246,18 @@ def main(config, team, options):
     mine, without = left[team.rank::team.world], 0
     progress = Progress(sum(map(frames.get, mine)), "frames", team)
     for name in mine:
-        seen, noface = models.look(parts[name], frames[name], progress)
+        seen, noface = look(parts[name], frames[name], progress)
         values = {task: smoothed(in_units(head(seen), TASKS[task]), options.smooth)
-                  for task, head in models.heads.items()}                                    # (T, K) each
-        of_part = name, parts[name], values, noface, options
+                  for task, head in heads.items()}                                    # (T, K) each
         if options.picture:
-            draw(images[name], *of_part)
+            shown = np.linspace(1, frames[name], min(60, frames[name])).astype(int)
+            note = f"mean over {options.smooth} frames before and after each one" if options.smooth else ""
+            picture = pictures.draw_video(name, {} if noface.all() else values, {},
+                                          some_faces(parts[name], shown, 80), noface, options.fps, note)
+            pictures.save(picture, images[name])
         if not there:                                # after its picture: a part that is there needs nothing
-            write_file(rows[name], lambda file: file.write(rows_of(*of_part)))
+            of_part = rows_of(name, parts[name], values, noface, options)
+            write_file(rows[name], lambda file: file.write(of_part))
         without += int(noface.sum())
     without = int(all_sum(torch.tensor(without)))                  # when it is known, all parts are written
     if team.rank == 0 and not there:

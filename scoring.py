@@ -7,8 +7,9 @@ and the mode filter of the authors' code.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from torch.utils.data import BatchSampler
 from data import Images, Video, noface_path, pad, read_features, segments
 from engine.checkpoints import find_weights, load_vit, load_weights, read_checkpoint
 from engine.config import Config
-from engine.distributed import Team, all_sum
+from engine.distributed import Team
 from engine.training import loader
-from images import normalise
+from images import VideoFrames, normalise
 from labels import EXPR, TASKS, Task, for_metric, in_units, scene, smoothed, targets
 from metrics import CLASS_F1, plain_table, score_table
 from pictures import curves
@@ -28,6 +29,7 @@ from pipeline import find_input, identity, like, named, tuned_on
 from temporal import SegmentModel
 from vit import VisionTransformer
 
+ALONE = Team(0, 1, torch.device("cpu"))      # one process, without a GPU
 HELD_OUT = "held-out videos"                 # where a record names the videos of task.held_out
 # The first layer of a segment model: of the TCN; without one, of the Transformer; without both, of the head.
 FIRST_WEIGHTS = ("tcn.levels.0.conv1.conv.parametrizations.weight.original1", "transformer.project.weight",
@@ -39,83 +41,75 @@ THRESHOLDS = sorted((round(0.05 * i, 2) for i in range(1, 20)), key=lambda thres
 # ---- Single images
 
 class ExprClassifier(nn.Module):
-    """ViT -> one feature per face -> fully connected layers -> 8 logits: (B, 3, H, W) -> (B, 8)."""
+    """What is fine-tuned (§3.1), with the sizes of a configuration: ViT -> one feature per face -> fully
+    connected layers -> 8 logits: (B, 3, H, W) -> (B, 8)."""
 
-    def __init__(self, vit: VisionTransformer, token: str, hidden: int, dropout: float):
+    def __init__(self, config: Config):
         super().__init__()
-        self.vit, self.token = vit, token
-        dim, classes = vit.norm.normalized_shape[0], len(EXPR.outputs)
-        self.head = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout),
-                                  nn.Linear(hidden, classes))
+        f, D = config.finetune, config.vit.dim
+        self.vit = VisionTransformer(**dataclasses.asdict(config.vit), drop_path=f.drop_path)
+        self.token = f.token
+        self.head = nn.Sequential(nn.Linear(D, f.hidden), nn.GELU(), nn.Dropout(f.dropout),
+                                  nn.Linear(f.hidden, len(EXPR.outputs)))
 
     def forward(self, images):
         return self.head(self.vit.features(images, self.token))        # (B, 3, H, W) -> (B, D) -> (B, 8)
 
 
-def expr_classifier(config: Config) -> ExprClassifier:
-    """The classifier of a configuration, with random weights: what is fine-tuned (§3.1)."""
-    f = config.finetune
-    vit = VisionTransformer(**dataclasses.asdict(config.vit), drop_path=f.drop_path)
-    return ExprClassifier(vit, f.token, f.hidden, f.dropout)
-
-
-def batches_of(images: Images, rows, config: Config, team: Team):
-    """Batches of these rows of a dataset, to go over without training."""
-    batches = BatchSampler(rows, config.features.batch, drop_last=False)
-    return loader(images, batches, config.run.workers, team)
-
-
 @torch.no_grad()
-def count_images(network, images: Images, sums, add, config: Config, team: Team, run=None):
-    """`sums` over all images and processes, NumPy (...), and how many images could not be read.
+def batch_outputs(network, images: Images, rows, config: Config, team: Team):
+    """Yield what a network gives for the readable images of each batch of these rows, float32 (B, K), and
+    each of their columns, all NumPy. `network`, in evaluation mode: normalised images (B, 3, height, width)
+    -> (B, K)."""
+    batches = BatchSampler(rows, config.features.batch, drop_last=False)
+    for x, *columns in loader(images, batches, config.run.workers, team):
+        if len(x):
+            with team.autocast():
+                outputs = network(normalise(x.to(team.device, non_blocking=True)))
+            yield outputs.float().cpu().numpy(), *[column.numpy() for column in columns]
 
-    `network`, in evaluation mode: normalised images (B, 3, height, width) -> outputs (B, K). `add(sums,
-    outputs, *columns)` adds those of a batch and of the columns of `images`, all NumPy. Each image is read by
-    one process. `run`: a training, which may be asked to stop. Raises ValueError if none can be read.
-    """
+
+def count_classes(outputs, labels) -> np.ndarray:
+    """Images by (label, predicted class): (B, classes), (B,) -> (classes, classes)."""
+    return CLASS_F1.count(outputs, labels, labels >= 0)
+
+
+def count_images(run, network, images: Images, count=count_classes):
+    """In a training: the sum of count(outputs, *columns) over all images and processes, and how many images
+    could not be read. Each is read by one process. `network`: as in `batch_outputs`. Raises ValueError if
+    none can be read."""
+    team, sums, readable = run.team, 0, 0
     mine = range(team.rank, len(images), team.world)
-    readable, batches = 0, batches_of(images, mine, config, team)
-    for x, *columns in run.unless_stopped(batches) if run else batches:
-        with team.autocast():
-            outputs = network(normalise(x.to(team.device, non_blocking=True)))
-        add(sums, outputs.float().cpu().numpy(), *[column.numpy() for column in columns])
-        readable += len(x)
-    if run:
-        run.obey_signals()
-    readable = int(all_sum(torch.tensor(readable)))
+    for batch in run.unless_stopped(batch_outputs(network, images, mine, run.config, team)):
+        sums = sums + count(*batch)
+        readable += len(batch[0])
+    run.obey_signals()
+    sums, readable = map(sum, zip(*team.gather((sums, readable))))
     if not readable:
         raise ValueError(f"none of {len(images):,} images can be scored, such as {images.files.where(0)}")
-    return all_sum(torch.from_numpy(sums)).numpy(), len(images) - readable
+    return sums, len(images) - readable
 
 
-def count_classes(network, images: Images, classes: int, config: Config, team: Team, run=None):
-    """As `count_images`: the images by (label, predicted class), (classes, classes). The column of `images`
-    is the class."""
-    def add(sums, scores, labels):
-        sums += CLASS_F1.count(scores, labels, labels >= 0)
-    return count_images(network, images, np.zeros((classes, classes)), add, config, team, run)
-
-
-def finish_classes(run, network, images: Images, names, config: Config, team: Team, zero_loss: float):
+def finish_classes(run, network, images: Images, names, zero_loss: float):
     """The end of a training on classes `names`: the best epoch's weights on all `images`, curves.png with the
     loss of outputs that are all 0, metrics.json, and a table."""
     run.load_best()
     run.model.eval()
-    sums, unreadable = count_classes(network, images, len(names), config, team)
+    sums, unreadable = count_images(run, network, images)
     f1, chance = CLASS_F1.score(sums), CLASS_F1.chance(sums).mean()
-    if team.rank == 0:
+    if run.team.rank == 0:
         curves(run.folder, {"loss": zero_loss, "val_f1": chance})
     run.finish({"metric": CLASS_F1.name, "score": f1.mean(), **dict(zip(names, f1.tolist())),
                 "chance": chance, "confusion": sums.tolist(), "val_images": int(sums.sum()),
                 "val_unreadable": unreadable})
-    team.say(f"\n{int(sums.sum()):,} single validation images ({unreadable:,} more cannot be read)\n"
-             f"{plain_table(CLASS_F1, names, sums)}\nwritten to {run.folder}")
+    run.team.say(f"\n{int(sums.sum()):,} single validation images ({unreadable:,} more cannot be read)\n"
+                 f"{plain_table(CLASS_F1, names, sums)}\nwritten to {run.folder}")
 
 
-def extractor(config: Config, team: Team) -> tuple[VisionTransformer, dict, str]:
-    """The ViT that gives the features, on the device; its record; what is to be said of it. Raises ValueError
-    if its checkpoint is missing or does not fit, also if its training used another token than finetune.token.
-    """
+def extractor(config: Config, team: Team) -> tuple[Callable, dict, str]:
+    """What gives the features of videos, float16 (T, D): `each_frame`, by the ViT of the configuration; the
+    ViT's record; what is to be said of it. Raises ValueError if its checkpoint is missing or does not fit,
+    also if its training used another token than finetune.token."""
     path, record = find_input(config, team, "features.checkpoint")
     vit = VisionTransformer(**dataclasses.asdict(config.vit))
     said, stage, token = load_vit(vit, path), record.get("stage"), config.finetune.token
@@ -123,38 +117,36 @@ def extractor(config: Config, team: Team) -> tuple[VisionTransformer, dict, str]
     if trained != token:
         raise ValueError(f"{path}: of stage {stage}, which trained its {trained} token; give --set "
                          f"finetune.token={trained}")
-    return vit.to(team.device).eval(), record, said
+    network = partial(vit.to(team.device).eval().features, token=token)
+    return partial(each_frame, network, path, config.vit.dim, np.float16, config, team), record, said
 
 
 def check_finite(outputs, source: str):
     """Raises ValueError if outputs of the checkpoint `source` are NaN or infinite; so none is written."""
     if not np.isfinite(outputs).all():
-        raise ValueError(f"{source}: its outputs are not finite, or too large for {outputs.dtype}; use one "
-                         "of a training that has not diverged")
+        raise ValueError(f"{source}: its outputs are not finite, or too large for {outputs.dtype}: its "
+                         "training has diverged, or what it was given is not finite; use another")
 
 
-@torch.no_grad()
-def each_frame(network, source: str, frames, length: int, width: int, dtype, config: Config, team: Team,
-               progress):
-    """What a network gives for each frame of one video of `length` frames, every frame by itself.
-    -> outputs of `dtype` (PyTorch's) as NumPy (T, width), noface bool (T,): True where there was no readable
-    face image. Row i belongs to frame i + 1. Raises ValueError if an output is NaN or infinite.
+def each_frame(network, source, width: int, dtype, config: Config, team: Team, frames: VideoFrames,
+               length: int, progress):
+    """What a network gives for each frame of one video of T = `length` frames, every frame by itself.
+    -> outputs of `dtype` (T, width), noface bool (T,): True where there was no readable face image. Row i
+    belongs to frame i + 1. Raises ValueError if an output is NaN or infinite.
 
-    network: images (B, 3, height, width) -> (B, width); source: its checkpoint. frames: images.VideoFrames. A
-    frame without a face has the outputs of the frame before it; at the start, of the first that has one.
-    Without any face, all outputs are 0. `progress` (training.Progress) counts the frames.
+    network: as in `batch_outputs`; source: its checkpoint. A frame without a face has the outputs of the
+    frame before it; at the start, of the first that has one. Without any face, all outputs are 0. `progress`
+    (training.Progress) counts the frames.
     """
-    noface, outputs = np.ones(length, bool), torch.zeros(length, width, dtype=dtype).numpy()
+    noface, outputs = np.ones(length, bool), np.zeros((length, width), dtype)
     images = Images(frames, config.vit.image_size, [frames.numbers - 1])
-    for x, rows in batches_of(images, range(len(frames)), config, team):
-        if len(rows):
-            with team.autocast():
-                of_batch = network(normalise(x.to(team.device, non_blocking=True)))         # (B, width)
-            outputs[rows] = of_batch.to(dtype).cpu().numpy()
-            check_finite(outputs[rows], source)
-            noface[rows] = False
+    for of_batch, rows in batch_outputs(network, images, range(len(frames)), config, team):
+        with np.errstate(over="ignore"):                             # what float16 cannot hold is refused
+            outputs[rows] = of_batch
+        noface[rows] = False
         progress.add(len(rows))
-    progress.add(length - int((~noface).sum()))                      # the frames without a readable image
+    check_finite(outputs, source)
+    progress.add(int(noface.sum()))                                  # the frames without a readable image
     if not noface.all():
         # The last frame with a face up to each frame; before the first one, the first one.
         last = np.maximum.accumulate(np.where(noface, -1, np.arange(length)))
@@ -162,24 +154,24 @@ def each_frame(network, source: str, frames, length: int, width: int, dtype, con
     return outputs, noface
 
 
-def video_features(vit, frames, length: int, config: Config, team: Team, progress):
-    """The features of one video of `length` frames, by `each_frame`. -> float16 (T, D), noface bool (T,)"""
-    def network(images):
-        return vit.features(images, config.finetune.token)
-    return each_frame(network, vit.source, frames, length, config.vit.dim, torch.float16, config, team,
-                      progress)
-
-
 # ---- Whole videos
 
 @torch.no_grad()
-def predict(model, features: np.ndarray, window: int, stride: int, batch: int, team: Team) -> np.ndarray:
-    """The model's outputs for one whole video, the mean where segments overlap: (T, D) -> float32 (T, K).
+def predict(model, config: Config, team: Team, features: np.ndarray) -> np.ndarray:
+    """The outputs of a segment model for one whole video, as its features lie on disk, the mean where
+    segments overlap: float16 (T, D) -> float32 (T, K).
 
+    VA: valence and arousal. Expr, AU: logits; `labels.in_units` makes them probabilities. Raises ValueError
+    for features of another shape or width, and if an output is NaN or infinite, as where a feature is.
     The segments of a video are its batches, whatever the number of processes, so the result does not depend
     on it.
     """
-    cut, outputs = segments(len(features), window, stride), []
+    source = getattr(model, "source", "this model")
+    if np.ndim(features) != 2 or features.shape[1] != model.dim:
+        raise ValueError(f"{source}: expected the features of a video, (T, {model.dim}), got "
+                         f"{np.shape(features)}; give those it was trained on, --set task.features=...")
+    window, batch, outputs = config.segments.window, config.task.batch, []
+    cut = segments(len(features), window, config.segments.stride)
     for first in range(0, len(cut), batch):
         part = cut[first:first + batch]
         x = np.stack([pad(features[start:end], window) for start, end in part])             # (B, w, D)
@@ -192,29 +184,33 @@ def predict(model, features: np.ndarray, window: int, stride: int, batch: int, t
     for (start, end), y in zip(cut, outputs):
         total[start:end] += y[:end - start]
         count[start:end] += 1
+    check_finite(total, source)
     return total / count
 
 
-def shared_out(videos: list[Video], team: Team) -> list[Video]:
-    """This process's videos: longest first, so that no process waits long for another's last one."""
-    return sorted(videos, key=lambda video: (-len(video.labels), video.name))[team.rank::team.world]
+def of_videos(look, videos: list[Video], team: Team, run=None) -> dict:
+    """{video: look(video)} of all videos, on every process; each is looked at by one. `run`: a training,
+    which may be asked to stop."""
+    # The longest first, so that no process waits long for another's last one.
+    mine = sorted(videos, key=lambda video: (-len(video.labels), video.name))[team.rank::team.world]
+    found = {video.name: look(video) for video in (run.unless_stopped(mine) if run else mine)}
+    if run:
+        run.obey_signals()
+    return {name: of_video for part in team.gather(found) for name, of_video in part.items()}
 
 
-def predict_videos(model, videos, s, batch: int, team: Team) -> dict[str, np.ndarray]:
-    """{video: outputs (T, K)} of some labelled videos. `s`: the section `segments`."""
+def predict_videos(model, videos: list[Video], config: Config, team: Team, run=None) -> dict[str, np.ndarray]:
+    """{video: a segment model's outputs (T, K)} of some labelled videos: `predict`, `of_videos`."""
     model.eval()
-    return {video.name: predict(model, read_features(video.features, 0, len(video.labels)), s.window,
-                                s.stride, batch, team) for video in videos}
+    return of_videos(lambda video: predict(model, config, team,
+                                           read_features(video.features, 0, len(video.labels))),
+                     videos, team, run)
 
 
-def sums_of(outputs: dict[str, np.ndarray], videos: list[Video], task: Task, team: Team,
-            change=lambda outputs: outputs) -> np.ndarray:
-    """The sums of the task's metric for each of `videos`: (videos, ...). `outputs`: of those that this
-    process has predicted; `change` makes of a video's what is scored."""
-    mine = {video.name: task.metric.count(change(outputs[video.name]), *targets(video.labels, task))
-            for video in videos if video.name in outputs}
-    sums = {name: of_video for part in team.gather(mine) for name, of_video in part.items()}
-    return np.stack([sums[video.name] for video in videos])
+def sums_of(outputs: dict[str, np.ndarray], videos: list[Video], task: Task) -> np.ndarray:
+    """The sums of the task's metric for each of `videos`: (videos, ...). `outputs`: {video: (T, K)}."""
+    return np.stack([task.metric.count(outputs[video.name], *targets(video.labels, task))
+                     for video in videos])
 
 
 def read_predictions(path) -> dict[str, np.ndarray]:
@@ -229,32 +225,17 @@ def read_predictions(path) -> dict[str, np.ndarray]:
 # ---- Checkpoints
 
 class Trained(NamedTuple):
-    """A segment model with what its checkpoint carries: enough to predict, without the run that made it."""
-    task: Task
-    model: SegmentModel
+    """A model with what its checkpoint carries: enough to predict, without the run that made it."""
+    tasks: list[Task]         # the one of a segment model; of EMMA those that it was trained on
+    model: nn.Module
     config: Config            # with the settings that the model was trained with
     team: Team
     record: dict | None       # what it was made of (pipeline.py); None if the checkpoint does not tell
     changed: dict             # {setting: (stage, was, now)} of those that differ from the given configuration
-
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """The outputs for one whole video, as its features lie on disk: float16 (T, D) -> float32 (T, K).
-
-        VA: valence and arousal. Expr, AU: logits; `labels.in_units` makes them probabilities. Raises
-        ValueError for features of another shape or width, and for NaN and infinity.
-        """
-        dim = self.model.dim
-        if np.ndim(features) != 2 or len(features) == 0 or features.shape[1] != dim:
-            raise ValueError(f"expected the features of a video, (T, {dim}), got {np.shape(features)}")
-        if not np.isfinite(features).all():
-            raise ValueError("the features hold NaN or infinity; extract them again")
-        s = self.config.segments
-        outputs = predict(self.model, features, s.window, s.stride, self.config.task.batch, self.team)
-        check_finite(outputs, self.model.source)
-        return outputs
+    predict: Callable         # features of a video -> outputs: `predict`; of EMMA: `each_frame`
 
 
-def load(path, config: Config | None = None, task: Task | None = None, team: Team | None = None) -> Trained:
+def load(path, config: Config | None = None, task: Task | None = None, team: Team = ALONE) -> Trained:
     """The segment model of a checkpoint, rebuilt from it alone: its settings and sizes are in it.
 
     `config` says what the checkpoint does not (run.device), and all that a checkpoint without a record lacks.
@@ -263,22 +244,21 @@ def load(path, config: Config | None = None, task: Task | None = None, team: Tea
     """
     saved = read_checkpoint(path)
     record = saved.get("made_of")
-    if record is None and (config is None or task is None):
-        raise ValueError(f"{path}: does not tell what it was made of; give its configuration and its task")
     if record is not None:
-        stage = record["stage"].partition("_fold")[0]                   # in older ones: task_au_fold1
-        fitting = [each for each in TASKS.values() if stage == f"task_{each.name}" and task in (None, each)]
-        if not fitting:
+        name = record["stage"].removeprefix("task_").partition("_fold")[0]     # in older ones: task_au_fold1
+        if name not in TASKS or task not in (None, TASKS[name]):
             raise ValueError(f"{path}: of stage {record['stage']}, not a segment model"
                              + (f" for --task {task.name}" if task else ""))
-        task = fitting[0]
+        task = TASKS[name]
+    elif config is None or task is None:
+        raise ValueError(f"{path}: does not tell what it was made of; give its configuration and its task")
     config, changed = like(record, config or Config(), path)
-    team = team or Team(0, 1, torch.device("cpu"))
     weights, _ = find_weights(saved, FIRST_WEIGHTS, path)
     width = next((weights[name].shape[1] for name in FIRST_WEIGHTS if name in weights), 1)
     model = SegmentModel(width, len(task.outputs), **dataclasses.asdict(config.temporal))
     load_weights(model, weights, path)
-    return Trained(task, model.to(team.device).eval(), config, team, record, changed)
+    model.to(team.device).eval()
+    return Trained([task], model, config, team, record, changed, partial(predict, model, config, team))
 
 
 def find_features(config: Config, team: Team) -> tuple[Path, dict]:
@@ -295,8 +275,8 @@ def check_features(path, record: dict | None, features_record: dict):
     record cannot be checked."""
     if record is not None and identity(record["from"]) != identity(features_record):
         raise ValueError(f"{path}: trained on features of another ViT, {named(record['from'])}, not "
-                         f"{named(features_record)}, which mean something else; give those it was trained "
-                         "on, --set task.features=..., or their ViT, --set features.checkpoint=...")
+                         f"{named(features_record)}; give its own: --set task.features=..., or their ViT: "
+                         "--set features.checkpoint=...")
 
 
 def check_scenes(path, record: dict | None, videos):
@@ -316,14 +296,9 @@ class Scored(NamedTuple):
     videos: list[Video]
     left_out: dict[str, str]     # {video: why it is not scored}
     unseen: np.ndarray           # (videos,) bool: the ViT was not fine-tuned on this video's scene
+    seen: str                    # why the score may be too high; "" if it is not
     data: str                    # what the report calls the data
     comparable: bool             # with the paper's and the baseline's numbers
-
-    def seen_text(self) -> str:
-        """Why the score may be too high; "" if it is not."""
-        seen = int((~self.unseen).sum())
-        text = f"{seen} of these {len(self.videos)} videos show scenes on which the ViT was fine-tuned"
-        return text if seen else ""
 
 
 def to_score(videos, left_out, other_videos, task: Task, origin: dict | None, config: Config) -> Scored:
@@ -332,16 +307,16 @@ def to_score(videos, left_out, other_videos, task: Task, origin: dict | None, co
     The paper's numbers stand beside a score only on synthetic data, which says so, and on a complete copy of
     Aff-Wild2.
     """
-    seen = {scene(name) for name in tuned_on(origin)}
-    unseen = np.array([scene(video.name) not in seen for video in videos], bool)
-    if config.data.synthetic:
-        return Scored(videos, left_out, unseen, "synthetic data; the paper's and the baseline's numbers are "
-                      "on Aff-Wild2", True)
+    tuned = {scene(name) for name in tuned_on(origin)}
+    unseen = np.array([scene(video.name) not in tuned for video in videos], bool)
+    seen = (f"{(~unseen).sum()} of these {len(videos)} videos show scenes on which the ViT was fine-tuned"
+            if not unseen.all() else "")
     found, whole = sum(labelled_faces(video, task) for video in [*videos, *other_videos]), task.labelled_faces
-    if abs(found - whole) <= 0.01 * whole:
-        return Scored(videos, left_out, unseen, "Aff-Wild2", True)
-    return Scored(videos, left_out, unseen, f"{found:,} labelled frames with a face in both sets, a complete "
-                  f"Aff-Wild2 has {whole:,}; so the paper's numbers are left out", False)
+    comparable = config.data.synthetic or abs(found - whole) <= 0.01 * whole
+    data = ("synthetic data; the paper's and the baseline's numbers are on Aff-Wild2" if config.data.synthetic
+            else "Aff-Wild2" if comparable else f"{found:,} labelled frames with a face in both sets, a "
+            f"complete Aff-Wild2 has {whole:,}; so the paper's numbers are left out")
+    return Scored(videos, left_out, unseen, seen, data, comparable)
 
 
 def labelled_faces(video: Video, task: Task) -> int:
@@ -353,9 +328,8 @@ def labelled_faces(video: Video, task: Task) -> int:
 
 def reasons(left_out: dict[str, str]) -> str:
     """{"a": "no labels", "b": "no labels"} -> "a, b (no labels)"."""
-    groups = {reason: [name for name in left_out if left_out[name] == reason]
-              for reason in left_out.values()}
-    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in groups.items())
+    return "; ".join(f"{', '.join(name for name in left_out if left_out[name] == reason)} ({reason})"
+                     for reason in dict.fromkeys(left_out.values()))
 
 
 def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
@@ -363,13 +337,12 @@ def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
 
     Shape: sums (videos, ...), as `sums_of` gives them.
     """
-    frames, new = sum(len(video.labels) for video in scored.videos), scored.unseen
-    some = new.any() and not new.all()
+    frames, some = sum(len(video.labels) for video in scored.videos), scored.seen and scored.unseen.any()
     lines = [str(checkpoint), f"{len(scored.videos)} validation videos, {frames:,} frames ({scored.data})",
              score_table(task, sums, scored.unseen if some else None, fold, scored.comparable)]
-    if scored.seen_text():
-        lines.append(scored.seen_text() + (", so the score is too high" if not some else
-                                           "; \"unseen\" is the score of the others alone"))
+    if scored.seen:
+        lines.append(scored.seen + ("; \"unseen\" is the score of the others alone" if some else
+                                    ", so the score is too high"))
     if scored.left_out:
         lines.append(f"left out: {reasons(scored.left_out)}")
     return "\n".join(lines)
@@ -377,19 +350,20 @@ def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
 
 # ---- Smoothing and thresholds
 
-def tuned(task: Task, outputs: dict[str, np.ndarray], videos: list[Video], team: Team):
+def tuned(task: Task, outputs: dict[str, np.ndarray], videos: list[Video]) -> tuple[int, tuple]:
     """The smoothing and, of action units, the thresholds with the best score on `videos`, which were neither
     trained on nor are scored: chosen on the scored ones, they would only be luck. Among equals the least
-    smoothing and the threshold next to 0.5. -> frames before and after, thresholds: see `changed_by`"""
+    smoothing and the threshold next to 0.5. -> frames before and after, thresholds: see `as_tuned`"""
     tried, best = THRESHOLDS if task.yes_or_no else [0.5], (-1.0, 0, ())
     for k in SMOOTH:
-        scores = np.stack([task.metric.score(sums_of(outputs, videos, task, team, changed_by(task, k, (t,))
-                                                     ).sum(axis=0)) for t in tried])       # (thresholds, K)
+        sums = [sums_of(as_tuned(outputs, task, k, (t,)), videos, task).sum(axis=0) for t in tried]
+        scores = np.stack([task.metric.score(of_threshold) for of_threshold in sums])      # (thresholds, K)
         thresholds = tuple(tried[i] for i in scores.argmax(axis=0)) if len(tried) > 1 else ()
         best = max(best, (float(scores.max(axis=0).mean()), k, thresholds), key=lambda way: way[0])
     return best[1:]
 
 
-def changed_by(task: Task, k: int, thresholds: tuple):
-    """-> what makes of a video's outputs (T, K) what is scored after smoothing and with thresholds."""
-    return lambda outputs: for_metric(smoothed(in_units(outputs, task), k), task, thresholds)
+def as_tuned(outputs: dict[str, np.ndarray], task: Task, k: int, thresholds: tuple) -> dict[str, np.ndarray]:
+    """{video: outputs (T, K)} as they are scored after smoothing and with thresholds."""
+    return {name: for_metric(smoothed(in_units(of_video, task), k), task, thresholds)
+            for name, of_video in outputs.items()}

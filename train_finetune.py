@@ -30,12 +30,12 @@ from images import check_ends, find_videos, last_of, normalise
 from labels import EXPR, longest, something_to_learn, split
 from losses import expr_loss
 from pipeline import find_input, open_run, start
-from scoring import count_classes, expr_classifier, finish_classes
+from scoring import ExprClassifier, count_images, finish_classes
 
 
 def main(config, team):
     """Fine-tune, or go on with it, until runs/<config>/finetune is finished."""
-    f, seed, size, classes = config.finetune, config.run.seed, config.vit.image_size, len(EXPR.outputs)
+    f, seed, size = config.finetune, config.run.seed, config.vit.image_size
     run = open_run("finetune", config, team)
 
     # data
@@ -58,7 +58,7 @@ def main(config, team):
     # model and optimiser
     path, origin = find_input(config, team, "finetune.start")
     torch.manual_seed(seed)
-    model = expr_classifier(config)
+    model = ExprClassifier(config)
     said = load_vit(model.vit, path)
     ddp = team.parallel(model)
     optimizer = adamw(model, f)
@@ -82,15 +82,14 @@ def main(config, team):
             norm = clip_gradient(model, f.clip)
             optimizer.step()
             run.end_step(loss, norm)
-        sums, unreadable = count_classes(model.eval(), val, classes, config, team, run)
+        sums, unreadable = count_images(run, model.eval(), val)
         f1 = EXPR.metric.score(sums).mean()
         run.keep_best(f1)
         run.end_epoch(f"validation macro F1 of single frames {f1:.3f}", val_f1=f1, val_unreadable=unreadable)
     run.end()
 
     # finish: every validation frame
-    every_frame = Images(val_frames, size, [val_frames.labels])
-    finish_classes(run, model, every_frame, EXPR.outputs, config, team, EXPR.zero_loss)
+    finish_classes(run, model, Images(val_frames, size, [val_frames.labels]), EXPR.outputs, EXPR.zero_loss)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ def main(config, team):
             norm = clip_gradient(model, p.clip)
             optimizer.step()
             run.end_step(loss, norm)
-        if run.shown:
-            draw_reconstruction(model, faces, team, run.folder / "reconstruction.png")
+        if run.shown and team.rank == 0:
+            draw_reconstruction(model, faces, run.folder / "reconstruction.png")
         run.end_epoch(f"(a plain grey picture: {grey:.4f})")
     run.end()
 
@@ -109,17 +109,15 @@ def sample(faces: Images, count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw_reconstruction(model, faces: Images, team, path, count: int = 8):
-    """original | masked | reconstruction of a few faces. Rank 0 only."""
-    images = sample(faces, count) if team.rank == 0 else []
-    if not len(images):
-        return
-    noise = torch.from_numpy(generator(0).random((len(images), *faces.noise), dtype=np.float32))
-    images, noise = images.to(team.device), noise.to(team.device)
-    model.eval()
-    _, pred, mask = model(images, noise)
-    model.train()
-    pictures.reconstruction(images, model, pred.float(), mask, path)
+def draw_reconstruction(model, faces: Images, path):
+    """original | masked | reconstruction of up to 8 faces."""
+    images = sample(faces, 8).to(model.pos_embed.device)
+    if len(images):
+        noise = torch.from_numpy(generator(0).random((len(images), *faces.noise), dtype=np.float32))
+        model.eval()
+        _, pred, mask = model(images, noise.to(images.device))
+        model.train()
+        pictures.reconstruction(images, model, pred.float(), mask, path)
 
 
 if __name__ == "__main__":

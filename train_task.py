@@ -31,8 +31,7 @@ from engine.training import clip_gradient, fused
 from labels import TASKS, hold_out, in_units, occurrences, something_to_learn, split, targets
 from metrics import numbers
 from pipeline import finished, folder, open_run, start
-from scoring import (HELD_OUT, find_features, load, predict_videos, reasons, report, shared_out, sums_of,
-                     to_score)
+from scoring import HELD_OUT, find_features, predict_videos, reasons, report, sums_of, to_score
 from temporal import SegmentModel
 
 
@@ -66,8 +65,8 @@ def main(config, team, task):
                      + (f"; left out: {reasons(without)}" if without else "")
                      + f"\n    {occurrences(np.concatenate([video.labels for video in part]), task)}")
     something_to_learn(np.concatenate([video.labels for video in videos]), task)
-    if scored.seen_text():
-        team.say(f"  warning: {scored.seen_text()}")
+    if scored.seen:
+        team.say(f"  warning: {scored.seen}")
 
     # model and optimiser
     torch.manual_seed(seed)
@@ -94,24 +93,21 @@ def main(config, team, task):
             norm = clip_gradient(model, 0)
             optimizer.step()
             run.end_step(loss, norm)
-        mine = predict_videos(model, run.unless_stopped(shared_out(choose_on, team)), s, t.batch, team)
-        run.obey_signals()
-        sums = sums_of(mine, choose_on, task, team)
+        sums = sums_of(predict_videos(model, choose_on, config, team, run), choose_on, task)
         mean = task.metric.score(sums.sum(axis=0)).mean()             # (videos, ...) -> (...) -> (K,)
         run.keep_best(mean)
         run.end_epoch(f"{'held-out' if held_out else 'validation'} {task.metric.name} {mean:.3f}", score=mean)
     run.end()
-    finish(run, task, scored, config, team)
+    finish(run, task, scored)
 
 
-def finish(run, task, scored, config, team):
+def finish(run, task, scored):
     """Score the best epoch's weights on the validation videos, tell the score, and draw the pictures."""
-    best, videos = run.folder / "best.pt", scored.videos
-    model = load(best, config, task, team).model
-    mine = predict_videos(model, shared_out(videos, team), config.segments, config.task.batch, team)
-    sums = sums_of(mine, videos, task, team)
-    outputs = {name: of_video for part in team.gather(mine) for name, of_video in part.items()}
-    text, metrics = report(task, sums, scored, best, config.task.fold), numbers(task, sums)
+    config, team, videos = run.config, run.team, scored.videos
+    run.load_best()
+    outputs = predict_videos(run.model, videos, config, team)
+    sums = sums_of(outputs, videos, task)
+    text, metrics = report(task, sums, scored, run.folder / "best.pt", config.task.fold), numbers(task, sums)
     metrics |= {"validation_videos": len(videos), "seen_videos": int((~scored.unseen).sum()),
                 "left_out": scored.left_out, "data": scored.data, "comparable": scored.comparable,
                 "videos": [video.name for video in videos], "video_sums": sums.tolist()}
@@ -125,10 +121,10 @@ def finish(run, task, scored, config, team):
     team.say(f"pictures: {run.folder}/curves.png, {run.folder}/timeline.png")
 
 
-def draw_timeline(outputs, videos, task, config, path, longest: int = 600):
-    """The validation video with most labels, at most its first `longest` frames."""
-    video = max(videos, key=lambda video: targets(video.labels[:longest], task)[1].sum())
-    target, valid = targets(video.labels[:longest], task)
+def draw_timeline(outputs, videos, task, config, path):
+    """The validation video with most labels, at most its first 600 frames."""
+    video = max(videos, key=lambda video: targets(video.labels[:600], task)[1].sum())
+    target, valid = targets(video.labels[:600], task)
     T, faces = len(target), []
     try:
         shown = np.linspace(1, T, min(40, T)).astype(int)

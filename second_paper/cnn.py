@@ -24,7 +24,7 @@ from losses import at_least_float32
 PUBLIC_NAMES = {"features.0": "trunk.conv1", "features.1": "trunk.bn1", "features.4": "trunk.layer1",
                 "features.5": "trunk.layer2", "features.6": "trunk.layer3", "features.7": "trunk.layer4"}
 PUBLIC_NAMES |= {f"cat_head{k}.sa": f"heads.{k}.spatial" for k in range(4)}
-PUBLIC_NAMES |= {f"cat_head{k}.ca.attention": f"heads.{k}.channel.gate" for k in range(4)}
+PUBLIC_NAMES |= {f"cat_head{k}.ca": f"heads.{k}.channel" for k in range(4)}
 PUBLIC_CLASS = ("Neutral", "Happiness", "Sadness", "Surprise", "Fear", "Disgust", "Anger", "Other")
 
 
@@ -281,9 +281,10 @@ def translated(weights: dict) -> dict:
     """The public DAN's weights with our names, the rows of its last two layers in our order of classes."""
     ours, rows = {}, [PUBLIC_CLASS.index(name) for name in EXPRESSIONS]
     for name, value in weights.items():
-        start = next((start for start in PUBLIC_NAMES if name.startswith(f"{start}.")), "")
         of_classes = name.startswith(("fc.", "bn.")) and value.shape[:1] == (len(rows),)
-        ours[PUBLIC_NAMES.get(start, "") + name.removeprefix(start)] = value[rows] if of_classes else value
+        *part, rest = name.split(".", 2)                               # cat_head0.sa, conv1x1.0.weight
+        part = PUBLIC_NAMES.get(".".join(part), ".".join(part))
+        ours[f"{part}.{rest.replace('attention', 'gate')}"] = value[rows] if of_classes else value
     return ours
 
 
@@ -308,10 +309,10 @@ def load_cnn(path) -> tuple[nn.Module, str]:
     public = any(name.startswith("cat_head") for name in weights)
     if public:
         weights = translated(weights)
-    model = cnn_of(weights, path)
-    if not public and checkpoint.get("made_of", {}).get("stage") != "stills":
+    elif checkpoint.get("made_of", {}).get("stage") != "stills":
         raise ValueError(f"{path}: not of train_cnn.py, so nobody knows the order of its classes; train one "
                          "from it: --set stills.start=...")
+    model = cnn_of(weights, path)
     load_weights(model, weights, path)
     ours = f"our own {'DAN' if isinstance(model, DAN) else 'ResNet-18'}, {path}"
     return model, "the public DAN, its classes put into the order of ours" if public else ours

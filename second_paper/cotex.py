@@ -67,8 +67,8 @@ class CoTEX(nn.Module):
         if not self.training or self.kept == self.patches:
             return torch.stack([view(images) for view in self.views])          # V of (B, M) -> (V, B, M)
         expected = (len(images), len(self.views), self.patches)
-        if noise is None or tuple(noise.shape) != expected:
-            got = None if noise is None else tuple(noise.shape)
+        got = None if noise is None else tuple(noise.shape)
+        if got != expected:
             raise ValueError(f"expected noise {expected} (images, views, patches), got {got}; if this is no "
                              "training, call eval() first")
         logits = [view(images, noise[:, v], self.kept) for v, view in enumerate(self.views)]

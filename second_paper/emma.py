@@ -7,7 +7,7 @@ expressions from AffectNet, and learns nothing here, gives 8 scores more. Valenc
 """
 
 import dataclasses
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,12 +16,11 @@ from torch import nn
 from datasets.s_aff_wild2 import split_labels
 from engine.checkpoints import find_weights, load_weights, read_checkpoint
 from engine.config import Config
-from engine.distributed import Team, choose_device
-from images import VideoFrames
+from engine.distributed import Team
 from labels import AU, EXPR, TASKS, VA, Task
 from losses import ccc_loss, expr_loss, weighted_au_loss
 from pipeline import like
-from scoring import each_frame
+from scoring import ALONE, Trained, each_frame
 from second_paper.cnn import cnn_of
 from vit import VisionTransformer
 
@@ -116,8 +115,8 @@ def count(outputs, labels) -> np.ndarray:
 
 
 def by_task(sums) -> dict[str, np.ndarray]:
-    """The sums of each task, as its metric takes them (metrics.py): (..., 124) -> va (..., 2, 6),
-    expr (..., 8, 8), au (..., 12, 2, 2)."""
+    """The sums of each task, as its metric takes them: (..., 124) -> va (..., 2, 6), expr (..., 8, 8),
+    au (..., 12, 2, 2)."""
     parts = np.split(sums, [2 * 6, 2 * 6 + CLASSES ** 2], axis=-1)
     shapes = (2, 6), (CLASSES, CLASSES), (UNITS, 2, 2)
     return {name: part.reshape(*sums.shape[:-1], *shape) for name, part, shape in zip(TASKS, parts, shapes)}
@@ -131,23 +130,9 @@ def scores(sums, tasks) -> dict[str, float]:
 
 # ---- What a checkpoint gives back
 
-class Trained(NamedTuple):
-    """EMMA with what its checkpoint carries: enough to predict, without the run that made it."""
-    model: EMMA
-    tasks: list[Task]         # those that it was trained on; what it gives for others means nothing
-    config: Config            # with the settings that it was trained with
-    team: Team
-    record: dict              # what it was made of (pipeline.py)
-    changed: dict             # {setting: (stage, was, now)} of those that differ from the given configuration
-
-    def predict(self, frames: VideoFrames, length: int, progress) -> tuple[np.ndarray, np.ndarray]:
-        """A video of T = `length` frames -> float32 (T, 22), noface (T,), as scoring.each_frame says."""
-        return each_frame(self.model, self.model.source, frames, length, OUTPUTS, torch.float32, self.config,
-                          self.team, progress)
-
-
-def load(path, config: Config | None = None, team: Team | None = None) -> Trained:
-    """The EMMA of a checkpoint, rebuilt from it alone: the ViT by its settings, the CNN by its weights.
+def load(path, config: Config | None = None, team: Team = ALONE) -> Trained:
+    """The EMMA of a checkpoint, rebuilt from it alone: the ViT by its settings, the CNN by its weights. Its
+    `predict`: VideoFrames, T, progress -> float32 (T, 22), noface (T,), as scoring.each_frame says.
     Raises ValueError if it is not EMMA's, or was made with other settings than those given with --set."""
     saved = read_checkpoint(path)
     record = saved.get("made_of") or {}
@@ -156,10 +141,11 @@ def load(path, config: Config | None = None, team: Team | None = None) -> Traine
                          " writes it, like runs/<config>/emma/best.pt")
     weights, _ = find_weights(saved, ["vit.cls_token"], path)
     config, changed = like(record, config or Config(), path)
-    team = team or Team(0, 1, choose_device("cpu"))
     of_cnn = {name.removeprefix("cnn."): entry for name, entry in weights.items() if name.startswith("cnn.")}
     vit = VisionTransformer(**dataclasses.asdict(config.vit))
     model = EMMA(vit, cnn_of(of_cnn, path) if of_cnn else None)
     load_weights(model, weights, path)
+    model.to(team.device).eval()
     tasks = [task for task, weight in zip(TASKS.values(), config.emma.weights) if weight]
-    return Trained(model.to(team.device).eval(), tasks, config, team, record, changed)
+    return Trained(tasks, model, config, team, record, changed,
+                   partial(each_frame, model, path, OUTPUTS, np.float32, config, team))

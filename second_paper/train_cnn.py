@@ -25,7 +25,7 @@ from images import normalise
 from labels import EXPR, EXPRESSIONS
 from losses import expr_loss
 from pipeline import find_input, open_run, start
-from scoring import count_classes, finish_classes
+from scoring import count_images, finish_classes
 from second_paper.cnn import affinity_loss, build, load_trunk, partition_loss
 
 
@@ -76,14 +76,14 @@ def main(config, team):
                 norm = clip_gradient(model, s.clip)
                 optimizer.step()
             run.end_step(loss, norm)
-        sums, unreadable = count_classes(cnn.eval(), val, len(EXPRESSIONS), config, team, run)
+        sums, unreadable = count_images(run, cnn.eval(), val)
         f1 = EXPR.metric.score(sums).mean()
         run.keep_best(f1)
         run.end_epoch(f"validation macro F1 {f1:.3f}", val_f1=f1, val_unreadable=unreadable)
     run.end()
 
     # finish
-    finish_classes(run, cnn, val, EXPRESSIONS, config, team, math.nan if dan else EXPR.zero_loss)
+    finish_classes(run, cnn, val, EXPRESSIONS, math.nan if dan else EXPR.zero_loss)
 
 
 def loss_of(outputs, y):

@@ -24,7 +24,7 @@ from engine.training import adamw, clip_gradient
 from images import normalise
 from metrics import CLASS_F1
 from pipeline import find_input, open_run, start
-from scoring import count_classes, finish_classes
+from scoring import count_images, finish_classes
 from second_paper.cotex import CoTEX, cotex_loss
 
 
@@ -75,15 +75,14 @@ def main(config, team):
             norm = clip_gradient(model, c.clip)
             optimizer.step()
             run.end_step(loss, norm)
-        sums, unreadable = count_classes(model.eval().classify, val, len(CLASSES), config, team, run)
+        sums, unreadable = count_images(run, model.eval().classify, val)
         f1 = CLASS_F1.score(sums).mean()
         run.keep_best(f1)
         run.end_epoch(f"macro F1 on real faces {f1:.3f}", val_f1=f1, val_unreadable=unreadable)
     run.end()
 
     # finish
-    finish_classes(run, model.classify, val, CLASSES, config, team, math.log(len(CLASSES)))
-
+    finish_classes(run, model.classify, val, CLASSES, math.log(len(CLASSES)))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from vit import VisionTransformer
 
 def main(config, team):
     """Train EMMA, or go on with it, until runs/<config>/emma is finished."""
-    e, seed, size, root = config.emma, config.run.seed, config.vit.image_size, config.data.s_aff_wild2
+    e, seed, size = config.emma, config.run.seed, config.vit.image_size
     tasks = [task for task, weight in zip(TASKS.values(), e.weights) if weight]
     run = open_run("emma", config, team)
     stored, cnn_file = run.folder / "scores.txt", Path(e.cnn or folder("stills", config) / "best.pt")
@@ -47,21 +47,7 @@ def main(config, team):
         return team.say(f"{run.folder} is finished; its CNN is gone\n\n{stored.read_text()}")
 
     # data
-    if not root:
-        raise ValueError(f"data.s_aff_wild2 is not given; it holds {' and '.join(FILES)}")
-    videos, lines = find_videos(config.data.frames)
-    files = [read_annotations(f"{root}/{name}") for name in FILES]
-    keep_apart(*(dict.fromkeys(file.videos, file.path) for file in files), str, "Remove the rows of one")
-    both = sorted(set(map(scene, files[0].videos)) & set(map(scene, files[1].videos)))
-    lines += [f"  warning: both files show {len(both)} scenes, such as {both[0]}: a score on them is too high"
-              ] if both else []
-    frames, val_frames = (LabelledFrames(file, videos) for file in files)
-    for part, file in ((frames, files[0]), (val_frames, files[1])):
-        given = zip(TASKS.values(), split_labels(annotated(part.labels)))
-        gone = [task.name for task, labels in given if task in tasks and not labels.any()]
-        if gone:
-            raise ValueError(f"{file.path}: no frame with an image has a label of {', '.join(gone)}; set the "
-                             "weight of these in emma.weights to 0")
+    (frames, val_frames), lines = labelled_frames(config.data, tasks)
     cnn_file, cnn_record = find_input(config, team, "emma.cnn")
     cnn_size = cnn_record.get("settings", {}).get("vit.image_size", size)
     if cnn_size != size:
@@ -83,8 +69,7 @@ def main(config, team):
     optimizer = adamw(nn.ModuleDict({"vit": model.vit, "head": model.head}), e)
     optimizer.add_param_group({"params": model.va_head.parameters(), "weight_decay": 0.0, "fixed": e.va_lr})
     run.begin(model, optimizer, train, e, found, origin)
-    team.say("\n".join([*lines, f"  training: {frames.summary()}", f"  validation: {val_frames.summary()}",
-                        f"  CNN: {cnn_said}", f"  the ViT starts from {said}",
+    team.say("\n".join([*lines, f"  CNN: {cnn_said}", f"  the ViT starts from {said}",
                         f"EMMA on {', '.join(task.name for task in tasks)}, {e.epochs} epochs; "
                         + run.effective_batch()]))
 
@@ -103,37 +88,64 @@ def main(config, team):
             norm = clip_gradient(model, e.clip)
             optimizer.step()
             run.end_step(loss, norm)
-        sums, unreadable = validate(model, val, config, team, run)
+        sums, unreadable = validate(run, val)
         of_task = scores(sums.sum(axis=0), tasks)
         run.keep_best(sum(of_task.values()))
         text = ", ".join(f"{name} {score:.3f}" for name, score in of_task.items())
         run.end_epoch(text, score=sum(of_task.values()), **of_task, val_unreadable=unreadable)
     run.end()
+    finish(run, val, tasks)
 
-    # finish: the best epoch's weights on every validation frame
+
+def labelled_frames(data, tasks) -> tuple[list[LabelledFrames], list[str]]:
+    """The frames to train on and those to validate on, and lines about them. Raises ValueError for files that
+    share a video, or that have no label of one of the tasks at a frame with an image."""
+    if not data.s_aff_wild2:
+        raise ValueError(f"data.s_aff_wild2 is not given; it holds {' and '.join(FILES)}")
+    videos, lines = find_videos(data.frames)
+    files = [read_annotations(f"{data.s_aff_wild2}/{name}") for name in FILES]
+    keep_apart(*(dict.fromkeys(file.videos, file.path) for file in files), str, "Remove the rows of one")
+    both = sorted(set(map(scene, files[0].videos)) & set(map(scene, files[1].videos)))
+    if both:
+        lines.append(f"  warning: both files show {len(both)} scenes, such as {both[0]}: a score on them is "
+                     "too high")
+    parts = [LabelledFrames(file, videos) for file in files]
+    for kind, file, part in zip(("training", "validation"), files, parts):
+        lines.append(f"  {kind}: {part.summary()}")
+        known = dict(zip(TASKS, split_labels(annotated(part.labels))))
+        gone = [task.name for task in tasks if not known[task.name].any()]
+        if gone:
+            raise ValueError(f"{file.path}: no frame with an image has a label of {', '.join(gone)}; set the "
+                             "weight of these in emma.weights to 0")
+    return parts, lines
+
+
+def validate(run, val: Images) -> tuple[np.ndarray, int]:
+    """Over all processes: the sums of each video (videos, 124), and how many frames could not be read."""
+    def count_videos(outputs, labels, video):
+        sums = np.zeros((len(val.files.videos), SUMS))
+        for v in np.unique(video):
+            sums[v] = count(outputs[video == v], labels[video == v])
+        return sums
+    return count_images(run, run.model.eval(), val, count_videos)
+
+
+def finish(run, val: Images, tasks):
+    """Score the best epoch's weights on every validation frame, tell the score, and draw the curves."""
     run.load_best()
-    sums, unreadable = validate(model, val, config, team)
+    sums, unreadable = validate(run, val)
     of_task, parts = scores(sums.sum(axis=0), tasks), by_task(sums)
     chance = {task.name: task.metric.chance(parts[task.name].sum(axis=0)).mean() for task in tasks}
     total, at_chance = sum(of_task.values()), sum(chance.values())
     text = "\n\n".join([*(score_table(task, parts[task.name], comparable=False) for task in tasks),
                         f"{'P_MTL' if len(tasks) == 3 else 'score'} {total:.3f}, chance {at_chance:.3f}; "
                         f"{len(val):,} validation frames, {unreadable:,} of them cannot be read"])
-    if team.rank == 0:
-        write_text(stored, f"{text}\n")
+    if run.team.rank == 0:
+        write_text(run.folder / "scores.txt", f"{text}\n")
         pictures.curves(run.folder, {"score": at_chance, **chance})
     run.finish({"score": total, **of_task, "chance": chance, "val_frames": len(val),
-                "val_unreadable": unreadable, "videos": val_frames.videos, "video_sums": sums.tolist()})
-    team.say(f"\n{text}\nwritten to {run.folder}")
-
-
-def validate(model, val: Images, config, team, run=None) -> tuple[np.ndarray, int]:
-    """Over all processes: the sums of each video (videos, 124), and how many frames could not be read."""
-    def add(sums, outputs, labels, video):
-        for v in np.unique(video):
-            sums[v] += count(outputs[video == v], labels[video == v])
-    zeros = np.zeros((len(val.files.videos), SUMS))
-    return count_images(model.eval(), val, zeros, add, config, team, run)
+                "val_unreadable": unreadable, "videos": val.files.videos, "video_sums": sums.tolist()})
+    run.team.say(f"\n{text}\nwritten to {run.folder}")
 
 
 if __name__ == "__main__":

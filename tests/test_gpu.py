@@ -19,6 +19,7 @@ import engine.distributed
 import losses
 import tiny
 from engine.distributed import BACKENDS, Team, all_sum, choose_device
+from engine.settings import Config, Finetune, Vit
 from engine.training import in_pieces
 from mae import MaskedAutoencoder
 from models import MAE, SEGMENT, TCN, VIT, shuffled
@@ -65,12 +66,19 @@ def segments(**parts):
     return lambda: (SegmentModel(**SEGMENT, **parts), torch.randn(B, T, 6), real_frames())
 
 
+def classifier():
+    config = Config()
+    config.vit = Vit(**{name: value for name, value in VIT.items() if name != "channels"})
+    config.finetune = Finetune(token="mean", hidden=16, dropout=0.0, drop_path=0.0)
+    return ExprClassifier(config)
+
+
 # Each gives a model, or a loss, and what it takes; a loss learns the first of these.
 MODELS = {
     "vit": lambda: (VisionTransformer(**VIT), images()),
     "mae": lambda: (MaskedAutoencoder(**MAE), images(), torch.rand(B, 6)),
     "mae, normalised": lambda: (MaskedAutoencoder(**MAE, norm_pix_loss=True), images(), torch.rand(B, 6)),
-    "classifier": lambda: (ExprClassifier(VisionTransformer(**VIT), "mean", 16, 0.0), images()),
+    "classifier": lambda: (classifier(), images()),
     "cotex": lambda: (CoTEX(**VIT), images(), torch.rand(B, 2, 6)),
     "emma": lambda: (EMMA(VisionTransformer(**LARGE), DAN(width=4), 16, 16), images(32, 32)),
     "resnet": lambda: (ResNet18(8, width=8), images(64, 64)),

@@ -8,7 +8,9 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from data import Video
 from engine.checkpoints import read_checkpoint
@@ -124,6 +126,11 @@ def test_each_image_for_itself(here):
     assert len(unread) == 4 and all(row["expression"] == row["Anger"] == "" for row in unread)
     for row in rows:
         assert row in unread or sum(float(row[name]) for name in EXPR.outputs) == pytest.approx(1, abs=1e-5)
+    video, _, file = rows[-1]["file"].rpartition("/")                  # its feature, through the head
+    x = torch.tensor(np.load(here / f"runs/tiny/features/{video}.npy")[int(file[:-4]) - 1]).float()
+    w = read_checkpoint(here / "runs/tiny/finetune/best.pt")["model"]
+    x = F.gelu(x @ w["head.0.weight"].T + w["head.0.bias"]) @ w["head.3.weight"].T + w["head.3.bias"]
+    assert [float(rows[-1][name]) for name in EXPR.outputs] == pytest.approx(x.softmax(0).tolist(), abs=1e-3)
 
 
 def test_pictures_are_drawn_also_later_and_none_twice(here, tmp_path):

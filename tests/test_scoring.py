@@ -2,6 +2,7 @@
 checkpoints may be scored, and what is said of a score."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,15 +11,15 @@ from PIL import Image
 
 from data import Images, Video, noface_path, segments
 from engine.config import Config
-from engine.settings import Vit
+from engine.settings import Segments, Vit
 from engine.training import Progress
 from images import normalise
 from labels import AU, EXPR, TASKS, VA
 from metrics import binary_f1, ccc, class_f1
 from processes import ALONE, in_team
-from scoring import (HELD_OUT, changed_by, check_features, check_scenes, count_classes, each_frame,
-                     extractor, labelled_faces, load, predict, read_predictions, reasons, report, shared_out,
-                     sums_of, to_score, tuned)
+from scoring import (HELD_OUT, as_tuned, check_features, check_scenes, count_images, each_frame, extractor,
+                     labelled_faces, load, of_videos, predict, read_predictions, reasons, report, sums_of,
+                     to_score, tuned)
 from temporal import SegmentModel
 from vit import VisionTransformer
 
@@ -56,7 +57,7 @@ class Telltale(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.batches = []
+        self.dim, self.batches = 1, []
 
     def forward(self, x, valid):
         assert not x[~valid].any() and not torch.is_grad_enabled()
@@ -69,7 +70,9 @@ class Telltale(torch.nn.Module):
 @pytest.mark.parametrize("batch", [1, 2, 32])
 def test_each_frame_gets_the_mean_of_the_segments_that_cover_it(frames, batch):
     model, parts = Telltale(), segments(frames, 300, 200)
-    y = predict(model, counting(frames), 300, 200, batch, ALONE)
+    config = Config()
+    config.segments, config.task.batch = Segments(300, 200), batch
+    y = predict(model, config, ALONE, counting(frames))
     assert y.dtype == np.float32 and np.array_equal(y[:, 0], np.arange(frames))
     starts = [np.mean([start for start, end in parts if start <= t < end]) for t in range(frames)]
     assert y[:, 1] == pytest.approx(starts)
@@ -85,8 +88,9 @@ def test_every_labelled_frame_counts_once_whatever_the_number_of_processes(tmp_p
         videos.append(Video(name, tmp_path / f"{name}.npy", labels))
 
     def work(team):
-        mine = {video.name: outputs[video.name] for video in shared_out(videos, team)}
-        return list(mine), sums_of(mine, videos, task, team)
+        seen = []
+        found = of_videos(lambda video: seen.append(video.name) or outputs[video.name], videos, team)
+        return seen, sums_of(found, videos, task)
     _, results = in_team(world, work) if world > 1 else (0, [work(ALONE)])
     assert sorted(sum((names for names, _ in results), [])) == ["a", "b", "c", "d"]
     assert results[0][0][0] == "d"                                          # the longest first
@@ -127,23 +131,23 @@ def test_a_frame_without_a_face_repeats_the_one_before_it_and_at_the_start_the_f
     files = Files(2, 3, 5, 8)
     expected = {n: normalise(torch.full((1, 8, 8, 3), 30 * n, dtype=torch.uint8)).mean().item()
                 for n in (2, 3, 8)}
-    outputs, noface = each_frame(lambda x: x.mean(dim=(2, 3)), "", files, 9, 3, torch.float32, config, ALONE,
+    outputs, noface = each_frame(lambda x: x.mean(dim=(2, 3)), "", 3, np.float32, config, ALONE, files, 9,
                                  progress)
     assert noface.tolist() == [n not in expected for n in range(1, 10)] and progress.done == 9
     assert outputs.mean(axis=1) == pytest.approx([expected[n] for n in (2, 2, 3, 3, 3, 3, 3, 8, 8)], abs=1e-5)
     assert capfd.readouterr().out.count("left out: 5.jpg: not a readable image") == 1
-    outputs, noface = each_frame(lambda x: x.mean(dim=(2, 3)) + 1, "", Files(5), 5, 3, torch.float16, config,
-                                 ALONE, progress)
+    outputs, noface = each_frame(lambda x: x.mean(dim=(2, 3)) + 1, "", 3, np.float16, config, ALONE, Files(5),
+                                 5, progress)
     assert noface.all() and not outputs.any() and outputs.dtype == np.float16
 
 
 def test_outputs_that_are_not_finite_are_refused_also_if_only_float16_cannot_hold_them():
     config = Config()
     config.vit.image_size, config.run.workers = 8, 0
-    for dtype, value in ((torch.float32, math.nan), (torch.float16, 7e4)):
+    for dtype, value in ((np.float32, math.nan), (np.float16, 7e4)):
         with pytest.raises(ValueError, match="a.pt: its outputs are not finite"):
-            each_frame(lambda x: torch.full((len(x), 3), value), "a.pt", Files(2, 3), 3, 3, dtype, config,
-                       ALONE, Progress(3, "frames", ALONE))
+            each_frame(lambda x: torch.full((len(x), 3), value), "a.pt", 3, dtype, config, ALONE, Files(2, 3),
+                       3, Progress(3, "frames", ALONE))
 
 
 @pytest.mark.parametrize("stage, told, token", [("finetune", "cls", "mean"), ("finetune", "mean", "cls"),
@@ -161,16 +165,19 @@ def test_a_vit_whose_training_used_another_token_gives_no_features(tmp_path, sta
     assert record["stage"] == stage and said.endswith("unexpected keys, left out: none")
 
 
+TRAINING = {"unless_stopped": iter, "obey_signals": lambda: None}           # one that is never asked to stop
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_each_image_is_counted_once_by_its_class_and_what_cannot_be_read_is_counted_apart(world, capfd):
     config = Config()
     config.vit.image_size, config.features.batch, config.run.workers = 8, 2, 0
     labels = np.array([0, 1, 1, -1])
 
-    def work(team):
-        images = Images(Files(1, 2, 5, 7), 8, [labels])
-        return count_classes(lambda x: x.mean(dim=(2, 3))[:, :1] * torch.tensor([1.0, 0.0, -1.0]), images, 3,
-                             config, team)
+    def work(team, files=Files(1, 2, 5, 7)):
+        images = Images(files, 8, [labels])
+        return count_images(SimpleNamespace(config=config, team=team, **TRAINING), lambda x: (
+            x.mean(dim=(2, 3))[:, :1] * torch.tensor([1.0, 0.0, -1.0])), images)
     _, results = in_team(world, work) if world > 1 else (0, [work(ALONE)])
     sums, unreadable = results[0]
     bright = [normalise(torch.full((1, 8, 8, 3), 30 * n, dtype=torch.uint8)).mean() > 0 for n in (1, 2)]
@@ -179,7 +186,7 @@ def test_each_image_is_counted_once_by_its_class_and_what_cannot_be_read_is_coun
         expected[label, 0 if light else 2] += 1
     assert np.array_equal(sums, expected) and unreadable == 1
     with pytest.raises(ValueError, match="none of 2 images can be scored, such as 5.jpg"):
-        count_classes(lambda x: x.mean(dim=(2, 3)), Images(Files(5, 5), 8, [labels]), 3, config, ALONE)
+        work(ALONE, Files(5, 5))
 
 
 # ---- Checkpoints
@@ -201,11 +208,12 @@ def checkpoint(folder, task, record=True, **changes):
 def test_a_checkpoint_alone_predicts(tmp_path, task):
     path, model = checkpoint(tmp_path, task)
     trained = load(path)
-    assert trained.task is task and trained.config.segments.window == 10
+    assert trained.tasks == [task] and trained.config.segments.window == 10
     assert trained.changed["segments.window"] == (f"task_{task.name}", 10, 300)
-    assert np.array_equal(trained.predict(counting(27, 3)), predict(model, counting(27, 3), 10, 7, 32, ALONE))
+    expected = predict(model, trained.config, ALONE, counting(27, 3))
+    assert np.array_equal(trained.predict(counting(27, 3)), expected)
     old, _ = checkpoint(tmp_path, task, stage=f"task_{task.name}_fold1")        # of older versions
-    assert load(old).task is task
+    assert load(old).tasks == [task]
 
 
 @pytest.mark.parametrize("record, task, features, message", [
@@ -213,9 +221,9 @@ def test_a_checkpoint_alone_predicts(tmp_path, task):
     ({"stage": "finetune"}, None, 0, "best.pt: of stage finetune, not a segment model"),
     (None, None, 0, "best.pt: does not tell what it was made of; give its configuration and its task"),
     ({"settings": {"temporal.width": 16}}, None, 0, "best.pt: a checkpoint of another arch.*mismatch for t"),
-    ({}, AU, np.zeros((4, 5)), "expected the features of a video, .T, 3., got .4, 5."),
-    ({}, AU, np.zeros((0, 3)), "got .0, 3."), ({}, AU, np.zeros(3), "got .3,."),
-    ({}, AU, np.full((4, 3), np.nan), "NaN or infinity")])
+    ({}, AU, np.zeros((4, 5)), "best.pt: expected the features of a video, .T, 3., got .4, 5."),
+    ({}, AU, np.zeros((0, 3)), "n=0, .*expected n >= 1"), ({}, AU, np.zeros(3), "got .3,."),
+    ({}, AU, np.full((4, 3), np.nan), "best.pt: its outputs are not finite")])
 def test_what_is_no_segment_model_of_this_task_or_does_not_fit_it_is_refused(
         tmp_path, record, task, features, message):
     path, _ = checkpoint(tmp_path, AU, record is not None, **record or {})
@@ -270,7 +278,7 @@ def test_videos_whose_scenes_the_vit_has_seen_are_told(tmp_path, tuned_on, text,
     origin = {"stage": "features", "from": {"stage": "finetune", "data": {"training videos": tuned_on}}}
     scored = to_score(videos, {"c": "no features", "d": "no features"}, [], EXPR, origin, Config())
     outputs = {video.name: drawn(EXPR, 9)[0] for video in videos}
-    said = report(EXPR, sums_of(outputs, videos, EXPR, ALONE), scored, "best.pt", 0)
+    said = report(EXPR, sums_of(outputs, videos, EXPR), scored, "best.pt", 0)
     assert text in said and ("unseen" in said) == unseen
     assert said.startswith("best.pt\n2 validation videos, 18 frames")
     assert said.endswith("left out: c, d (no features)")
@@ -287,15 +295,16 @@ def test_smoothing_and_thresholds_are_the_best_of_those_tried(tmp_path, task):
         videos.append(Video(str(seed), tmp_path, labels))
 
     def score(k, thresholds):
-        sums = sums_of(outputs, videos, task, ALONE, changed_by(task, k, thresholds))
+        sums = sums_of(as_tuned(outputs, task, k, thresholds), videos, task)
         return task.metric.score(sums.sum(axis=0)).mean()
-    k, thresholds = tuned(task, outputs, videos, ALONE)
+    k, thresholds = tuned(task, outputs, videos)
     assert score(k, thresholds) >= max(score(other, ()) for other in (0, 1, 2, 5, 10, 20, 50)) - 1e-12
     assert len(thresholds) == (12 if task is AU else 0)
     if task is AU:
         for i in range(12):
             for t in (0.05, 0.3, 0.5, 0.7, 0.95):
-                changed = thresholds[:i] + (t,) + thresholds[i + 1:]
-                assert score(k, changed) <= score(k, thresholds) + 1e-12
+                other = thresholds[:i] + (t,) + thresholds[i + 1:]
+                assert score(k, other) <= score(k, thresholds) + 1e-12
+    assert score(0, ()) != score(10, ())
     assert score(0, ()) == pytest.approx(np.mean(alone(task, np.concatenate(list(outputs.values())),
                                                        np.concatenate([video.labels for video in videos]))))

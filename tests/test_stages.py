@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 import losses
@@ -262,12 +263,14 @@ def pretrain(folder, config):
 def finetune(folder, config):
     f, rows = config.finetune, expr_rows(folder, "Train_Set")
     val, samples = expr_rows(folder, "Validation_Set"), -(-len(rows) // f.every)
-    model = ExprClassifier(VisionTransformer(**VIT, drop_path=f.drop_path), "cls", 8, f.dropout)
+    model = ExprClassifier(config)                                              # draws the head's weights
+    model.vit, model.head[2] = VisionTransformer(**VIT, drop_path=f.drop_path), nn.Dropout(f.dropout)
     start_of(model.vit, folder)
 
     def losses_of(images, classes):
         for x, y in zip(images.tensor_split(2), classes.tensor_split(2)):
-            yield F.cross_entropy(model(normalise(x)), y, reduction="sum") / len(images)
+            logits = model.head(model.vit(normalise(x))[:, 0])                  # of the cls token
+            yield F.cross_entropy(logits, y, reduction="sum") / len(images)
 
     def rows_of(epoch):
         return [rows[(i * f.every + epoch % f.every) % len(rows)] for i in range(samples)]
@@ -351,7 +354,7 @@ def task_loop(task):
         def score_of(model):
             model.eval()
             features = [np.load(video.features)[:len(video.labels)] for video in val]
-            outputs = np.concatenate([predict(model, of_video, 8, 5, 3, ALONE) for of_video in features])
+            outputs = np.concatenate([predict(model, config, ALONE, of_video) for of_video in features])
             labels = np.concatenate([video.labels for video in val])
             if task is VA:
                 known = labels != -5
@@ -413,12 +416,13 @@ def test_a_training_is_the_plain_loop(made, name):
     if "task" not in name and name != "stills":
         assert 0 < found.clipped < found.steps, "take another clip"
     assert (out / "metrics.json").exists() and (out / "curves.png").exists()
+    assert (out / "reconstruction.png").exists() == (name == "pretrain")
 
 
 def test_features_are_those_of_each_face_or_of_the_last_one_before_it(made):
     done(made, "train_finetune", "--config", "my.yaml")
     said = done(made, "extract_features", "--config", "my.yaml")
-    model = ExprClassifier(VisionTransformer(**VIT), "cls", 8, 0.0)
+    model = ExprClassifier(settings(made))
     model.load_state_dict(weights(made / "runs/my/finetune", "best.pt"))
     model.eval()
     for video, (_, frames) in VIDEOS.items():

@@ -27,7 +27,7 @@ from engine.distributed import Team, launch
 from engine.training import adamw, clip_gradient, loader
 from images import normalise
 from labels import AU, TASKS
-from scoring import expr_classifier
+from scoring import ExprClassifier
 from second_paper import cnn, cotex
 from second_paper.emma import EMMA
 from temporal import SegmentModel
@@ -62,8 +62,8 @@ def step_of(name: str, config, B: int, team: Team, plain: bool = False):
     frames = torch.randn(B, config.segments.window, v.dim).half()
     section, make, tensors = {
         "MAE": (config.pretrain, lambda: build(config), [images, torch.rand(B, N)]),
-        "fine-tuning": (config.finetune, lambda: expr_classifier(config), [images]),
-        "extraction": (config.finetune, lambda: expr_classifier(config).vit, [images]),
+        "fine-tuning": (config.finetune, lambda: ExprClassifier(config), [images]),
+        "extraction": (config.finetune, lambda: ExprClassifier(config).vit, [images]),
         "segments": (config.finetune, lambda: SegmentModel(v.dim, len(AU.outputs), **vars(config.temporal)),
                      [frames, frames[:, :, 0] < 1]),                    # the second: which frames are real
         "EMMA": (e, lambda: EMMA(VisionTransformer(**vars(v), drop_path=e.drop_path), cnn.DAN()), [images]),
