@@ -27,7 +27,7 @@ from engine.config import from_command_line
 from engine.distributed import launch
 from engine.training import Progress
 from images import check_ends, find_videos, last_of
-from labels import TASKS, has_labels, read_labels, scene, split, targets
+from labels import TASKS, has_labels, longest, read_labels, scene, split, targets
 from metrics import confusion, difference, score_table
 from pipeline import finished, folder, lines_of, make, missing, tuned_on
 from scoring import (HELD_OUT, as_tuned, check_features, check_scenes, find_features, load, of_videos,
@@ -135,6 +135,7 @@ def emma_sums(trained, tasks) -> dict[str, tuple[list[Video], np.ndarray, dict[s
     segment model. Raises ValueError if a task has no video left."""
     config, team, given = trained.config, trained.team, find_videos(trained.config.data.frames)[0]
     known = {scene(name) for name in tuned_on(trained.record) + trained.record["data"]["training videos"]}
+    check_ends(last_of(given), longest(config.data.labels))
     seen, found = {}, {}                    # {video: outputs (T, 22), noface (T,)}, {task: what is returned}
     for task in tasks:
         videos, left_out = [], {}
@@ -148,8 +149,6 @@ def emma_sums(trained, tasks) -> dict[str, tuple[list[Video], np.ndarray, dict[s
                 left_out[name] = "no frames"
             else:
                 videos.append(Video(name, given[name].folder, labels))
-        check_ends(last_of(given), {video.name: len(video.labels) for video in videos})
-
         new = [video for video in videos if video.name not in seen]
         frames = sum(given[video.name].last for video in new)
         progress = Progress(frames // team.world, "frames", team)        # about what this process has to do
