@@ -118,7 +118,7 @@ def videos_in(root: Path) -> tuple[dict[str, Files], list[str]]:
     sparse = [name for name, files in parts.items() if files.last > 1000 + 10 * len(files)]
     if sparse:
         raise ValueError(f"--frames: {sparse[0]} has {len(parts[sparse[0]])} images, numbered up to "
-                         f"{parts[sparse[0]].last:,}; expected the numbers of frames")
+                         f"{parts[sparse[0]].last:,}; expected a video's frames; for single images, --still")
     from_0 = [name for name, files in parts.items() if files.numbers[0] == 0]
     from_0 = list(parts) if 10 * len(from_0) > len(parts) else from_0
     for name in from_0:
