@@ -218,14 +218,16 @@ def load_vit(vit, path) -> str:
         if name in ours and name in kept and kept[name].shape != ours[name].shape:
             said += f"; {name} of {kept[name].shape[1] - 1} patches made to fit {ours[name].shape[1] - 1}"
             kept[name] = resized(kept[name], vit.patch_embed.grid)
-    load_weights(vit, kept, f"{path} (of stage {record['stage']})" if record else path)
+    load_weights(vit, kept, f"{path} (of stage {record['stage']})" if "stage" in record else path)
 
     # What no shape tells.
     heads, dim = vit.blocks[0].attn.heads, vit.norm.normalized_shape[0]
     family, mean, std = next((FAMILIES[sign] for sign in FAMILIES if sign in f"{path} {' '.join(weights)}"
                               and not record), ("most ViTs'", usual.mean, usual.std))
     ours = {"vit.heads": heads, "vit.mean": vit.mean, "vit.std": vit.std}
-    told = {"vit.heads": heads, "vit.mean": mean, "vit.std": std} | record.get("settings", {})
+    if hasattr(vit, "decoder_blocks"):
+        ours["pretrain.decoder_heads"] = vit.decoder_blocks[0].attn.heads
+    told = ours | {"vit.mean": mean, "vit.std": std} | record.get("settings", {})
     other = " ".join(f"--set {name}={told[name]}" for name in ours if told[name] != ours[name])
     other = other.replace(", ", ",")
     if record and other:

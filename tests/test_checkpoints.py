@@ -263,6 +263,8 @@ def test_a_vit_of_other_names_or_settings_is_refused_and_positions_of_another_si
     assert "warning: most ViTs' images have another mean and deviation, --set vit.mean=[0.485," in said
     told = {"model": mae, "made_of": {"stage": "pretrain", "settings": {"vit.heads": 2, "vit.dim": 16}}}
     assert "assumed" not in load_vit(small(MaskedAutoencoder, MAE), save(tmp_path / "a.pt", told))
+    told["made_of"] = {"settings": {"pretrain.decoder_heads": 4}}
+    refused(told, "--set pretrain.decoder_heads=4", MaskedAutoencoder, MAE)
 
     # A grid of 4 x 4 for one of 2 x 2. Bicubic interpolation keeps a plane; the cls token's position stays.
     plane = torch.arange(4.0)[:, None] + 10 * torch.arange(4.0)                                      # (4, 4)
