@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from engine.checkpoints import read_json
 from engine.config import from_command_line, print_all
@@ -26,6 +26,7 @@ from images import (Files, VideoFrames, check_ends, find_videos, last_of, listed
 from labels import (EXPR, TASKS, Task, has_labels, label_files, longest, occurrences, read_labels, split,
                     targets)
 
+KEPT_PIXELS = 64_000_000       # of the images that `Images` keeps: 256 MB
 AGAIN = "delete it and run extract_features.py again"
 
 
@@ -83,6 +84,7 @@ class Images(Dataset):
                  noise: tuple | None = None, order=None):
         self.files, self.size, self.columns, self.noise = files, (size, size), columns, noise
         self.seed, self.smallest, self.order, self.epoch = seed, smallest, order, 0
+        self.kept, self.kept_pixels = {}, 0                      # {row: its image, decoded}
 
     @property
     def epoch(self) -> int:
@@ -104,11 +106,13 @@ class Images(Dataset):
         """The item; None if its image cannot be read, which is said in the first epoch."""
         r, rng = self.rows[i], generator(self.seed or 0, self.epoch, i)
         try:
-            image = self.files.read(r)
+            image = self.kept.get(r) or self.files.read(r)
         except ValueError as problem:
             if self.epoch == 0:
                 print(f"  left out: {problem}", flush=True)
             return None
+        if self.kept_pixels < KEPT_PIXELS and r not in self.kept and get_worker_info() is None:
+            self.kept[r], self.kept_pixels = image, self.kept_pixels + image.width * image.height
         train = self.seed is not None
         pixels = random_crop(image, self.size, rng, self.smallest) if train else resize(image, self.size)
         return pixels, *self.beside(r, rng if train else None)

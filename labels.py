@@ -294,7 +294,7 @@ def hold_out(files: dict[str, Path], share: float) -> tuple[dict[str, Path], dic
     order = sorted(size, key=lambda name: (-size[name], name))
     taken = {name for i, name in enumerate(order) if int((i + 1) * share + 0.5) > int(i * share + 0.5)}
     if not 0 < len(taken) < len(order):
-        raise ValueError(f"task.held_out={share} takes {len(taken)} of {len(order)} training scenes; "
+        raise ValueError(f"held_out={share} takes {len(taken)} of {len(order)} training scenes; "
                          "give a share that takes one or more and leaves some")
     return parted(files, taken)
 

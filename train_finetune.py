@@ -27,7 +27,7 @@ from engine.checkpoints import load_vit
 from engine.config import from_command_line
 from engine.training import adamw, clip_gradient
 from images import check_ends, find_videos, last_of, normalise
-from labels import EXPR, longest, something_to_learn, split
+from labels import EXPR, hold_out, longest, something_to_learn, split
 from losses import expr_loss
 from pipeline import find_input, open_run, start
 from scoring import ExprClassifier, count_images, finish_classes
@@ -41,6 +41,7 @@ def main(config, team):
     # data
     (videos, lines), files = find_videos(config.data.frames), split(config.data.labels, EXPR, f.fold)
     lines += check_ends(last_of(videos), longest(config.data.labels))
+    files = hold_out(files[0], f.held_out)[0], files[1]
     (frames, notes), (val_frames, val_notes) = (expr_frames(of_part, videos) for of_part in files)
     found = {"training": frames.fingerprint(), "validation": val_frames.fingerprint(),
              "training videos": frames.videos}

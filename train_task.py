@@ -27,7 +27,7 @@ from data import SegmentData, fingerprint, open_videos, some_faces
 from images import find_videos
 from engine.checkpoints import write_file, write_text
 from engine.config import from_command_line
-from engine.training import clip_gradient, fused
+from engine.training import clip_gradient
 from labels import TASKS, hold_out, in_units, occurrences, something_to_learn, split, targets
 from metrics import numbers
 from pipeline import finished, folder, open_run, start
@@ -73,8 +73,7 @@ def main(config, team, task):
     train = SegmentData(videos, task, s.window, s.stride)
     model = SegmentModel(dim, len(task.outputs), **dataclasses.asdict(config.temporal))
     ddp = team.parallel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, weight_decay=t.weight_decay,
-                                  fused=fused(model))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, weight_decay=t.weight_decay, fused=True)
     run.begin(model, optimizer, train, t, found, origin, epochs, unit="segments")
     team.say(f"{task.name}: {sum(weights.numel() for weights in model.parameters()):,} parameters, "
              f"{len(train):,} segments, {epochs} epochs of {run.steps} steps; {run.effective_batch()}")
@@ -116,13 +115,13 @@ def finish(run, task, scored):
         write_text(run.folder / "scores.txt", f"{text}\n")
         write_file(run.folder / "predictions.npz", lambda file: np.savez(file, **outputs))
         pictures.curves(run.folder, {"loss": task.zero_loss, "score": metrics["chance"]})
-        draw_timeline(outputs, videos, task, config, run.folder / "timeline.png")
+        pictures.save(draw_timeline(outputs, videos, task, config), run.folder / "timeline.png")
     run.finish(metrics)
     team.say(f"pictures: {run.folder}/curves.png, {run.folder}/timeline.png")
 
 
-def draw_timeline(outputs, videos, task, config, path):
-    """The validation video with most labels, at most its first 600 frames."""
+def draw_timeline(outputs, videos, task, config, note: str = ""):
+    """A picture of the validation video with most labels, at most its first 600 frames."""
     video = max(videos, key=lambda video: targets(video.labels[:600], task)[1].sum())
     target, valid = targets(video.labels[:600], task)
     T, faces = len(target), []
@@ -131,9 +130,8 @@ def draw_timeline(outputs, videos, task, config, path):
         faces = some_faces(find_videos(config.data.frames)[0][video.name], shown, 112)
     except (ValueError, KeyError, OSError):
         pass            # features are enough to score; where the frames lie elsewhere, the picture lacks them
-    picture = pictures.draw_video(video.name, {task.name: in_units(outputs[video.name][:T], task)},
-                                  {task.name: np.where(valid, target, np.nan)}, faces)
-    pictures.save(picture, path)
+    return pictures.draw_video(video.name, {task.name: in_units(outputs[video.name][:T], task)},
+                               {task.name: np.where(valid, target, np.nan)}, faces, note=note)
 
 
 if __name__ == "__main__":

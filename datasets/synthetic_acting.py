@@ -1,9 +1,14 @@
 """Drawn faces that act: expressions that come and go, what annotators write down, what spoils a frame.
 
 A person shows expressions built from action units as in EMFACS, with the faults of real recordings: blur,
-hands before the face, annotators who react late. One frame is often not enough to tell the expression; a
-second of them is. Times are in frames, at about 10 a second. Everything is three times as fast as in real
-videos, so that a few thousand frames hold a few hundred expressions. Read `synthetic_face.py` first.
+hands before the face, annotators who react late. What each part of the system is for is built in:
+
+    a frame is blurred, covered, or in mid-blink            its neighbours tell: the TCN
+    a mood lifts lips and lids for a whole video, and so    the rest of the segment tells what is mood,
+    looks like weak action units                            what is expression: the Transformer encoder
+
+Times are in frames, at about 10 a second. Everything is five times as fast as in real videos, so that 20,000
+frames hold 800 expressions of 200 people. Read `synthetic_face.py` first.
 """
 
 from collections import namedtuple
@@ -13,10 +18,10 @@ import numpy as np
 from datasets.synthetic_face import Person, State, mix, oval
 from labels import AUS, EXPRESSIONS
 
-EPISODE = 36                   # frames from one expression to the next
+EPISODE = 24                   # frames from one expression to the next
 MARKED = 0.35                  # intensity of an action unit, or share of an expression, that annotators mark
-LABEL_LAG = (3, 6)             # frames, at least and at most, by which an annotator's joystick is late
-MOOD_SPREAD = 0.16             # deviation of a slow valence and arousal that no expression explains
+LABEL_LAG = (2, 4)             # frames, at least and at most, by which an annotator's joystick is late
+MOOD_SPREAD = 0.2              # deviation of a mood: slow valence and arousal that no expression explains
 BLURS = ((5.0, 0.5), (0.5, 4.0), (2.5, 2.5), (4.0, 1.5))     # deviations along x and y, pixels
 
 # Expression -> its variants (EMFACS); a variant is action unit -> intensity.
@@ -50,7 +55,7 @@ def blend(rng, expression: str) -> np.ndarray:
     units = np.array([variant.get(number, 0.0) for number in AUS]) * rng.uniform(0.8, 1.15, 12)
     units[rng.random(12) < 0.07] *= 0.3
     if rng.random() < 0.3:
-        units[rng.integers(12)] += rng.uniform(0.3, 0.7)
+        units[rng.integers(12)] += rng.uniform(0.5, 0.9)
     return units.clip(0, 1)
 
 
@@ -81,7 +86,7 @@ def interrupt(rng, values: list, share: float, shortest: int, longest: int, othe
 def act(rng, frames: int, first: int) -> Acting:
     """Play the expressions of EPISODES from number `first` on, in random order, with pauses between them."""
     au, expression = np.zeros((frames, 12)), np.zeros(frames, int)
-    mood = (MOOD_SPREAD * wander(rng, frames, 10, 2).T).clip(-1, 1)      # (2, T) -> (T, 2)
+    mood = (MOOD_SPREAD * wander(rng, frames, 60, 2).T).clip(-1, 1)      # (2, T) -> (T, 2)
     shown = mood.copy()
     habit = rng.uniform(0.8, 1.15, 12)                           # the person's own strength in each unit
     count = round(frames / EPISODE) or 1
@@ -91,15 +96,15 @@ def act(rng, frames: int, first: int) -> Acting:
         length = slot * rng.uniform(0.68, 0.95)
         rise, fall = rng.uniform(0.12, 0.25), rng.uniform(0.15, 0.3)
         start = slot * i + rng.uniform(0, slot - length)
-        strength = rng.uniform(0.85, 1.0)
+        strength = rng.uniform(0.9, 1.0)
         e = strength * envelope(frames, start, length * rise, length * (1 - rise - fall), length * fall)
         au += e[:, None] * habit * blend(rng, name)              # (T, 1) * (12,) -> (T, 12)
-        shown += e[:, None] * (CIRCUMPLEX[name] + 0.12 * rng.standard_normal(2))
+        shown += e[:, None] * (CIRCUMPLEX[name] + 0.08 * rng.standard_normal(2))
         expression[e > MARKED] = EXPRESSIONS.index(name)
     for _ in range(rng.poisson(1.2 * frames / 100)):             # single units that belong to no expression
         unit = AUS.index(25) if rng.random() >= 0.7 else rng.integers(12)    # the lips part most often
-        strength, start = rng.uniform(0.4, 0.9), rng.uniform(0, frames)
-        au[:, unit] += strength * envelope(frames, start, 2, rng.uniform(2, 12), 3)
+        strength, start = rng.uniform(0.6, 0.9), rng.uniform(0, frames)
+        au[:, unit] += strength * envelope(frames, start, 2, rng.uniform(2, 8), 3)
     return Acting(au.clip(0, 1), expression, mood, shown.clip(-1, 1))
 
 
@@ -137,7 +142,7 @@ def spoil(rng, p: Person, acting: Acting):
     tremor = 0.12 * np.where(acting.au > 0.1, 1, 0.35)           # (T, 12)
     au = (acting.au + tremor * rng.standard_normal((frames, 12))).clip(0, 1)
     energy = 0.25 + 0.6 * (acting.shown[:, 1] + 0.4).clip(0)     # (T,)
-    yaw, roll, *sway = wander(rng, frames, 5, 4) * energy        # (4, T); sway: x and y
+    yaw, roll, *sway = wander(rng, frames, 4, 4) * energy        # (4, T); sway: x and y
     size, dim, right, down = wander(rng, frames, 16, 4)
     sway = np.transpose(sway) + 0.7 * rng.standard_normal((frames, 2))   # (2, T) -> (T, 2)
     flicker = 1 + 0.08 * rng.standard_normal(frames) + 0.06 * dim
@@ -146,8 +151,8 @@ def spoil(rng, p: Person, acting: Acting):
     light, contrast = rng.uniform(0.85, 1.1, 2)
     cast, noise = tuple(rng.uniform(0.96, 1.04, 3)), rng.uniform(1, 4)
     # What happens for some frames: in which share of them, for how many at least and at most.
-    covers = interrupt(rng, [None] * frames, 0.13, 2, 12, lambda: cover(rng, p))
-    blurs = interrupt(rng, [(0.0, 0.0)] * frames, 0.13, 2, 10, lambda: BLURS[rng.integers(len(BLURS))])
+    covers = interrupt(rng, [None] * frames, 0.10, 2, 9, lambda: cover(rng, p))
+    blurs = interrupt(rng, [(0.0, 0.0)] * frames, 0.10, 2, 8, lambda: BLURS[rng.integers(len(BLURS))])
     blinks = interrupt(rng, [0.0] * frames, 0.04, 1, 3, lambda: 1.0)
     for t in range(frames):
         yield State(

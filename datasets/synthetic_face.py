@@ -2,10 +2,10 @@
 
 It stands in for real faces, none of which may be redistributed. A `Person` is what stays the same from frame
 to frame, a `State` is what one frame shows: 12 action units, pose, light, cover, blur. An action unit moves
-what it moves in a real face: AU1 lifts the inner brow, AU12 pulls the corners of the lips. Coordinates:
-pixels of a 112-pixel frame, the origin between the cheekbones, x to the right, y down. Each part of a face is
-a list of shapes from back to front: (points (n, 2), colour, line width or 0 to fill), or something false,
-such as None, where a shape is not seen. `au[12]` is AU12.
+what it moves in a real face: AU1 lifts the inner brow, AU12 pulls the corners of the lips. Coordinates are
+those of a frame of 112 x 112, as in cropped_aligned, the origin between the cheekbones, x to the right, y
+down. Each part of a face is a list of shapes from back to front: (points (n, 2), colour, line width or 0 to
+fill), or something false, such as None, where a shape is not seen. `au[12]` is AU12.
 """
 
 from collections import namedtuple
@@ -16,19 +16,19 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from labels import AUS
 
-SIDE = 112                     # pixels of a frame, as in cropped_aligned
+SIDE, PIXELS = 112, 80         # of a frame: in coordinates, and as drawn, enough for the demo's small ViT
 HAIR = ((24, 20, 18), (58, 38, 26), (106, 70, 40), (196, 160, 96), (140, 60, 32), (150, 148, 146))
 IRIS = ((60, 38, 22), (40, 28, 20), (70, 100, 130), (74, 104, 70), (96, 92, 84))
 LIPS = ((178, 60, 70), (130, 50, 50), (200, 110, 110))
 SHADE, FRAME = (20, 0, 0), (30, 26, 28)                          # of the skin; of glasses
 FRINGES = ((0, 0), (-38, 0), (-31, 0), (-36, 14), (-37, 6))      # style of hair -> y, and x of the parting
-# Mean and deviation over people, in pixels. Widths are halves. With a jaw of 1 the head is an oval, with less
-# it is squarer. A brow is high above the eye, and tilts up to its outer end; a positive corner hangs down.
-LENGTHS = {"width": (37, 1.8), "chin": (46, 2.2), "jaw": (0.88, 0.07),
-           "brow": (11.5, 1.3), "brow_tilt": (0.5, 1.2), "brow_thick": (3.4, 0.6),
-           "eye_apart": (17, 0.8), "eye_wide": (9, 0.7), "eye_open": (4.6, 0.5),
-           "nose_wide": (6.5, 1), "nose_long": (10, 1.3), "mouth": (14.5, 1.5), "lip": (3.4, 0.7),
-           "corner": (0.2, 1.1)}
+# Mean and deviation over people. Widths are halves. With a jaw of 1 the head is an oval, with less it is
+# squarer. A brow is high above the eye, and tilts up to its outer end; a positive corner hangs down.
+LENGTHS = {"width": (37, 1.1), "chin": (46, 1.3), "jaw": (0.88, 0.04),
+           "brow": (11.5, 0.8), "brow_tilt": (0.5, 0.7), "brow_thick": (3.4, 0.4),
+           "eye_apart": (17, 0.5), "eye_wide": (9, 0.4), "eye_open": (4.6, 0.3),
+           "nose_wide": (6.5, 0.6), "nose_long": (10, 0.8), "mouth": (14.5, 0.9), "lip": (3.4, 0.4),
+           "corner": (0.2, 0.7)}
 # What stays the same: colours (red, green, blue), 0-255; the style of the hair (0 bald, 1 short, 2 fringe,
 # 3 parted, 4 long); a beard from 0 to 1; a moustache or not, glasses or not; LENGTHS.
 Person = namedtuple("Person", ["skin", "hair", "iris", "lips", "style", "beard", "moustache", "glasses",
@@ -54,7 +54,8 @@ State = namedtuple("State", ["au", *PLAIN], defaults=PLAIN.values())    # au: (1
 
 ANGLES, TIMES = np.linspace(0, 2 * np.pi, 28, endpoint=False), np.linspace(0, 1, 9)
 CIRCLE = np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)           # (28, 2); the second half has y < 0
-BEZIER = np.stack([(1 - TIMES) ** 2, 2 * TIMES * (1 - TIMES), TIMES ** 2], 1)  # (9, 3): weights of 3 points
+# (9, 3): weights of three points, for points of the parabola through them that is at the second half-way.
+PARABOLA = np.stack([(1 - TIMES) * (1 - 2 * TIMES), 4 * TIMES * (1 - TIMES), TIMES * (2 * TIMES - 1)], 1)
 GRAIN = np.random.default_rng(1).standard_normal((256, 256, 3), np.float32)    # noise; a frame takes a window
 
 
@@ -64,16 +65,15 @@ def mix(a, b, share):
 
 
 def person(rng) -> Person:
-    """A random person. Neutral faces differ by as much as a weak action unit moves them."""
+    """A random person."""
     tone, man = rng.random(), rng.random() < 0.5
     skin = mix(np.array((96, 62, 45)) + rng.uniform(-8, 8, 3), (246, 212, 188), tone)
-    # At 1 in place of 0.6, some would rest with brows as high as others half raise.
     return Person(
         skin, hair=HAIR[rng.integers(len(HAIR))], iris=IRIS[rng.integers(len(IRIS))],
         lips=mix(skin, LIPS[rng.integers(len(LIPS))], rng.uniform(0.4, 0.9)), style=int(rng.integers(5)),
         beard=rng.uniform(0.4, 0.9) if man and rng.random() < 0.25 else 0.0,
-        moustache=man and rng.random() < 0.25, glasses=rng.random() < 0.2,
-        **{name: float(mean + 0.6 * deviation * np.clip(rng.standard_normal(), -2, 2))
+        moustache=man and rng.random() < 0.25, glasses=rng.random() < 0.1,
+        **{name: float(mean + deviation * np.clip(rng.standard_normal(), -2, 2))
            for name, (mean, deviation) in LENGTHS.items()})
 
 
@@ -84,9 +84,7 @@ def oval(x, y, rx, ry):
 
 def bend(a, b, c):
     """A parabola from a to c that passes through b half-way: (9, 2)."""
-    points = np.array((a, b, c), float)
-    points[1] = 2 * points[1] - (points[0] + points[2]) / 2
-    return BEZIER @ points
+    return PARABOLA @ np.array((a, b, c), float)
 
 
 def between(upper, lower):
@@ -132,7 +130,7 @@ def head(p: Person, au: dict) -> list:
 def eyes(p: Person, au: dict, arousal: float, blink: float) -> list:
     """Eyes, lids, cheeks and brows, computed for the right half of the face."""
     x, y, b = p.eye_apart, -12.0, -12.0 - p.brow
-    wide = p.eye_open * (1 + 0.8 * arousal + 0.2 * au[2]) * (1 - blink)
+    wide = p.eye_open * (1 + 2.0 * arousal + 0.2 * au[2]) * (1 - blink)
     up = wide * (1 - 0.6 * au[7])                                # the upper lid's height, and
     low = wide * 0.75 * (1 - 0.45 * au[6]) * (1 - 0.8 * au[7])   # the lower lid's depth
     inner, outer = (x - p.eye_wide, y + 0.7), (x + p.eye_wide, y - 0.3)
@@ -167,7 +165,7 @@ def nose_and_mouth(p: Person, au: dict, valence: float) -> list:
     rim = bend((wing + 0.3, tip - 3), (wing + 1.2, tip), (wing - 0.5, tip + 1.5))
 
     half = p.mouth * (1 + 0.32 * au[12] - 0.4 * au[23] - 0.1 * au[26])
-    corner = 25 + p.corner - 8.0 * au[12] + 7.5 * au[15] - 4.0 * valence + 2 * au[26]
+    corner = 25 + p.corner - 8.0 * au[12] + 7.5 * au[15] - 10.0 * valence + 2 * au[26]
     thin = p.lip * (1 - 0.5 * au[23]) * (1 - 0.85 * au[24])
     gap = 7 * au[25] + au[26] * (2 + 8 * au[25])                 # AU26 alone hardly parts the lips
     parted, pressed = gap > 0.6, au[24]
@@ -205,8 +203,8 @@ def nose_and_mouth(p: Person, au: dict, valence: float) -> list:
 
 @lru_cache(maxsize=64)
 def background(place: int) -> Image.Image:
-    """A wall, a gradient, or coloured blobs: 224 x 224."""
-    rng, side = np.random.default_rng([place]), 2 * SIDE
+    """A wall, a gradient, or coloured blobs: 160 x 160."""
+    rng, side = np.random.default_rng([place]), 2 * PIXELS
     a, b = rng.integers(70, 180, (2, 3))
     ramp = np.linspace(0, 1, side)[:, None, None] * (rng.random() < 0.7)
     image = Image.fromarray(np.broadcast_to(a + (b - a) * ramp, (side, side, 3)).astype(np.uint8))
@@ -217,7 +215,8 @@ def background(place: int) -> Image.Image:
 
 
 def draw_face(p: Person, state: State, rng) -> Image.Image:
-    """One frame: RGB, 112 x 112. `rng` places the sensor's noise, nothing else."""
+    """One frame: RGB, 80 x 80. `rng` places the sensor's noise, nothing else."""
+    zoom = 2 * PIXELS / SIDE                                     # drawn at twice the size, then halved
     au, (valence, arousal) = dict(zip(AUS, state.au)), state.mood
     rim = oval(p.eye_apart, -11, 11.5, 9)
     shapes = [shape for shape in (
@@ -231,26 +230,27 @@ def draw_face(p: Person, state: State, rng) -> Image.Image:
     xy[:, 0] += state.yaw * (1 - (xy[:, 0] / 46) ** 2 - (xy[:, 1] / 64) ** 2).clip(0, 1)
     xy[:, 1] -= 3.0                                              # the crop's centre is below the cheekbones
     c, s = np.cos(state.roll) * state.scale, np.sin(state.roll) * state.scale
-    xy = 2 * (xy @ np.array([(c, s), (-s, c)]) + np.add(state.shift, SIDE / 2))
+    xy = zoom * (xy @ np.array([(c, s), (-s, c)]) + np.add(state.shift, SIDE / 2))
     ends = np.cumsum([len(points) for points, _, _ in shapes])
 
-    image = background(state.place).copy()                       # drawn at twice the size, then halved
+    image = background(state.place).copy()
     pencil = ImageDraw.Draw(image)
     for (_, colour, width), points in zip(shapes, np.split(xy, ends[:-1])):
         flat = points.ravel().tolist()                           # (n, 2) -> x0, y0, x1, y1, ...
         if width:
-            pencil.line(flat, colour, width)
+            pencil.line(flat, colour, round(zoom / 2 * width))
         else:
             pencil.polygon(flat, colour)
-    image = image.reduce(2)                                      # (224, 224) -> (112, 112), edges smooth
-    image = image.filter(ImageFilter.GaussianBlur(state.blur))
+    image = image.reduce(2)                                      # (160, 160) -> (80, 80), edges smooth
+    if any(state.blur):
+        image = image.filter(ImageFilter.GaussianBlur([zoom / 2 * deviation for deviation in state.blur]))
 
     # Light, then the sensor.
     gain = np.array(state.cast, np.float32) * np.float32(state.contrast * state.brightness)  # (3,)
     grey = np.float32(128 * (1 - state.contrast))                # less contrast: nearer to middle grey
-    right, down = np.float32(state.slope)[:, None] * np.linspace(-1, 1, SIDE, dtype=np.float32)   # (112,)
-    i, j = rng.integers(0, 256 - SIDE, 2)
+    right, down = np.float32(state.slope)[:, None] * np.linspace(-1, 1, PIXELS, dtype=np.float32)   # (80,)
+    i, j = rng.integers(0, 256 - PIXELS, 2)
     pixels = np.asarray(image, np.float32) * gain + grey
-    pixels += (right + down[:, None])[:, :, None]                # (112, 112, 1) -> (112, 112, 3)
-    pixels += np.float32(state.noise) * GRAIN[i:i + SIDE, j:j + SIDE]
+    pixels += (right + down[:, None])[:, :, None]                # (80, 80, 1) -> (80, 80, 3)
+    pixels += np.float32(state.noise) * GRAIN[i:i + PIXELS, j:j + PIXELS]
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -127,8 +127,6 @@ class Run:
         if saved is not None:
             self.refuse_other_data(saved.get("made_of", {}).get("data", {}), data)
             load_weights(model, saved["model"], self.folder)
-            for theirs, ours in zip(saved["optimizer"]["param_groups"], optimizer.param_groups):
-                theirs["fused"] = ours.get("fused")          # another device may have written it
             optimizer.load_state_dict(saved["optimizer"])
             self.epoch, self.step = saved["epoch"], saved["step"]
             self.best, self.sums = saved["best"], saved["sums"]

@@ -37,9 +37,9 @@ class Synthetic:
     """How much synthetic data is drawn, and where. Only with data.synthetic; the paper has none."""
     root: str = "data/demo"           # folder that the data sets are written to
     seed: int = 0                     # another seed draws other people
-    train_videos: int = 72            # training videos
-    val_videos: int = 24              # validation videos, of other people
-    frames: int = 180                 # typical length of a video, in frames
+    train_videos: int = 160           # training videos
+    val_videos: int = 48              # validation videos, of other people
+    frames: int = 84                  # typical length of a video, in frames
     faces: int = 4000                 # still faces over all static sets
 
 
@@ -103,6 +103,7 @@ class Finetune(FineTuning):
     hidden: int = 512                 # width of the layer between feature and classes
     dropout: float = 0.1              # share that is dropped before the last layer
     every: int = 5                    # an epoch takes one frame in 5: neighbours look alike; 1 = all
+    held_out: float = 0.0             # share of training scenes not used, to learn with few labels
 
 
 @dataclass

@@ -146,12 +146,7 @@ def adamw(model, section):
             trained = [p for name, p in model.named_parameters() if p.requires_grad
                        and factors[name] == factor and (p.squeeze().ndim > 1) == is_matrix]
             groups.append({"params": trained, "weight_decay": section.weight_decay * is_matrix, **more})
-    return torch.optim.AdamW(groups, lr=section.lr, betas=tuple(section.betas), fused=fused(model))
-
-
-def fused(model) -> bool | None:
-    """AdamW's step in one kernel, for a model on a GPU; elsewhere None, which is PyTorch's default."""
-    return next(model.parameters()).is_cuda or None
+    return torch.optim.AdamW(groups, lr=section.lr, betas=tuple(section.betas), fused=True)
 
 
 # ---- Progress

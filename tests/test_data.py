@@ -204,6 +204,16 @@ def test_what_cannot_be_read_is_left_out_and_said_in_the_first_epoch(workers, ca
     assert capfd.readouterr().out.count("left out: image 1: not a readable image") == 1
 
 
+def test_an_image_is_decoded_once_until_enough_are_kept(monkeypatch):
+    read, files = [], Pixels()
+    files.read = lambda i: read.append(i) or Pixels.read(files, i)
+    monkeypatch.setattr("data.KEPT_PIXELS", 200)                           # two images of 9 x 12 pixels
+    images = Images(files, 8)
+    for i in (0, 1, 2, 0, 1, 2):
+        assert np.array_equal(images[i][0], resize(Pixels.read(files, i), (8, 8)))
+    assert read == [0, 1, 2, 2]
+
+
 def test_some_faces_are_those_that_are_there_and_readable(tmp_path):
     draw(tmp_path / "v", [1, 3, 5])
     (tmp_path / "v/00003.jpg").write_bytes(b"no image")

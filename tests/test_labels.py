@@ -192,7 +192,7 @@ def test_held_out_scenes_are_whole_large_and_small_alike(tmp_path):
         assert sorted({int(scene(video)) for video in held}, reverse=True) == taken
         assert len(held) == 2 * len(taken) and kept | held == files and not kept.keys() & held.keys()
     for share, count in ((0.01, 0), (0.99, 20)):
-        with pytest.raises(ValueError, match=f"task.held_out={share} takes {count} of 20 training scenes; "):
+        with pytest.raises(ValueError, match=f"^held_out={share} takes {count} of 20 training scenes; "):
             hold_out(files, share)
 
 

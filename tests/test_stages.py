@@ -178,7 +178,7 @@ def plain_loop(stage, section, epochs, model, rows_of, batch_of, losses_of, scor
             groups.append({"params": [p], "times": getattr(section, "layer_decay", 1) ** below(name),
                            "fixed": id(p) in fixed,
                            "weight_decay": 0 if without_decay else section.weight_decay})
-    optimizer = torch.optim.AdamW(groups, betas=getattr(section, "betas", (0.9, 0.999)))
+    optimizer = torch.optim.AdamW(groups, betas=getattr(section, "betas", (0.9, 0.999)), fused=True)
     samples, done, clipped, best = len(rows_of(0)), 0, 0, (-math.inf, 0, None)
     steps = math.ceil(samples / section.batch)
     total, warmup, found = steps * epochs, section.warmup_epochs * steps, []

@@ -6,7 +6,8 @@
 A row is the configuration with other settings, trained with the seeds run.seed, run.seed + 1, ..., those of
 everything from pre-training on (folds: one). Each stage runs as a command of its own, if it is not finished.
 Writes runs/<config>/<table>.txt, in Markdown, and .json: mean ± deviation over the seeds (divided by n - 1),
-then the difference to the first row with its 95 % interval over the same drawn videos.
+then the difference to the first row with its 95 % interval over the same drawn videos. And, of the ablation,
+ablation_<task>.png, a video in which each part shows what it adds.
 """
 
 import json
@@ -17,20 +18,27 @@ import sys
 
 import numpy as np
 import torch
+from PIL import Image
 
+from data import Video
 from engine.checkpoints import read_json, write_text
 from engine.config import Config, from_command_line, load, print_all, value_of
 from engine.distributed import Team, choose_device
 from evaluate import emma_sums
-from labels import FOLDS, TASKS, has_labels, scene
+from labels import FOLDS, TASKS, has_labels, read_labels, scene, split
 from metrics import difference
+from pictures import save
 from pipeline import STAGES, command, finished, folder, read_record, stale, tuned_on
 from second_paper import emma
+from train_task import draw_timeline
 
 PARTS = {"folds": ["folds"], "folds_shared": ["folds_shared"], "ablation": ["ablation"], "ideas": ["ideas"],
          "systems": ["EMMA", "CoTEX", "time"]}                       # {table: its parts}
 HEADS = {"va": "VA mean CCC", "expr": "Expr macro F1", "au": "AU mean F1", "faces": "F1 on real faces"}
 HELD_OUT, FRAMES = "epoch chosen on held-out videos, au", "EMMA, each frame by itself"
+# The rows that one picture shows under each other, and what it calls them.
+SHOWN = {"both: single frames": "single frames", "Transformer encoder": "with the TCN",
+         "nothing": "with the TCN and the Transformer encoder"}
 STAGE = {"EMMA": "emma", "CoTEX": "cotex", FRAMES: "emma"}           # of a part, or a row; the others': task
 # By how many numbers a cell has: mean ± deviation, a score with its interval, with that of a difference.
 CELLS = {0: "-", 1: "{:.3f}", 2: "{:.3f} ± {:.3f}", 3: "{:.3f} [{:.3f}, {:.3f}]",
@@ -41,6 +49,7 @@ def rows_of(part: str, c: Config) -> dict[str, str]:
     """{title: settings, words of --set} of a part of a table. A row is of all tasks, unless its title ends
     with one. The first row is the whole system, whose configuration, with one seed, is `c`."""
     mae = shlex.quote(str(c.finetune.start or folder("pretrain", c) / "last.pt"))
+    k = [3 if size > 3 else 5 for size in c.temporal.kernels]
     w, s, x, N = c.segments.window, c.segments.stride, c.cotex, (c.vit.image_size // c.vit.patch) ** 2
     # In these epochs a plain ViT sees as many tokens, 1 + N a face, as the masked views see in theirs.
     epochs = max(1, round(x.epochs * x.views * (1 + int(N * (1 - x.mask_ratio))) / (1 + N)))
@@ -51,23 +60,24 @@ def rows_of(part: str, c: Config) -> dict[str, str]:
             "nothing": "", "Expr fine-tuning": f"features.checkpoint={mae}", "TCN": "temporal.tcn=false",
             "Transformer encoder": "temporal.transformer=false",
             "both: single frames": "temporal.tcn=false temporal.transformer=false",
-            "pre-training": "finetune.start=none", "causality: centred TCN": "temporal.causal=false",
+            "pre-training": "finetune.start=none",
+            "nine tenths of fine-tuning's videos": "finetune.held_out=0.9 finetune.every=1",
+            "these, and pre-training": "finetune.held_out=0.9 finetune.every=1 finetune.start=none",
+            "causality: centred TCN": "temporal.causal=false",
             "the future: causal TCN": "temporal.causal=true"},
         "ideas": {
-            "nothing": "", "kernels of 3 frames, va": f"'temporal.kernels={[3] * len(c.temporal.kernels)}'",
+            "nothing": "", f"kernels of {k[0]} frames, va": f"'temporal.kernels={k}'",
             "centred TCN, va": "temporal.causal=false", "no position in time, va": "temporal.tcn=false",
             "segments a third as long, va": f"segments.window={w // 3} segments.stride={s // 3}",
             "no overlap of segments, va": f"segments.stride={w}", "no dropout, au": "temporal.dropout=0",
-            "learning rate times 3, au": f"task.lr={3 * c.task.lr:g}", HELD_OUT: "task.held_out=0.15",
-            "mask ratio 0.5, expr": "pretrain.mask_ratio=0.5"},
+            "learning rate times 3, au": f"task.lr={3 * c.task.lr:g}", HELD_OUT: "task.held_out=0.15"},
         "EMMA": {"EMMA": "", "without the CNN": "emma.cnn=none", "a task alone, va": "emma.weights=[1,0,0]",
                  "a task alone, expr": "emma.weights=[0,1,0]", "a task alone, au": "emma.weights=[0,0,1]"},
         "CoTEX": {
             "masked CoTEX": "", "one masked view": "cotex.views=1",
             "one plain ViT, as many epochs": "cotex.views=1 cotex.mask_ratio=0",
             "one plain ViT, as many tokens": f"cotex.views=1 cotex.mask_ratio=0 cotex.epochs={epochs}",
-            **{f"λ = {weight}": f"cotex.js_weight={weight}" for weight in (0, 2, 16.7)},
-            **{f"r = {ratio}": f"cotex.mask_ratio={ratio}" for ratio in (0, 0.5, 0.75, 0.9)}},
+            "λ = 0: views that do not listen": "cotex.js_weight=0", "r = 0.5": "cotex.mask_ratio=0.5"},
         "time": {"segment models": "", FRAMES: ""}}[part]
 
 
@@ -163,6 +173,26 @@ def folds(part: str, planned: list) -> dict:
     return found
 
 
+def parts(planned: list, name: str):
+    """What each part of the system adds to the one before, in a video: the one in which the weaker of both
+    steps gains most. -> a picture: single frames, then with the TCN, then with the Transformer encoder too"""
+    task, found = TASKS[name], {}
+    for title, of_task, config, place in planned:
+        if title in SHOWN and of_task == name:
+            found.setdefault(title, (place, read_json(place / "metrics.json")))        # of the first seed
+    found = [found[title] for title in SHOWN]
+    scores = np.array([[task.metric.score(np.array(sums)).mean() for sums in metrics["video_sums"]]
+                       for _, metrics in found])                         # (3, videos)
+    video = found[0][1]["videos"][np.diff(scores, axis=0).min(axis=0).argmax()]
+    labels = read_labels(split(config.data.labels, task, config.task.fold)[1][video], task)
+    drawn = [draw_timeline(np.load(place / "predictions.npz"), [Video(video, place, labels)], task, config,
+                           note=note) for (place, _), note in zip(found, SHOWN.values())]
+    sheet = Image.new("RGB", (drawn[0].width, sum(picture.height for picture in drawn)), "white")
+    for i, picture in enumerate(drawn):
+        sheet.paste(picture, (0, i * picture.height))
+    return sheet
+
+
 def markdown(heading: str, rows: dict) -> str:
     """{row: {column: numbers}} as a table with cells like ".694 ± .012, +.016 [+.006, +.025]"."""
     columns = list(dict.fromkeys(name for row in rows.values() for name, cell in row.items() if cell))
@@ -196,6 +226,8 @@ def main(config: Config, table: str, options):
             tune = command(f"evaluate --task {task} --tune --against {shlex.quote(str(place))}", changed)
             said = subprocess.check_output([sys.executable, *shlex.split(tune)[1:]], text=True).splitlines()
             text += f"\n\nsmoothing and thresholds tuned on these, seed {changed.run.seed}: {said[-1]}"
+        for task in dict.fromkeys(row[1] for row in planned["ablation"]) if name == "ablation" else ():
+            save(parts(planned[name], task), path.with_name(f"ablation_{task}.png"))
         write_text(path, f"{text}\n")
         write_text(path.with_suffix(".json"), json.dumps(found, indent=1))
         yield f"\n{text}\n\nwritten to {path} and .json"
