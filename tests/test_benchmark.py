@@ -15,8 +15,9 @@ from tools import benchmark
 from tools.benchmark import PROMISED, SIZES, adamw, check, cnn, in_turn, speed, step_of
 
 SMALL = """vit.image_size=24 vit.patch=8 vit.dim=24 vit.depth=2 vit.heads=2 pretrain.decoder_dim=16
-    pretrain.epochs=7 pretrain.decoder_heads=2 pretrain.decoder_depth=1 finetune.dropout=0 finetune.hidden=10
-    finetune.epochs=2 finetune.every=4 segments.window=12 segments.stride=8 temporal.dropout=0 task.batch=3 task.epochs=5"""
+    pretrain.epochs=7 pretrain.decoder_heads=2 pretrain.decoder_depth=1 finetune.dropout=0
+    finetune.hidden=10 finetune.epochs=2 finetune.every=4 segments.window=12 segments.stride=8
+    temporal.dropout=0 task.batch=3 task.epochs=5"""
 STEPS = ["MAE", "fine-tuning", "extraction", "EMMA", "CoTEX", "segments"]
 
 
