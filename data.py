@@ -77,7 +77,8 @@ class Images(Dataset):
     Item i of an epoch is row r = order(epoch)[i], by default r = i: uint8 (size, size, 3), then column[r] of
     each column, then noise, if its shape is given. With a `seed`, to train: a random crop of at least
     `smallest` of the image's area, flipped or not, and random noise in [0, 1), all a function of (seed,
-    epoch, i). Without one: the whole image, and zeros. Run sets `epoch`.
+    epoch, i). Without one: the whole image, and zeros. Run sets `epoch`. Without workers an image is decoded
+    once and kept, until 256 MB are full.
     """
 
     def __init__(self, files, size: int, columns=(), seed: int | None = None, smallest: float = 1.0,

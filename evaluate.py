@@ -5,7 +5,7 @@ The model and its segments are built with the settings that its checkpoint carri
 
     python evaluate.py --task au                  # score runs/demo/task_au/best.pt on the validation videos
     python evaluate.py --task va --config my.yaml --checkpoint somewhere/best.pt
-    python evaluate.py --task au --set temporal.kernels=[3,3,3] --against      # beside the demo as it stands
+    python evaluate.py --task au --set temporal.kernels=[5,5,5] --against      # beside the demo as it stands
     python evaluate.py --task au --set task.held_out=0.15 --tune               # smoothing and thresholds
     python evaluate.py --checkpoint runs/demo/emma/best.pt                     # EMMA, each frame by itself
 

@@ -9,7 +9,7 @@ No other file knows this order, and no stage imports another: this file knows th
 and names the command that makes it.
 
 A result lies in runs/<config>/<stage>. Settings that --set has changed, and that count for the stage or for
-anything before it, are part of the folder's name: runs/demo/task_au+temporal.kernels=3-3-3. So an experiment
+anything before it, are part of the folder's name: runs/demo/task_au+temporal.kernels=5-5-5. So an experiment
 shares the stages that stay the same. Beside the result lies its record (made_of.json, and in checkpoints):
 
     stage      "finetune"
@@ -91,7 +91,7 @@ def changed(stage: str, config: Config) -> dict:
 
 
 def spelled(name: str, value) -> str:
-    """ "+temporal.kernels=3-3-3": a changed setting, as a shell takes it without quotes."""
+    """ "+temporal.kernels=5-5-5": a changed setting, as a shell takes it without quotes."""
     text = "/".join(Path(value).parts[-2:]) if name in INPUTS else re.sub(r"\.0\b", "", str(value).lower())
     return f"+{name}=" + re.sub(r"[^\w.]+", "-", text).strip("-")
 

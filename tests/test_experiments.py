@@ -114,12 +114,12 @@ def stored(name) -> dict:
     return json.loads((path / "metrics.json" if path.is_dir() else path.with_suffix(".json")).read_text())
 
 
-TENTH = "finetune.held_out=0.9 finetune.every=1"
+TENTH = "finetune.held_out=0.9 finetune.epochs=100"
 TCN, TRANSFORMER, R = "temporal.tcn=false", "temporal.transformer=false", "cotex.mask_ratio="
 ABLATION = [*LENT, *TRAIN, *lines([FEATURES, *TRAIN], "features.checkpoint=runs/my/pretrain/last.pt"),
             *lines(TRAIN, TCN), *lines(TRAIN, TRANSFORMER), *lines(TRAIN, TCN, TRANSFORMER),
-            *lines(LENT[1:] + TRAIN, "finetune.start=none"), *lines(LENT[1:] + TRAIN, TENTH),
-            *lines(LENT[1:] + TRAIN, TENTH, "finetune.start=none"), *lines(TRAIN, "temporal.causal=false")]
+            *lines(LENT[1:] + TRAIN, "finetune.start=none"), *lines(TRAIN, "temporal.causal=false"),
+            *lines(LENT[1:] + TRAIN, TENTH), *lines(LENT[1:] + TRAIN, TENTH, "finetune.start=none")]
 VA = ["temporal.kernels=[3, 3, 3]", "temporal.causal=false", TCN, "segments.window=33 segments.stride=16",
       "segments.stride=100"]
 IDEAS = [*LENT, *TRAIN, *(f"{TRAIN[0]} {idea}" for idea in VA),

@@ -262,6 +262,7 @@ def pretrain(folder, config):
 
 def finetune(folder, config):
     f, rows = config.finetune, expr_rows(folder, "Train_Set")
+    rows = rows if f.held_out == 0 else [row for row in rows if row[0].startswith("frames/a/")]
     val, samples = expr_rows(folder, "Validation_Set"), -(-len(rows) // f.every)
     model = ExprClassifier(config)                                              # draws the head's weights
     model.vit, model.head[2] = VisionTransformer(**VIT, drop_path=f.drop_path), nn.Dropout(f.dropout)
@@ -370,6 +371,7 @@ def task_loop(task):
 TRAININGS = {                         # folder of the result: command line, overrides, plain loop, how exactly
     "pretrain": (["train_pretrain"], [], pretrain, 0),
     "finetune": (["train_finetune"], [], finetune, 0),
+    "finetune+finetune.held_out=0.5": (["train_finetune"], ["finetune.held_out=0.5"], finetune, 0),
     "stills+stills.clip=30+stills.network=resnet18": (
         ["second_paper.train_cnn"], ["stills.network=resnet18", "stills.clip=30"], stills, 0),
     "stills": (["second_paper.train_cnn"], [], stills, 1e-4),                  # the terms are added otherwise

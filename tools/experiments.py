@@ -50,6 +50,7 @@ def rows_of(part: str, c: Config) -> dict[str, str]:
     with one. The first row is the whole system, whose configuration, with one seed, is `c`."""
     mae = shlex.quote(str(c.finetune.start or folder("pretrain", c) / "last.pt"))
     k = [3 if size > 3 else 5 for size in c.temporal.kernels]
+    few = f"finetune.held_out=0.9 finetune.epochs={10 * c.finetune.epochs}"      # and as many steps
     w, s, x, N = c.segments.window, c.segments.stride, c.cotex, (c.vit.image_size // c.vit.patch) ** 2
     # In these epochs a plain ViT sees as many tokens, 1 + N a face, as the masked views see in theirs.
     epochs = max(1, round(x.epochs * x.views * (1 + int(N * (1 - x.mask_ratio))) / (1 + N)))
@@ -61,10 +62,9 @@ def rows_of(part: str, c: Config) -> dict[str, str]:
             "Transformer encoder": "temporal.transformer=false",
             "both: single frames": "temporal.tcn=false temporal.transformer=false",
             "pre-training": "finetune.start=none",
-            "nine tenths of fine-tuning's videos": "finetune.held_out=0.9 finetune.every=1",
-            "these, and pre-training": "finetune.held_out=0.9 finetune.every=1 finetune.start=none",
             "causality: centred TCN": "temporal.causal=false",
-            "the future: causal TCN": "temporal.causal=true"},
+            "the future: causal TCN": "temporal.causal=true", "nine tenths of fine-tuning's videos": few,
+            "these, and pre-training": f"{few} finetune.start=none"},
         "ideas": {
             "nothing": "", f"kernels of {k[0]} frames, va": f"'temporal.kernels={k}'",
             "centred TCN, va": "temporal.causal=false", "no position in time, va": "temporal.tcn=false",
