@@ -12,7 +12,7 @@ A video is written under a temporary name and renamed when whole, so a stopped r
 videos.json lists all videos with what they were made from: a new or changed video, or one whose file was
 lost, is extracted by the next start, and the others are kept. In memory are the features of one video, 1.5 kB
 a frame with ViT-B, and the images that the workers (`run.workers`) read ahead: two batches of
-`features.batch` each.
+`features.batch` each; without workers at most 256 MB of images (`data.Images`).
 """
 
 import json
