@@ -26,7 +26,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-CODE = [path for path in sorted(ROOT.rglob("*.py")) if not {"tests", ".ci"} & {*path.relative_to(ROOT).parts}]
+CODE = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")])
+        if path.parent.name != "tests"]
 COMMAND = re.compile(r"(python|torchrun|pytest|pip|cp|--set) ")
 ALONE = "python mae.py", "python vit.py"               # seconds each
 # What stands for names in capitals, and for files that a reader would have.

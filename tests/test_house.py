@@ -17,7 +17,8 @@ FLOORS = ["engine", "metrics vit tcn images", "labels losses mae temporal", "dat
           "train_pretrain train_finetune extract_features train_task evaluate predict "
           "second_paper.train_cnn second_paper.train_emma second_paper.train_cotex", "tools"]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
-FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0][:1] != "."]
+# Not deeper, where a virtual environment in a checkout has its files.
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")])
 TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(), path)
          for path in FILES}
 CODE = {name: tree for name, tree in TREES.items() if not name.startswith("tests.")}
