@@ -277,7 +277,9 @@ def segments(n: int, window: int, stride: int) -> list[tuple[int, int]]:
 
 def pad(array: np.ndarray, window: int) -> np.ndarray:
     """Zeros after the last frame. Shape: (t, ...) -> (window, ...)."""
-    return np.pad(array, [(0, window - len(array))] + [(0, 0)] * (array.ndim - 1))
+    padded = np.zeros((window, *array.shape[1:]), array.dtype)         # np.pad takes ten times as long
+    padded[:len(array)] = array
+    return padded
 
 
 class SegmentData(Dataset):
