@@ -96,10 +96,6 @@ class Images(Dataset):
         self._epoch = epoch
         self.rows = range(len(self.files)) if self.order is None else self.order(epoch)
 
-    def __getstate__(self):
-        # A worker needs the rows only. Where workers are spawned, as on macOS, no lambda can be sent there.
-        return {**vars(self), "order": None}
-
     def __len__(self):
         return len(self.rows)
 
@@ -263,13 +259,10 @@ def segments(n: int, window: int, stride: int) -> list[tuple[int, int]]:
 
     The paper's segment i holds the frames (i-1)s + 1 to (i-1)s + w, for i = 1 to [n/s] + 1. Read literally,
     that gives an empty one whenever s divides n, and others that only repeat covered frames. Ours stops at
-    the first segment that reaches the end, so every frame is covered and none of the segments is redundant.
-    The authors' code keeps full windows only: tails and short videos are lost, in validation too. Raises
-    ValueError unless n >= 1 and 1 <= s <= w (§3.3: s <= w, so that no frame is left out).
+    the first segment that reaches the end, so every frame is covered (§3.3: s <= w) and none of the segments
+    is redundant. The authors' code keeps full windows only: tails and short videos are lost, in validation
+    too.
     """
-    if n < 1 or not 1 <= stride <= window:
-        raise ValueError(f"segments(n={n}, window={window}, stride={stride}): "
-                         "expected n >= 1 and 1 <= stride <= window")
     # The last start is the first from which the window reaches the end: n - w, or less than s behind it.
     starts = range(0, max(n - window, 0) + stride, stride)
     return [(start, min(start + window, n)) for start in starts]

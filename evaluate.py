@@ -29,8 +29,8 @@ from engine.training import Progress
 from images import check_ends, find_videos, last_of
 from labels import TASKS, has_labels, longest, read_labels, scene, split, targets
 from metrics import confusion, difference, score_table
-from pipeline import finished, folder, lines_of, make, missing, tuned_on
-from scoring import (HELD_OUT, as_tuned, check_features, check_scenes, find_features, load, of_videos,
+from pipeline import find_input, finished, folder, lines_of, make, missing, tuned_on
+from scoring import (HELD_OUT, as_tuned, check_features, check_scenes, load, of_videos,
                      predict_videos, reasons, report, sums_of, to_score, tuned)
 from second_paper import emma
 
@@ -53,7 +53,7 @@ def main(config, team, task, checkpoint="", tune=False, against=None):
     team.say(f"settings as in the checkpoint:{lines_of(trained.changed)}" if trained.changed else str(path))
 
     # data
-    features, origin = find_features(config, team)
+    features, origin = find_input(config, team, "task.features")
     train_files, val_files = split(config.data.labels, task, config.task.fold)
     videos, left_out, _ = open_videos(val_files, features, task)
     try:

@@ -12,7 +12,6 @@ import errno
 import functools
 import os
 import re
-import shlex
 import zlib
 from collections import Counter
 from contextlib import suppress
@@ -35,10 +34,6 @@ FRAME = re.compile(r"0*([0-9]{1,7})(%s)" % "|".join(map(re.escape, EXTENSIONS)),
 READ = (f"images are read from {', '.join(EXTENSIONS)}; convert others (.heic, .avif) to one of these, and a "
         "video to frames: ffmpeg -i video.mp4 folder/%05d.jpg")
 FEW = 4                        # frames more or less than labels: no sign of another frame rate
-# A command that renames frame n of the videos in some folders to n + 1: the highest first, so none is lost.
-RENAME = ("python -c 'import sys, pathlib; [p.rename(p.with_stem(s + str(int(p.stem[len(s):]) + 1).zfill("
-          'len(p.stem) - len(s)))) for d in sys.argv[1:] for p in sorted(pathlib.Path(d).glob("*/*[0-9].*"), '
-          'key=lambda p: (len(p.name), p.name), reverse=True) for s in [p.stem.rstrip("0123456789")]]\' ')
 DEEPEST = 3                    # levels of folders between a root and its videos, at most
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked here, with a message that names the file
 
@@ -277,8 +272,8 @@ def find_videos(roots) -> tuple[dict[str, VideoFrames], list[str]]:
     was passed over. A video that is in two roots is taken from the first that has frames of it.
 
     Raises ValueError for a root that is missing, for a video that is twice below it, if there is no frame,
-    and if more than a tenth of a root's videos have an image of number 0, with the command that renames them:
-    line i of a label file belongs to image i.
+    and if more than a tenth of a root's videos have an image of number 0: line i of a label file belongs to
+    image i.
     """
     videos, lines = {}, []
     for root in map(Path, roots):
@@ -293,11 +288,9 @@ def find_videos(roots) -> tuple[dict[str, VideoFrames], list[str]]:
                                  "remove one, or give their roots as two, the better one first")
         zero = [video for video, frames in here.items() if frames.beside["with number 0"]]
         if 10 * len(zero) > len(here):                 # where it has no face, a video lacks its number 0
-            folders = sorted({os.path.dirname(here[video].folder) or "." for video in zero})
             raise ValueError(f"{len(zero)} of {len(here)} videos have an image of number 0, such as "
-                             f"{zero[0]}; line 1 of a label file belongs to image 1, so labels would meet "
-                             "the next frame\nif all videos there count from 0, rename every frame n to "
-                             f"n + 1:\n{RENAME}{shlex.join(folders)}")
+                             f"{here[zero[0]].folder}; line 1 of a label file belongs to image 1, so labels "
+                             "would meet the next frame: rename every frame n to n + 1")
         lines += passed_over(root, found)
         twice = len(here.keys() & videos.keys())
         for count, why in ((twice, "are in an earlier folder of data.frames too, and taken from there"),
@@ -317,9 +310,8 @@ def last_of(videos: dict[str, VideoFrames]) -> dict[str, int]:
 
 def check_ends(ends: dict[str, int], rows: dict[str, int], low: float = 0.9, high: float = 1.1) -> list[str]:
     """Do videos end where their labels do? ends: {video: its last frame}, rows: {video: lines of its labels}.
-    -> a line about those that do not, by more than a tenth. Raises ValueError with the likely cause if most
-    end late, or most end early by the same factor: early by chance, as the last frames have no face, may be
-    any."""
+    -> a line about those that do not, by more than a tenth. Raises ValueError if most end late, or most end
+    early by the same factor: early by chance, as the last frames have no face, may be any."""
     ratios = {video: end / rows[video] for video, end in ends.items() if rows.get(video)}
     odd = [video for video, ratio in ratios.items()
            if not low <= ratio <= high and abs(ends[video] - rows[video]) > FEW]
@@ -328,9 +320,7 @@ def check_ends(ends: dict[str, int], rows: dict[str, int], low: float = 0.9, hig
     ratio = np.median([ratios[video] for video in odd] or [1])
     wrong = [video for video in odd if ratios[video] > 1 or abs(ratios[video] / ratio - 1) < 0.05]
     if 2 * len(wrong) > len(ratios) and (len(ratios) > 3 or not 0.55 < ratio < 1):
-        cause = ("numbers like milliseconds, which count no frames" if ratio > 15 else
-                 f"{ratio:.2g} images for each label" if ratio > 1 else
-                 f"one frame of {1 / ratio:.2g}, numbered anew")
-        raise ValueError(f"{said[0].strip()}\nit looks like {cause}; line i of a label file belongs to frame "
-                         "i: make one image of each, numbered from 1 (ffmpeg -i video.mp4 folder/%05d.jpg)")
+        raise ValueError(f"{said[0].strip()}\n{ratio:.2g} images for each label; line i of a label file "
+                         "belongs to frame i: make one image of each, numbered from 1 (ffmpeg -i video.mp4 "
+                         "folder/%05d.jpg)")
     return said

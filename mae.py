@@ -28,16 +28,16 @@ class MaskedAutoencoder(VisionTransformer):
     """A ViT encoder on the visible patches, a small ViT decoder on all. Defaults: the paper's ViT-B/16 with
     75 % hidden (§3.1) and the original MAE's decoder (the paper: "a ViT decoder"); 111,907,840 parameters.
 
-    forward(images, noise=None) -> (loss, pred, mask)
+    forward(images, noise) -> (loss, pred, mask)
         images (B, C, height, width), normalised;
         noise (B, N) in [0, 1): the N(1 - mask_ratio) patches with the smallest noise (rounded down) stay
-        visible. The data give it, so that a resumed run hides the same patches; None draws it anew;
+        visible. The data give it, so that a resumed run hides the same patches;
         loss: scalar, the mean squared error of the hidden patches (the paper's "pixel-level L2");
         pred (B, N, P·P·C): the reconstruction as patches, of visible patches too (they carry no loss);
         mask (B, N): 1 = hidden, 0 = visible.
     norm_pix_loss: compare with pixels normalised by their patch's mean and deviation. The original MAE learns
     better features with it; this paper compares raw pixels. `pred` is no picture until both are put back.
-    Raises ValueError for a mask_ratio that leaves no patch visible or none hidden, and for other shapes.
+    Raises ValueError for a mask_ratio that leaves no patch visible or none hidden.
     """
 
     def __init__(self, image_size=224, patch: int = 16, channels: int = 3, dim: int = 768, depth: int = 12,
@@ -120,11 +120,7 @@ class MaskedAutoencoder(VisionTransformer):
         loss = (pred - target).square().mean(dim=-1)                           # (B, N, P·P·C) -> (B, N)
         return (loss * mask).sum() / mask.sum().clamp(min=1)                   # (B, N) -> scalar
 
-    def forward(self, images, noise=None):
-        expected = (len(images), self.grid[0] * self.grid[1])
-        noise = torch.rand(expected, device=images.device) if noise is None else noise
-        if tuple(noise.shape) != expected:
-            raise ValueError(f"expected noise {expected} (images, patches), got {tuple(noise.shape)}")
+    def forward(self, images, noise):
         tokens, mask, restore = self.forward_encoder(images, noise)
         pred = self.forward_decoder(tokens, restore)
         return self.forward_loss(images, pred, mask), pred, mask

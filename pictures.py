@@ -98,15 +98,10 @@ def reconstruction(images, model, pred, mask, path, side: int = 112):
 def read_log(path) -> dict[str, np.ndarray]:
     """A log.csv as {column: values (epochs,)}. Raises ValueError if it is damaged, OSError if missing."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            names, *rows = csv.reader(file)
-        columns = dict(zip(names, np.array(rows, float).T, strict=True))   # text (epochs, columns)
-        if len(columns) < 2 or not np.isfinite(columns["epoch"]).all():
-            raise ValueError
-    except (ValueError, KeyError, csv.Error):
-        raise ValueError(f"{path}: not the log of a run; expected a line with the names of columns, epoch "
-                         "among them, and a line of numbers for each epoch") from None
-    return columns
+        names, *rows = csv.reader(Path(path).read_text().splitlines())
+        return dict(zip(names, np.array(rows, float).T, strict=True))      # text (epochs, columns)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: not the log of a run ({error})") from None
 
 
 def curves(folder, chance={}) -> Path:

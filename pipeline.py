@@ -177,8 +177,8 @@ def other_settings(record: dict, config: Config) -> dict[str, tuple]:
     if before and "file" not in before and setting and not value_of(config, setting):
         found = other_settings(before, config)
     for name, was in record.get("settings", {}).items():
-        now = value_of(config, name) if name in SETTINGS else was
-        if now != was and not (name.startswith("data.") and type(was) is not bool):      # of older versions
+        now = value_of(config, name)
+        if now != was:
             found.setdefault(name, (record["stage"], was, now))
     return found
 
@@ -242,7 +242,8 @@ def open_run(stage: str, config: Config, team, task=None) -> Run:
 
 
 def find_input(config: Config, team, setting: str) -> tuple[Path, dict]:
-    """An input of a stage, and its record: the path that `setting` gives, or the file of the stage before.
+    """An input of a stage, and its record: the path that `setting` gives, or the stage before's file (of
+    features the folder).
     Raises ValueError if it is missing (with the command that makes it), gone, stale, or another file."""
     given, stage = value_of(config, setting), INPUTS[setting]
     if given or not stage:
@@ -260,7 +261,7 @@ def find_input(config: Config, team, setting: str) -> tuple[Path, dict]:
     if now != record.get("checksum"):
         raise ValueError(f"{path}: not the file that the stage has written; put that back, or name this one "
                          f"with --set {setting}={path}")
-    return path, record
+    return (place if stage == "features" else path), record
 
 
 def missing(path, script: str, config: Config) -> ValueError:

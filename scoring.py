@@ -8,7 +8,6 @@ and the mode filter of the authors' code.
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -213,15 +212,6 @@ def sums_of(outputs: dict[str, np.ndarray], videos: list[Video], task: Task) -> 
                      for video in videos])
 
 
-def read_predictions(path) -> dict[str, np.ndarray]:
-    """{video: a model's outputs (T, K)} of predictions.npz. Raises ValueError naming a file that is none."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:                         # a damaged archive can raise anything
-        raise ValueError(f"{path}: not the predictions that a training has written ({error})") from None
-
-
 # ---- Checkpoints
 
 class Trained(NamedTuple):
@@ -245,7 +235,7 @@ def load(path, config: Config | None = None, task: Task | None = None, team: Tea
     saved = read_checkpoint(path)
     record = saved.get("made_of")
     if record is not None:
-        name = record["stage"].removeprefix("task_").partition("_fold")[0]     # in older ones: task_au_fold1
+        name = record["stage"].removeprefix("task_")
         if name not in TASKS or task not in (None, TASKS[name]):
             raise ValueError(f"{path}: of stage {record['stage']}, not a segment model"
                              + (f" for --task {task.name}" if task else ""))
@@ -259,15 +249,6 @@ def load(path, config: Config | None = None, task: Task | None = None, team: Tea
     load_weights(model, weights, path)
     model.to(team.device).eval()
     return Trained([task], model, config, team, record, changed, partial(predict, model, config, team))
-
-
-def find_features(config: Config, team: Team) -> tuple[Path, dict]:
-    """The folder of features that a task is trained and scored on, and its record.
-
-    Raises ValueError if it is not made, or does not fit the settings.
-    """
-    path, record = find_input(config, team, "task.features")
-    return (path if config.task.features else path.parent), record
 
 
 def check_features(path, record: dict | None, features_record: dict):

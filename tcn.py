@@ -25,15 +25,10 @@ class DilatedConv(nn.Module):
     k is the kernel size, d the dilation, each W_i a matrix; x is 0 before the first frame. (The paper gives
     no formula; the TCN literature does.) Not causal: the same window centred on frame t, so k must be odd.
     Shape: (B, T, D_in) -> (B, T, D_out), any T ≥ 1.
-    Raises ValueError for a kernel or dilation below 1, and for an even kernel that is not causal.
     """
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, dilation: int, causal: bool):
         super().__init__()
-        if kernel < 1 or dilation < 1 or (not causal and kernel % 2 == 0):
-            odd = max(1, kernel + (kernel + 1) % 2)
-            raise ValueError(f"kernel={kernel}, dilation={dilation}, causal={causal}: both must be at least "
-                             f"1, and a centred kernel odd; try kernel={odd}")
         reach = (kernel - 1) * dilation                     # the largest d·i
         self.pad = (reach, 0) if causal else (reach // 2, reach // 2)
         conv = nn.Conv1d(dim_in, dim_out, kernel, dilation=dilation)
@@ -80,24 +75,17 @@ class TemporalConvNet(nn.Module):
 
     Shape: x (B, T, dim), valid (B, T) True for real frames, or None -> (B, T, channels[-1]). Padded frames
     change no real frame and come out as zeros. `receptive_field` is in frames.
-    Raises ValueError if the three lists differ in length or x is not (B, T, dim).
     """
 
     def __init__(self, dim: int = 768, channels=(768, 256, 128), kernels=(5, 5, 5), dilations=(1, 2, 4),
                  causal: bool = True, dropout: float = 0.3):
         super().__init__()
-        if not len(channels) == len(kernels) == len(dilations) > 0:
-            raise ValueError(f"one entry per level is needed in each list, got channels={list(channels)}, "
-                             f"kernels={list(kernels)}, dilations={list(dilations)}")
-        self.dim = dim
-        sizes = zip([dim, *channels], channels, kernels, dilations)              # of each level
+        sizes = zip([dim, *channels[:-1]], channels, kernels, dilations, strict=True)     # of each level
         self.levels = nn.ModuleList(Level(a, b, k, d, causal, dropout) for a, b, k, d in sizes)
         # Each of a level's two convolutions lets a frame see (k - 1) d frames further: 57 by default.
         self.receptive_field = 1 + sum(2 * (k - 1) * d for k, d in zip(kernels, dilations))
 
     def forward(self, x, valid=None):
-        if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected (B, T, {self.dim}), got {tuple(x.shape)}")
         x = hide(x, valid)
         for level in self.levels:
             x = level(x, valid)                    # by default (B, T, 768), then (B, T, 256), (B, T, 128)

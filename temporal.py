@@ -64,7 +64,6 @@ class SegmentModel(nn.Module):
     Shape: x (B, T, dim), valid (B, T) True for real frames, or None -> (B, T, outputs). `outputs` is 2 for
     valence and arousal, values as they are; 8 for expressions and 12 for action units, logits (§3.3.1, where
     T is l). Padded frames change no real frame's output; their own outputs mean nothing.
-    Raises ValueError if x is not (B, T, dim).
     `tcn=False` and `transformer=False` each take that part out (the ablation of the paper's final version);
     with both out, the head sees single frames.
 
@@ -87,8 +86,6 @@ class SegmentModel(nn.Module):
         self.head = nn.Sequential(nn.Linear(dim, head), nn.LayerNorm(head), nn.Linear(head, outputs))
 
     def forward(self, x, valid=None):
-        if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected (B, T, {self.dim}), got {tuple(x.shape)}")
         x = hide(x, valid)                              # NaN would pass attention: 0 · NaN = NaN
         if self.tcn is not None:
             x = self.tcn(x, valid)                      # f_i -> g_i   (B, T, 768) -> (B, T, 128)

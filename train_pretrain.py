@@ -25,7 +25,7 @@ from engine.checkpoints import load_vit
 from engine.config import from_command_line
 from engine.distributed import all_sum
 from engine.training import adamw, clip_gradient, generator
-from images import normalise, resize
+from images import normalise
 from mae import MaskedAutoencoder
 from pipeline import find_input, open_run, start
 
@@ -97,15 +97,10 @@ def main(config, team):
 
 def sample(faces: Images, count: int) -> torch.Tensor:
     """At most `count` readable faces, spread over all sets, whole and normalised: (B, 3, H, W)."""
-    shown = []
-    for i in np.linspace(0, len(faces) - 1, 4 * count).astype(int):     # more, as some may be unreadable
-        try:
-            shown.append(resize(faces.files.read(i), faces.size))
-        except ValueError:
-            continue
-    chosen = np.linspace(0, len(shown) - 1, min(count, len(shown))).astype(int)
-    images = np.stack([shown[i] for i in chosen]) if shown else np.zeros((0, *faces.size, 3), np.uint8)
-    return normalise(torch.from_numpy(images))                          # (B, H, W, 3) -> (B, 3, H, W)
+    whole = Images(faces.files, faces.size[0])
+    whole.epoch = 1                                                     # unreadable ones are named in epoch 0
+    rows = np.linspace(0, len(whole) - 1, min(count, len(whole))).astype(int)
+    return normalise(whole.collate([whole[i] for i in rows])[0])        # (B, H, W, 3) -> (B, 3, H, W)
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ from engine.config import from_command_line
 from engine.training import clip_gradient
 from labels import TASKS, hold_out, in_units, occurrences, something_to_learn, split, targets
 from metrics import numbers
-from pipeline import finished, folder, open_run, start
-from scoring import HELD_OUT, find_features, predict_videos, reasons, report, sums_of, to_score
+from pipeline import find_input, finished, folder, open_run, start
+from scoring import HELD_OUT, predict_videos, reasons, report, sums_of, to_score
 from temporal import SegmentModel
 
 
@@ -45,7 +45,7 @@ def main(config, team, task):
 
     # data
     train_files, val_files = split(config.data.labels, task, t.fold)
-    features, origin = find_features(config, team)
+    features, origin = find_input(config, team, "task.features")
     train_files, held_out_files = hold_out(train_files, t.held_out)
     videos, left_out, dim = open_videos(train_files, features, task)
     val_videos, val_left_out, _ = open_videos(val_files, features, task)

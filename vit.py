@@ -3,7 +3,7 @@
 Smallest part first: attention, MLP, block, patches, positions, model. Parameter names are those of the
 reference MAE and of timm, so that their public ViT checkpoints load by name. Read `mae.py` next.
 
-    python vit.py          # the parameter table of ViT-B/16 and the attention of one random image
+    python vit.py          # the parameter table of ViT-B/16
 
 Shape letters, here and everywhere: B images or clips, T frames, N patch tokens, D width, H heads,
 P patch side, C channels.
@@ -36,26 +36,18 @@ class Attention(nn.Module):
 
     Shape: (B, N, D) -> (B, N, D). `valid` and `dropout` are for temporal.py, where the tokens are frames:
     valid (B, N) is True for real ones, and padding is never attended to. Images have no padding.
-    Raises ValueError if heads do not divide D.
     """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim={dim} is not divisible by heads={heads}; try heads={math.gcd(dim, heads)}")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)                                # with a bias
         self.proj = nn.Linear(dim, dim)
 
-    def split(self, x):
-        """Queries, keys and values of each head. Shape: (B, N, D) -> three of (B, H, N, d), d = D / H."""
-        B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)   # (B, N, 3D) -> (B, N, 3, H, d)
-        return qkv.permute(2, 0, 3, 1, 4)                                 # -> (3, B, H, N, d)
-
     def forward(self, x, valid=None, dropout: float = 0.0):
         B, N, D = x.shape
-        q, k, v = self.split(x)
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)   # (B, N, 3D) -> (B, N, 3, H, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                              # three of (B, H, N, d), d = D / H
         mask = None if valid is None else valid[:, None, None, :]         # (B, N) -> (B, 1, 1, N)
         dropout = dropout if self.training else 0.0
         # `if B`: a process's share of the last batch may be empty, which flash attention refuses.
@@ -118,18 +110,10 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, image_size: tuple[int, int], patch: int, channels: int, dim: int):
         super().__init__()
-        if image_size[0] % patch or image_size[1] % patch:
-            fit = tuple(max(patch, round(side / patch) * patch) for side in image_size)
-            raise ValueError(f"image_size={image_size} is not a multiple of patch={patch}; "
-                             f"try image_size={fit}")
-        self.expected = (channels, *image_size)
         self.grid = (image_size[0] // patch, image_size[1] // patch)
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch, stride=patch)
 
     def forward(self, images):
-        if tuple(images.shape[1:]) != self.expected:
-            expected = ", ".join(map(str, self.expected))
-            raise ValueError(f"expected images (B, {expected}), got {tuple(images.shape)}")
         return self.proj(images).flatten(2).transpose(1, 2)   # (B, D, h, w) -> (B, D, N) -> (B, N, D)
 
 
@@ -137,12 +121,9 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> torch.Tensor:
     """Fixed 2-D sine-cosine position embeddings with a zero row for the cls token. Shape: (1, 1 + N, D).
 
     The first half of the D numbers encodes the column, the second half the row (the reference MAE's order),
-    each place as [sin(place · ω), cos(place · ω)] with ω_i = 10000^(-i / (D/4)), i = 0 … D/4 - 1.
-    Raises ValueError if D is not divisible by 4.
+    each place as [sin(place · ω), cos(place · ω)] with ω_i = 10000^(-i / (D/4)), i = 0 … D/4 - 1. D must
+    be a multiple of 4.
     """
-    if dim % 4:
-        raise ValueError(f"dim={dim} is not divisible by 4 (sine and cosine of row and column); "
-                         f"try {dim + 4 - dim % 4}")
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")    # (h, w)
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))    # (D/4,)
     quarters = []
@@ -178,16 +159,16 @@ class VisionTransformer(nn.Module):
     in the first block, as in the MAE's fine-tuning. Pre-training has none.
     mean, std: with which the images of its training were normalised, ImageNet's by default. Images come with
     ImageNet's in any case (images.py); `own` puts this ViT's in their place.
-    Raises ValueError for sizes that do not divide, for a rate outside [0, 1) and for images of another shape.
+    Raises ValueError if the image is no whole number of patches: the convolution would cut off what is left.
     """
 
     def __init__(self, image_size=224, patch: int = 16, channels: int = 3, dim: int = 768, depth: int = 12,
                  heads: int = 12, drop_path: float = 0.0, mean=IMAGENET[0], std=IMAGENET[1]):
         super().__init__()
         self.mean, self.std = list(mean), list(std)
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path={drop_path}: expected 0 or more, and below 1; try drop_path=0.1")
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if size[0] % patch or size[1] % patch:
+            raise ValueError(f"image_size={size}: expected multiples of patch={patch}")
         self.patch_embed = PatchEmbed(size, patch, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         # A parameter and not a buffer because that is what public checkpoints hold; it is never trained.
@@ -240,12 +221,3 @@ if __name__ == "__main__":
     image = torch.randn(1, 3, 224, 224)
     print(f"one 224 x 224 image becomes {tuple(model(image).shape)}: "
           "1 cls token and 14 x 14 patch tokens of 768 numbers")
-
-    x = torch.cat([model.cls_token + model.pos_embed[:, :1], model.embed(image)], dim=1)   # as in `encode`
-    block = model.blocks[0]
-    q, k, v = block.attn.split(block.norm1(x))               # three of (1, H, 1 + N, d)
-    weights = attention(q, k, torch.eye(197))                # (1, H, 1 + N, 1 + N): weights @ I = weights
-    print("\nattention of its cls token to the 14 x 14 patches in head 0 of block 0, before any training")
-    print("(1.0 = what each token would get if all 197 got the same)")
-    for row in 197 * weights[0, 0, 0, 1:].reshape(14, 14):   # cls to each patch: (N,) -> (14, 14)
-        print("".join(f"{weight:5.1f}" for weight in row))

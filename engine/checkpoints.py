@@ -11,10 +11,8 @@ import json
 import math
 import os
 import re
-import shlex
 import zipfile
 import zlib
-from contextlib import suppress
 from pathlib import Path, PurePath
 from types import SimpleNamespace
 
@@ -27,18 +25,11 @@ from engine.settings import Vit
 # What a checkpoint may hold besides tensors and plain values: the arguments of a training, and paths in them.
 SAFE = [argparse.Namespace, *[(PurePath, f"pathlib{module}.{system}Path") for module in ("", "._local")
                               for system in ("Posix", "Windows")]]
-# What a file is that is no checkpoint, by its first bytes, or by "zip of" and the names in an archive.
-SIGNS = {rb"zip of .*/constants\.pkl": "a TorchScript file; save its weights once: "
-         "torch.save(torch.jit.load('{}').state_dict(), 'weights.pt')",
-         rb"zip of (?!.*data\.pkl)": "a zip archive of other files",
-         rb"(?s).{8}\{\"": "a safetensors file; save its weights once: "
+# What a file is that is no checkpoint, by its first bytes.
+SIGNS = {rb"(?s).{8}\{\"": "a safetensors file; save its weights once: "
          "torch.save(safetensors.torch.load_file('{}'), 'weights.pt')",
-         rb"(\xef\xbb\xbf)?\s*<": "a web page",
-         rb"version https://git-lfs": "a pointer of Git LFS (git lfs pull gets the file)",
-         rb"\x1f\x8b": "a gzip archive", rb"\xfd7zXZ": "an xz archive", rb"BZh": "a bzip2 archive",
-         rb"7z": "a 7z archive", rb"Rar!": "a rar archive", rb"(?s).{257}ustar": "a tar archive",
-         rb"\x93NUMPY": "a NumPy array", rb"\x89HDF": "an HDF5 file",
-         rb"PK\x03\x04": "a checkpoint or archive that is cut short; get it again"}
+         rb"\s*<": "a web page",
+         rb"version https://git-lfs": "a pointer of Git LFS (git lfs pull gets the file)"}
 # Under which keys others keep weights; and what no encoder needs: decoders, heads, projectors.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "model_ema", "teacher")
 NOT_NEEDED = re.compile("decoder|mask_token|head|fc|proj|predict|classifier")
@@ -130,22 +121,16 @@ def read_checkpoint(path) -> dict:
 
 def what_is_wrong(path, error: Exception) -> str:
     """What a file is that is no checkpoint, and what to do."""
+    refused = re.search(r"GLOBAL (\S+) ", str(error))
+    if refused:
+        return (f"holds a {refused[1]}, and to load that may run a program; if you trust it, save its "
+                f"weights once: torch.save(torch.load({str(path)!r}, weights_only=False)['model'], "
+                "'weights.pt')")
+    if type(error) is ValueError:
+        return str(error)
     with open(path, "rb") as file:
         start = file.read(262)
-    with suppress(OSError, ValueError, zipfile.BadZipFile):
-        start = f"zip of {', '.join(zipfile.ZipFile(path).namelist())}".encode()
     found = next((kind.format(path) for sign, kind in SIGNS.items() if re.match(sign, start)), "")
-    refused = re.search(r"GLOBAL (\S+) ", str(error))
-    if refused and not found:
-        code = ('import torch; d = lambda x: getattr(x, "state_dict", lambda: x)(); '
-                f"x = d(torch.load({json.dumps(str(path))}, weights_only=False)); "
-                'x = d(x.get("model", x.get("state_dict", x))); '
-                'w = {k: torch.as_tensor(v) for k, v in x.items() if getattr(v, "ndim", 0)}; '
-                'torch.save(w, "weights.pt")')
-        return (f"holds a {refused[1]}, and to load that may run a program; if you trust it, save its "
-                f"weights once: python -c {shlex.quote(code)}")
-    if type(error) is ValueError and not found:
-        return str(error)
     return f"not a whole, plain checkpoint, but {found or f'a file that begins with {start[:24]}'}"
 
 

@@ -31,9 +31,6 @@ LENGTHS = {"betas": 2, "mean": 3, "std": 3, "weights": 3}
 BELOW_ONE = ("mask_ratio", "dropout", "drop_path", "held_out", "betas")
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number",
          str: "text; put numbers in quotes"}
-# Where `~` becomes the home folder: in these settings and in all that begin with "data.".
-PATHS = ("pretrain.start", "finetune.start", "features.checkpoint", "task.features", "stills.start",
-         "emma.start", "emma.cnn", "cotex.start", "synthetic.root", "run.out")
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)     # ValueError: not UTF-8, or a date like 2024-13-45
 
 
@@ -58,7 +55,7 @@ def typed(value, kind, name):
     if not fits or kind is float and not math.isfinite(value):
         expected = KINDS.get(kind) or f"one of {', '.join(choices)}"
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
-    return os.path.expanduser(value) if name in PATHS or name.startswith("data.") and kind is str else value
+    return os.path.expanduser(value) if kind is str else value     # all text but run.name is a path
 
 
 def fill(config, name, value, problems):

@@ -96,19 +96,14 @@ def clip_gradient(model, longest: float) -> torch.Tensor:
 
 # ---- Optimiser
 
-def learning_rate(progress: float, warmup: float, peak: float) -> float:
-    """Linear warm-up to `peak`, then half a cosine to 0. `progress`, `warmup`: shares of the run in [0, 1]. A
-    function of the step alone, so a resumed run has nothing to restore."""
-    if progress < warmup:
-        return peak * progress / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-12)))
-
-
 def set_learning_rate(optimizer, step: int, steps: int, warmup_steps: float, peak: float):
-    """Set the learning rate of step `step` of `steps`, counted from 0 over the whole run. A group that has a
-    factor (`adamw`) gets lr · factor; one with a fixed learning rate keeps it."""
+    """Set the learning rate of step `step` of `steps`, counted from 0 over the whole run: linear warm-up to
+    `peak`, then half a cosine to 0. A function of the step alone, so a resumed run has nothing to restore. A
+    group that has a factor (`adamw`) gets lr · factor; one with a fixed learning rate keeps it."""
     # The n steps divide the run into n + 1 parts, so that neither the first nor the last has rate 0.
-    lr = learning_rate((step + 1) / (steps + 1), min(warmup_steps, steps) / (steps + 1), peak)
+    t, warmup = (step + 1) / (steps + 1), min(warmup_steps, steps) / (steps + 1)         # shares of the run
+    lr = peak * t / warmup if t < warmup else (
+        peak * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (1 - warmup))))
     for group in optimizer.param_groups:
         group["lr"] = group.get("fixed", lr * group.get("factor", 1.0))
 
@@ -141,11 +136,11 @@ def adamw(model, section):
     factors = {name: getattr(section, "layer_decay", 1.0) ** (top - layer) for name, layer in layers.items()}
     groups = []
     for factor in sorted(set(factors.values()), reverse=True):
-        more = {} if factor == 1 else {"factor": factor}     # without decay, groups as in older checkpoints
         for is_matrix in (True, False):
             trained = [p for name, p in model.named_parameters() if p.requires_grad
                        and factors[name] == factor and (p.squeeze().ndim > 1) == is_matrix]
-            groups.append({"params": trained, "weight_decay": section.weight_decay * is_matrix, **more})
+            decay = section.weight_decay * is_matrix
+            groups.append({"params": trained, "factor": factor, "weight_decay": decay})
     return torch.optim.AdamW(groups, lr=section.lr, betas=tuple(section.betas), fused=True)
 
 

@@ -102,7 +102,6 @@ class ResNet18(nn.Module):
 
     features: images (B, 3, height, width) -> map (B, D, ⌈height / 32⌉, ⌈width / 32⌉), D = 8 · width
     forward: images -> scores before the softmax (B, classes); with classes=0 there is no last layer for it.
-    Raises ValueError for images of another shape.
     """
 
     def __init__(self, classes: int = 1000, width: int = 64):
@@ -119,8 +118,6 @@ class ResNet18(nn.Module):
         self.fc = nn.Linear(narrow, classes) if classes else None
 
     def features(self, images):
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"expected images (B, 3, height, width), got {tuple(images.shape)}")
         x = torch.relu(self.bn1(self.conv1(images)))  # (B, 3, height, width) -> (B, 64, height/2, width/2)
         x = self.layer1(self.maxpool(x))              # -> (B, 64, height/4, width/4)
         x = self.layer2(x)                            # -> (B, 128, height/8, width/8)
@@ -184,14 +181,10 @@ class DAN(nn.Module):
     `width`: the channels of ResNet's first stage, D / 8; smaller makes everything smaller.
     The logarithm of the softmax leaves only the differences between the heads: where they agree, the scores
     do not depend on the face. So start a training from a trunk that knows faces (`load_trunk`).
-    Raises ValueError for sizes that do not fit, and for images of another shape.
     """
 
     def __init__(self, classes: int = len(EXPRESSIONS), heads: int = 4, width: int = 64):
         super().__init__()
-        if heads < 2 or width < 2 or width % 2:
-            raise ValueError(f"heads={heads}, width={width}: expected at least 2 heads, which are compared, "
-                             "and an even width, as the gate has width / 2 hidden units; try 4 and 64")
         self.trunk, D = ResNet18(0, width), 8 * width
         self.heads = nn.ModuleList(nn.Sequential(OrderedDict(          # each (B, D, h, w) -> (B, D)
             spatial=SpatialAttention(D), channel=ChannelAttention(D))) for _ in range(heads))

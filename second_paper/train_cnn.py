@@ -44,7 +44,8 @@ def main(config, team):
     order = partial(balanced_order, np.where(faces.training, faces.labels, -1), seed)
     train = Images(faces, size, [faces.labels], seed, s.smallest_crop, order=order)
     rows = np.flatnonzero(~faces.training & (faces.labels >= 0))
-    val = Images(faces, size, [faces.labels], order=lambda epoch: rows)
+    val = Images(faces, size, [faces.labels])
+    val.rows = rows
     if min(len(train), len(val), s.batch) < 2:                         # BatchNorm has no deviation of one
         raise ValueError(f"got {len(train)} training and {len(val)} validation faces with an expression, "
                          f"stills.batch={s.batch}; expected at least 2 of each")

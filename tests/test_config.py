@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import (BELOW_ONE, HIGHEST, MAY_BE_ZERO, PATHS, as_yaml, from_command_line, load,
+from engine.config import (BELOW_ONE, HIGHEST, MAY_BE_ZERO, as_yaml, from_command_line, load,
                            print_all, value_of)
 from engine.settings import SECTIONS, SETTINGS, Config
 from pipeline import INPUTS
@@ -79,7 +79,7 @@ def test_every_setting_stands_beside_its_documentation_and_every_limit_has_a_set
         for field in dataclasses.fields(section):
             assert documented & {(of.__name__, field.name) for of in section.__mro__}, f"{name}.{field.name}"
     names = {*SETTINGS, *(name.split(".")[1] for name in SETTINGS)}
-    assert names.issuperset([*MAY_BE_ZERO, *BELOW_ONE, *HIGHEST, *PATHS])
+    assert names.issuperset([*MAY_BE_ZERO, *BELOW_ONE, *HIGHEST])
 
 
 @pytest.mark.parametrize("override, value", {
@@ -105,13 +105,13 @@ def test_the_command_line_wins_over_the_file_and_what_differs_is_known(file):
     assert shlex.split(config.words) == [str(file), *(word for text in overrides for word in ("--set", text))]
 
 
-def test_a_tilde_is_the_home_folder_in_every_path_and_in_nothing_else(file, monkeypatch):
+def test_a_tilde_is_the_home_folder_in_every_path(file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     paths = {name for name, field in SETTINGS.items() if name.startswith("data.") and field.type is str}
     paths |= {*INPUTS, "synthetic.root", "run.out"}
-    config = load(file, [f"{name}=~/x" for name in paths] + ["data.frames=[~/a, b~]", "run.name=~/mine"])
+    config = load(file, [f"{name}=~/x" for name in paths] + ["data.frames=[~/a, b~]"])
     assert {value_of(config, name) for name in paths} == {"/home/me/x"}
-    assert (config.data.frames, config.run.name) == (["/home/me/a", "b~"], "~/mine")
+    assert config.data.frames == ["/home/me/a", "b~"]
 
 
 def test_what_is_written_as_yaml_is_plain_and_reads_back_the_same(file):

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -127,9 +126,9 @@ def test_the_fingerprint_tells_other_labels_other_frames_and_other_images(tmp_pa
 
 
 @pytest.mark.parametrize("ends, wrong", [
-    ([40, 44, 41, 36], None), ([40, 80, 41], None), ([33], None), ([33, 30], None), ([1320], "milliseconds"),
-    ([80, 82, 40], "2 images for each label"), ([8, 40, 8], "one frame of 5, numbered anew"),
-    ([20], "one frame of 2,"), ([33, 34, 33, 40], "one frame of 1.2,"), ([50], "1.2 images"),
+    ([40, 44, 41, 36], None), ([40, 80, 41], None), ([33], None), ([33, 30], None), ([1320], "33 images"),
+    ([80, 82, 40], "2 images for each label"), ([8, 40, 8], "0.2 images"), ([20], "0.5 images"),
+    ([33, 34, 33, 40], "0.82 images"), ([50], "1.2 images"),
     ([50, 30, 56, 66], "1.3 images"), ([40, 20, 25, 30], None), ([40, 28, 28], None)])
 def test_videos_that_end_elsewhere_than_their_labels_are_named_if_few_else_refused(ends, wrong):
     ends = {f"v{i}": end for i, end in enumerate(ends)}
@@ -139,16 +138,13 @@ def test_videos_that_end_elsewhere_than_their_labels_are_named_if_few_else_refus
 
 
 @pytest.mark.parametrize("name", ["{:05d}.jpg", "f_{}.png"])
-def test_images_that_count_from_0_are_refused_with_the_command_that_renames_them(tmp_path, name):
+def test_images_that_count_from_0_are_refused(tmp_path, name):
     for path in [tmp_path / "a b" / video / name.format(n) for video in "xy" for n in range(11)]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
     files = {video: label_file(tmp_path, EXPR, "Train_Set", video, ["0"] * 11) for video in "xy"}
-    with pytest.raises(ValueError, match="2 of 2 videos have an image of number 0, such as x") as refused:
+    with pytest.raises(ValueError, match="2 of 2 videos have an image of number 0, such as .*/x; line 1 of"):
         expr_frames(files, find_videos([tmp_path / "a b"])[0])
-    subprocess.run(str(refused.value).splitlines()[-1], shell=True, check=True)
-    frames, _ = expr_frames(files, find_videos([tmp_path / "a b"])[0])
-    assert len(frames) == 22 and Path(frames.where(10)).read_text() == name.format(10)
 
 
 # ---- Batches of images
@@ -181,9 +177,13 @@ def test_without_a_seed_an_item_is_the_whole_image_its_columns_and_zeros_and_a_b
         assert of == [(0, part.shape[1:], part.dtype) for part in full]
 
 
+def backwards(epoch):
+    return np.arange(6)[::-1]
+
+
 @pytest.mark.parametrize("seed", [0, 7])
 def test_with_a_seed_crop_and_noise_are_functions_of_seed_epoch_and_sample(seed):
-    images = Images(Pixels(), 8, seed=seed, smallest=0.5, noise=(4,), order=lambda epoch: np.arange(6)[::-1])
+    images = Images(Pixels(), 8, seed=seed, smallest=0.5, noise=(4,), order=backwards)
     images.epoch = 3
     pixels, noise = images[2]                                               # row 3
     rng = generator(seed, 3, 2)
@@ -274,7 +274,7 @@ def test_videos_are_opened_with_their_labels_and_those_left_out_are_told_with_a_
     (lambda root: np.save(root / "b.npy", np.zeros((3, 5), np.float16)), "b.npy: features are 3 x 5"),
     (lambda root: np.save(root / "b.npy", np.zeros((2, 3), np.float16)), "b.npy: features are 2 x 3"),
     (lambda root: [np.save(root / f"{video}.npy", np.zeros((60, 3), np.float16)) for video in "ab"],
-     r"2 of 2 videos do not end .*: a .frames to 60, 4 labels.*\n.* 18 images for each|milliseconds"),
+     r"2 of 2 videos do not end .*: a .frames to 60, 4 labels.*\n18 images for each"),
     (lambda root: [path.unlink() for path in root.glob("*.npy")], "none of 7 rows .*: 2 no features. Ea"),
     (lambda root: [label_file(root, VA, "Train_Set", video, ["-5,-5"] * 3) for video in "ab"],
      "none of 6 rows in 2 label files, such as .*/b.txt, can be used: 2 no labels. Each needs a label o"),
@@ -316,9 +316,6 @@ def test_every_frame_is_covered_and_no_segment_is_redundant():
                 assert len(cut) == 1 or set().union(*(range(*part) for part in cut[:-1])) != set(range(n))
                 assert all(end - start == window for start, end in cut[:-1])
     assert segments(301, 300, 200) == [(0, 300), (200, 301)] and segments(73, 300, 200) == [(0, 73)]
-    for cut in ((0, 3, 1), (5, 3, 0), (5, 3, 4)):                            # these would leave frames out
-        with pytest.raises(ValueError, match="expected n >= 1 and 1 <= stride <= window"):
-            segments(*cut)
 
 
 @pytest.mark.parametrize("task, row", [(VA, [0.5, -5]), (EXPR, 3), (AU, [1] * 11 + [-1])], ids=TASKS)

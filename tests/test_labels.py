@@ -55,15 +55,11 @@ def test_a_header_may_have_spaces_and_another_case_and_a_file_may_have_no_frames
         assert read_labels(write(tmp_path / "v.txt", HEADER[task.name]), task).shape == shape
 
 
-@pytest.mark.parametrize("content, kind", [
-    (b"PK\3\4", "a zip archive or an Excel file"), (b"\x1f\x8b\x08", "a gzip file"), (b"Rar!", "a rar arc"),
-    (b"7z\xbc\xaf", "a 7z archive"), (b"BZh9", "a bzip2 file"), (b"v".ljust(257) + b"ustar", "a tar archive"),
-    *((f"{mark}valence".encode(f"utf-16-{order}"), "text in UTF-16") for mark in ("", "\ufeff")
-      for order in ("le", "be")),
-    (b"\x93NUMPY\1\0", "no text"), (b"valence,arousal\n0,\xe9", "no text")])
-def test_a_file_that_is_no_text_is_refused_with_what_it_seems_to_be(tmp_path, content, kind):
+@pytest.mark.parametrize("content", ["\ufeffvalence".encode("utf-16-le"), b"\x93NUMPY\1\0",
+                                     b"valence,arousal\n0,\xe9"])
+def test_a_file_that_is_no_text_is_refused_with_the_header_that_is_expected(tmp_path, content):
     (tmp_path / "v.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=f"v.txt: this seems to be {kind}.*; expected .* header valence,ar"):
+    with pytest.raises(ValueError, match="v.txt: no text in UTF-8; expected one with the header valence,ar"):
         read_labels(tmp_path / "v.txt", VA)
 
 
@@ -167,12 +163,9 @@ def test_each_scene_is_dealt_to_the_quarter_where_it_adds_least_to_the_squared_l
         loads[quarter[name]] += share[name]
 
 
-def test_an_unknown_fold_and_too_few_scenes_are_refused(tmp_path):
+def test_too_few_scenes_for_a_fold_are_refused(tmp_path):
     for part, video in (("Train_Set", "1"), ("Validation_Set", "2"), ("Validation_Set", "2_left")):
         write(tmp_path / VA.folders[0] / part / f"{video}.txt", HEADER["va"], "0,0")
-    for fold in (-1, 5, 0.5):
-        with pytest.raises(ValueError, match=f"fold: got {fold}, expected 0 .official split. or 1 to 4"):
-            split(tmp_path, VA, fold)
     with pytest.raises(ValueError, match="fold 3 of 2 scenes leaves nothing to validate on; take fold 0, or"):
         split(tmp_path, VA, 3)
     (tmp_path / VA.folders[0] / "Train_Set/1.txt").rename(tmp_path / VA.folders[0] / "Train_Set/2_right.txt")

@@ -208,8 +208,6 @@ def test_the_tables_and_the_numbers_are_those_that_an_earlier_version_wrote(task
     ours, theirs = (drawn_scores(sums, task.metric).mean(axis=1) for sums in (a, b))      # on the same draws
     assert difference(a[None], b[None], task.metric)[1:] == tuple(np.quantile(
         ours[1:] - theirs[1:], (0.025, 0.975)))
-    with pytest.raises(ValueError, match=r"on the same videos; got sums of \(4, .* and of \(3, "):
-        difference(a[None], b[None, :3], task.metric)
 
 
 @pytest.mark.parametrize("task, fold, column", [

@@ -129,14 +129,13 @@ def test_the_axes_hold_zero_all_values_and_the_chance_level(tmp_path, texts, log
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"epoch,loss\n1,low\n", b"1" * 200_000, b"epoch,loss\n1,2,3\n", b"step,loss\n1,2\n", b"epoch\n1\n",
-    b"epoch,loss\n1\n", b"epoch,loss\nnan,1\n"])
+    b"", b"epoch,loss\n1,low\n", b"1" * 200_000, b"epoch,loss\n1,2,3\n", b"epoch,loss\n1\n", b"\xff"])
 def test_the_command_refuses_a_broken_log(content, tmp_path, monkeypatch, capsys):
     (tmp_path / "log.csv").write_bytes(content)
     monkeypatch.setattr(sys, "argv", ["pictures.py", str(tmp_path)])
     with pytest.raises(SystemExit):
         runpy.run_path(pictures.__file__, run_name="__main__")
-    assert "log.csv: not the log of a run; expected a line with the names" in capsys.readouterr().err
+    assert "log.csv: not the log of a run (" in capsys.readouterr().err
 
 
 def x_of(number, T: int) -> int:

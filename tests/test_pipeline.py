@@ -181,23 +181,11 @@ def test_a_path_in_the_settings_is_compared_by_its_checksum_and_what_lies_before
 def test_an_experiment_shares_the_stages_that_stay_the_same_and_is_announced(here, capsys):
     config, _ = chain()
     idea = config_with("temporal.kernels=[3,3,3]")
-    assert find_input(idea, ALONE, "task.features")[0] == Path("runs/my/features/videos.json")
+    assert find_input(idea, ALONE, "task.features")[0] == Path("runs/my/features")
     open_run("task", idea, ALONE, TASKS["au"])
     assert "new, differs from the configuration in temporal.kernels" in capsys.readouterr().out
     with pytest.raises(ValueError, match="lr=1/last.pt not found; make it with: python train_pretrain"):
         find_input(config_with("pretrain.lr=1"), ALONE, "finetune.start")
-
-
-def test_a_record_of_an_older_version_is_read(here):
-    """It had the input's setting and stage, a base, and of the data how many paths were given."""
-    config, task = chain()
-    for place in (task, folder("pretrain", config)):
-        record = read_record(place)
-        record |= {"input": {"setting": "x", "stage": "y"}, "base": "demo"}
-        record["settings"] |= {"data.affectnet_2017": "given", "data.folders": 2, "run.compile": False}
-        (place / "made_of.json").write_text(json.dumps(record))
-    assert not stale(task, config) and not stale(folder("pretrain", config), config)
-    assert like(read_record(folder("pretrain", config)), config, "x")[1] == {}
 
 
 # ---- Inputs

@@ -18,7 +18,7 @@ from labels import AU, EXPR, TASKS, VA
 from metrics import binary_f1, ccc, class_f1
 from processes import ALONE, in_team
 from scoring import (HELD_OUT, as_tuned, check_features, check_scenes, count_images, each_frame, extractor,
-                     labelled_faces, load, of_videos, predict, read_predictions, reasons, report, sums_of,
+                     labelled_faces, load, of_videos, predict, reasons, report, sums_of,
                      to_score, tuned)
 from temporal import SegmentModel
 from vit import VisionTransformer
@@ -99,9 +99,6 @@ def test_every_labelled_frame_counts_once_whatever_the_number_of_processes(tmp_p
     labels = np.concatenate([video.labels for video in videos])
     assert one == pytest.approx(alone(task, everything, labels), abs=1e-12)
     assert all(np.array_equal(sums, results[0][1]) for _, sums in results)
-    (tmp_path / "predictions.npz").write_bytes(b"PK\x03\x04 no")
-    with pytest.raises(ValueError, match="predictions.npz: not the predictions that a training has written"):
-        read_predictions(tmp_path / "predictions.npz")
 
 
 # ---- Single images
@@ -212,8 +209,6 @@ def test_a_checkpoint_alone_predicts(tmp_path, task):
     assert trained.changed["segments.window"] == (f"task_{task.name}", 10, 300)
     expected = predict(model, trained.config, ALONE, counting(27, 3))
     assert np.array_equal(trained.predict(counting(27, 3)), expected)
-    old, _ = checkpoint(tmp_path, task, stage=f"task_{task.name}_fold1")        # of older versions
-    assert load(old).tasks == [task]
 
 
 @pytest.mark.parametrize("record, task, features, message", [
@@ -222,7 +217,7 @@ def test_a_checkpoint_alone_predicts(tmp_path, task):
     (None, None, 0, "best.pt: does not tell what it was made of; give its configuration and its task"),
     ({"settings": {"temporal.width": 16}}, None, 0, "best.pt: a checkpoint of another arch.*mismatch for t"),
     ({}, AU, np.zeros((4, 5)), "best.pt: expected the features of a video, .T, 3., got .4, 5."),
-    ({}, AU, np.zeros((0, 3)), "n=0, .*expected n >= 1"), ({}, AU, np.zeros(3), "got .3,."),
+    ({}, AU, np.zeros(3), "got .3,."),
     ({}, AU, np.full((4, 3), np.nan), "best.pt: its outputs are not finite")])
 def test_what_is_no_segment_model_of_this_task_or_does_not_fit_it_is_refused(
         tmp_path, record, task, features, message):

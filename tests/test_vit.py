@@ -1,43 +1,19 @@
-"""The ViT against PyTorch's own layers and against loops (what all models promise: test_models.py)."""
+"""The ViT against PyTorch's attention and against loops (its blocks, written out again: test_mae.py)."""
 
 import math
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from models import VIT, shuffled, small
 from vit import Block, VisionTransformer, attention, drop_path, sincos_positions
-
-TORCH_NAMES = {"attn.qkv.weight": "self_attn.in_proj_weight", "attn.qkv.bias": "self_attn.in_proj_bias"}
-for ours, theirs in (("norm1", "norm1"), ("norm2", "norm2"), ("attn.proj", "self_attn.out_proj"),
-                     ("mlp.fc1", "linear1"), ("mlp.fc2", "linear2")):
-    TORCH_NAMES |= {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
 
 
 def test_written_out_attention_is_torchs_fused_attention():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 7, 5, dtype=torch.double)
     assert torch.allclose(attention(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=1e-12, atol=1e-14)
-
-
-def test_a_block_is_torchs_pre_norm_encoder_layer_forward_and_backward():
-    ours = shuffled(Block(12, heads=3))
-    theirs = nn.TransformerEncoderLayer(12, 3, 48, dropout=0.0, activation="gelu", layer_norm_eps=1e-6,
-                                        batch_first=True, norm_first=True, dtype=torch.double)
-    theirs.load_state_dict({TORCH_NAMES[name]: value for name, value in ours.state_dict().items()})
-    x1 = torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True)
-    x2 = x1.detach().clone().requires_grad_()
-    y1, y2 = ours(x1), theirs(x2)
-    assert torch.allclose(y1, y2, rtol=1e-12, atol=1e-13)
-    weights = torch.randn_like(y1)
-    (y1 * weights).sum().backward()
-    (y2 * weights).sum().backward()
-    assert torch.allclose(x1.grad, x2.grad, rtol=1e-11, atol=1e-12)
-    for name, p in ours.named_parameters():
-        expected = theirs.get_parameter(TORCH_NAMES[name]).grad
-        assert torch.allclose(p.grad, expected, rtol=1e-11, atol=1e-12), name
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.9])
@@ -93,7 +69,8 @@ def test_positions_are_the_formula_column_first_then_row_and_zero_for_cls(dim, g
 @pytest.mark.parametrize("change", [{}, dict(image_size=8, channels=1), dict(image_size=(12, 4), channels=7)])
 def test_the_model_is_patches_plus_positions_behind_cls_then_blocks_then_norm(change):
     model = shuffled(small(VisionTransformer, VIT, **change))
-    images = torch.randn(2, *model.patch_embed.expected, dtype=torch.double)
+    size = (change.get("channels", 3), *(4 * side for side in model.patch_embed.grid))
+    images = torch.randn(2, *size, dtype=torch.double)
     x = torch.cat([model.cls_token.expand(2, -1, -1), model.patch_embed(images)], dim=1) + model.pos_embed
     x = F.layer_norm(model.blocks[1](model.blocks[0](x)), (16,), model.norm.weight, model.norm.bias, 1e-6)
     assert torch.allclose(model(images), x, rtol=1e-11, atol=1e-11)

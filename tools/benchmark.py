@@ -26,7 +26,7 @@ from engine.config import from_command_line, load
 from engine.distributed import Team, launch
 from engine.training import adamw, clip_gradient, loader
 from images import normalise
-from labels import AU, TASKS
+from labels import AU
 from scoring import ExprClassifier
 from second_paper import cnn, cotex
 from second_paper.emma import EMMA
@@ -36,11 +36,9 @@ from vit import VisionTransformer
 
 # The demo scores this much or more, and the best constant prediction this much at most.
 PROMISED = {"va": (0.68, 0.00), "expr": (0.72, 0.10), "au": (0.66, 0.35)}
-# {device: configuration; images in a MAE step, in other steps; matrices; seconds for a way in a round; then
-# stills, expression frames, frames, segments of each task, as in docs/data.md, or as the demo prints them}
-SIZES = {"cuda": ("paper", (64, 1024, 256), 128, (8192, torch.bfloat16), 1.0, 420_000 + 35_887, 585_317,
-                  1_653_900 + 376_330 + 927_210, (1_653_900 // 200, 585_317 // 200, 1_356_694 // 200)),
-         "cpu": ("demo", (16, 64), 32, (1024, torch.float32), 0.2, 3_942, 10_912, 20_120, (309, 310, 349))}
+# {device: configuration; images in a MAE step, in other steps; matrices; seconds for a way in a round}
+SIZES = {"cuda": ("paper", (64, 1024, 256), 128, (8192, torch.bfloat16), 1.0),
+         "cpu": ("demo", (16, 64), 32, (1024, torch.float32), 0.2)}
 
 
 def check() -> bool:
@@ -112,8 +110,8 @@ def in_turn(builds: dict, seconds: float) -> dict:
 
 def speed(config, team: Team):
     """Measure all, print it, and write it to runs/benchmark_<device>.md."""
-    threads, rates, lines = torch.get_num_threads(), {}, []
-    _, batches, B, (side, dtype), seconds, faces, expr_frames, frames, segments = SIZES[team.device.type]
+    threads, lines = torch.get_num_threads(), []
+    _, batches, B, (side, dtype), seconds = SIZES[team.device.type]
     a, b = torch.randn(2, side, side, device=team.device, dtype=dtype)
     best = 2 * side ** 3 / in_turn({"product": lambda: lambda: a @ b}, seconds)["product"][0]
 
@@ -125,7 +123,7 @@ def speed(config, team: Team):
         found = in_turn(builds, seconds)
         for way in builds:
             s, peak = found.get(way, (torch.nan, torch.nan))
-            rates[name], rate = rates[name] if way == "plain" else n / s, n * flops / s
+            rate = n * flops / s
             say(f"| {name} | {way} | {n} | {1000 * s:,.2f} | {n / s:,.0f} | {rate / 1e12:.3g} "
                 f"| {rate / best:.2f} | {peak or torch.nan:.3g} |")
     say(f"{torch.cuda.get_device_name() if a.is_cuda else 'CPU'}, {threads} threads; {best / 1e12:.3g} "
@@ -144,15 +142,6 @@ def speed(config, team: Team):
             face.kept_pixels = np.inf                            # no more are kept: each is decoded
             row(f"JPEG {pixels}", 64, {"one core": lambda: lambda: [face[0] for _ in range(64)]})
             row(f"JPEG {pixels}", 64, {"all cores": lambda: loader(face, many, threads, team).__next__})
-    say("\nThe recipe at these rates, reading beside computing, without validation\n\n"
-        "| part | samples | a second | minutes |\n|---|---|---|---|")
-    p, f, t = config.pretrain, config.finetune, config.task
-    tasks = [(name, (t.epochs or TASKS[name].epochs) * n, "segments") for name, n in zip(TASKS, segments)]
-    for part, samples, *by in [("pre-training", p.epochs * faces, "MAE", "JPEG 224"),
-                               ("fine-tuning", f.epochs * expr_frames // f.every, "fine-tuning", "JPEG 112"),
-                               ("extraction", frames, "extraction", "JPEG 112"), *tasks]:
-        rate = min(rates[name] for name in by)
-        say(f"| {part} | {samples:,} | {rate:,.0f} | {samples / rate / 60:,.1f} |")
     write_text(f"runs/benchmark_{team.device.type}.md", "\n".join(lines) + "\n")
 
 

@@ -35,7 +35,7 @@ from train_task import draw_timeline
 PARTS = {"folds": ["folds"], "folds_shared": ["folds_shared"], "ablation": ["ablation"], "ideas": ["ideas"],
          "systems": ["EMMA", "CoTEX", "time"]}                       # {table: its parts}
 HEADS = {"va": "VA mean CCC", "expr": "Expr macro F1", "au": "AU mean F1", "faces": "F1 on real faces"}
-HELD_OUT, FRAMES = "epoch chosen on held-out videos, au", "EMMA, each frame by itself"
+FRAMES = "EMMA, each frame by itself"
 # The rows that one picture shows under each other, and what it calls them.
 SHOWN = {"both: single frames": "single frames", "Transformer encoder": "with the TCN",
          "nothing": "with the TCN and the Transformer encoder"}
@@ -70,7 +70,8 @@ def rows_of(part: str, c: Config) -> dict[str, str]:
             "centred TCN, va": "temporal.causal=false", "no position in time, va": "temporal.tcn=false",
             "segments a third as long, va": f"segments.window={w // 3} segments.stride={s // 3}",
             "no overlap of segments, va": f"segments.stride={w}", "no dropout, au": "temporal.dropout=0",
-            "learning rate times 3, au": f"task.lr={3 * c.task.lr:g}", HELD_OUT: "task.held_out=0.15"},
+            "learning rate times 3, au": f"task.lr={3 * c.task.lr:g}",
+            "epoch chosen on held-out videos, au": "task.held_out=0.15"},
         "EMMA": {"EMMA": "", "without the CNN": "emma.cnn=none", "a task alone, va": "emma.weights=[1,0,0]",
                  "a task alone, expr": "emma.weights=[0,1,0]", "a task alone, au": "emma.weights=[0,0,1]"},
         "CoTEX": {
@@ -222,10 +223,6 @@ def main(config: Config, table: str, options):
         for part in [part for part in PARTS[name] if planned[part]]:
             found |= (folds if "folds" in part else compared)(part, planned[part])
         text = "\n\n".join(markdown(*item) for item in found.items())
-        for _, task, changed, place in [row for row in planned.get(name, []) if row[0] == HELD_OUT]:
-            tune = command(f"evaluate --task {task} --tune --against {shlex.quote(str(place))}", changed)
-            said = subprocess.check_output([sys.executable, *shlex.split(tune)[1:]], text=True).splitlines()
-            text += f"\n\nsmoothing and thresholds tuned on these, seed {changed.run.seed}: {said[-1]}"
         for task in dict.fromkeys(row[1] for row in planned["ablation"]) if name == "ablation" else ():
             save(parts(planned[name], task), path.with_name(f"ablation_{task}.png"))
         write_text(path, f"{text}\n")

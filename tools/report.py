@@ -22,7 +22,6 @@ from labels import TASKS, in_units, read_labels, split, targets
 from metrics import confusion
 from pictures import FACE, draw_video
 from pipeline import STAGES, command, finished, folder
-from scoring import read_predictions
 
 MEANING = ("CCC is 1 where prediction and label are one curve, 0 where they are unrelated. F1 is 1 for what"
            " is found always, and only where it is labelled. Chance is the best constant prediction.")
@@ -83,7 +82,7 @@ def read_videos(path, task, config) -> dict[str, tuple]:
     NaN = not annotated. The own score is the mean over the outputs that are labelled in the video, because F1
     calls each class that does not occur a failure. Raises ValueError if the labels are not those scored."""
     found, files = {}, split(config.data.labels, task, config.task.fold)[1]
-    for video, outputs in read_predictions(path).items():
+    for video, outputs in np.load(path).items():
         target, valid = targets(read_labels(files[video], task) if video in files else np.zeros(0), task)
         if len(target) != len(outputs):
             raise ValueError(f"{video}: {len(outputs)} frames were scored, but now {len(target)} have labels")

@@ -26,7 +26,7 @@ try:
     import scoring
     from data import read_features
     from engine.distributed import Team, choose_device
-    from pipeline import finished, folder, lines_of, missing
+    from pipeline import find_input, finished, folder, lines_of, missing
 except ModuleNotFoundError:         # --check and --predictions serve where torch is not installed
     scoring = None
 
@@ -120,7 +120,7 @@ def of_run(config, task: Task, videos):
     if not finished(path.parent):
         raise missing(path, f"train_task --task {task.name}", config)
     trained = scoring.load(path, config, task, team)
-    features, origin = scoring.find_features(trained.config, team)
+    features, origin = find_input(trained.config, team, "task.features")
     scoring.check_features(path, trained.record, origin)
     known = {file.stem for file in features.glob("*.npy")}
     values = {video: in_units(trained.predict(read_features(features / f"{name}.npy")), task)
