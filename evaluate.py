@@ -63,15 +63,11 @@ def main(config, team, task, checkpoint="", tune=False, against=None):
     check_features(path, trained.record, origin)
     check_scenes(path, trained.record, videos)
     scored = to_score(videos, left_out, others, task, origin, config)
-    if trained.record is None:
-        scored = scored._replace(comparable=False)
-        team.say(f"  warning: {path} does not tell what it was made of; "
-                 "it may have been trained on these videos")
 
     # score
     k, thresholds = 0, ()
     if tune:
-        names = (trained.record or {"data": {}})["data"].get(HELD_OUT, [])
+        names = trained.record["data"].get(HELD_OUT, [])
         held_out = [video for video in others if video.name in names]
         if not names or len(held_out) < len(names):
             raise ValueError(f"{path}: {len(names)} training videos were held back, of which {len(held_out)} "

@@ -220,7 +220,7 @@ class Trained(NamedTuple):
     model: nn.Module
     config: Config            # with the settings that the model was trained with
     team: Team
-    record: dict | None       # what it was made of (pipeline.py); None if the checkpoint does not tell
+    record: dict              # what it was made of (pipeline.py)
     changed: dict             # {setting: (stage, was, now)} of those that differ from the given configuration
     predict: Callable         # features of a video -> outputs: `predict`; of EMMA: `each_frame`
 
@@ -228,20 +228,18 @@ class Trained(NamedTuple):
 def load(path, config: Config | None = None, task: Task | None = None, team: Team = ALONE) -> Trained:
     """The segment model of a checkpoint, rebuilt from it alone: its settings and sizes are in it.
 
-    `config` says what the checkpoint does not (run.device), and all that a checkpoint without a record lacks.
-    Raises ValueError if it is no whole checkpoint, of another task than `task`, made with other settings than
-    those given with --set, or if its weights do not fit (names and shapes are listed).
+    `config` says what the checkpoint does not (run.device). Raises ValueError if it is no whole checkpoint,
+    of another task than `task`, made with other settings than those given with --set, or if its weights do
+    not fit (names and shapes are listed).
     """
     saved = read_checkpoint(path)
-    record = saved.get("made_of")
-    if record is not None:
-        name = record["stage"].removeprefix("task_")
-        if name not in TASKS or task not in (None, TASKS[name]):
-            raise ValueError(f"{path}: of stage {record['stage']}, not a segment model"
-                             + (f" for --task {task.name}" if task else ""))
-        task = TASKS[name]
-    elif config is None or task is None:
-        raise ValueError(f"{path}: does not tell what it was made of; give its configuration and its task")
+    record = saved.get("made_of", {})
+    stage = record.get("stage", "unknown")
+    name = stage.removeprefix("task_")
+    if name not in TASKS or task not in (None, TASKS[name]):
+        raise ValueError(f"{path}: of stage {stage}, not a segment model"
+                         + (f" for --task {task.name}" if task else ""))
+    task = TASKS[name]
     config, changed = like(record, config or Config(), path)
     weights, _ = find_weights(saved, FIRST_WEIGHTS, path)
     width = next((weights[name].shape[1] for name in FIRST_WEIGHTS if name in weights), 1)
@@ -251,19 +249,17 @@ def load(path, config: Config | None = None, task: Task | None = None, team: Tea
     return Trained([task], model, config, team, record, changed, partial(predict, model, config, team))
 
 
-def check_features(path, record: dict | None, features_record: dict):
-    """Raises ValueError if a checkpoint was trained on features of another ViT than these. One without a
-    record cannot be checked."""
-    if record is not None and identity(record["from"]) != identity(features_record):
+def check_features(path, record: dict, features_record: dict):
+    """Raises ValueError if a checkpoint was trained on features of another ViT than these."""
+    if identity(record["from"]) != identity(features_record):
         raise ValueError(f"{path}: trained on features of another ViT, {named(record['from'])}, not "
                          f"{named(features_record)}; give its own: --set task.features=..., or their ViT: "
                          "--set features.checkpoint=...")
 
 
-def check_scenes(path, record: dict | None, videos):
+def check_scenes(path, record: dict, videos):
     """Raises ValueError if a checkpoint was trained on scenes that would be scored."""
-    data = record["data"] if record else {}
-    trained = {scene(name) for name in data.get("training videos", []) + data.get(HELD_OUT, [])}
+    trained = {scene(name) for name in record["data"]["training videos"] + record["data"].get(HELD_OUT, [])}
     known = [video.name for video in videos if scene(video.name) in trained]
     if known:
         raise ValueError(f"{path}: trained on {len(known)} of the {len(videos)} videos that would be scored "

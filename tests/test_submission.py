@@ -17,6 +17,7 @@ from engine.config import load
 from engine.distributed import Team
 from files import ROOT, run_without, write
 from labels import TASKS, VA, in_units, smoothed
+from pipeline import given_record
 from temporal import SegmentModel
 from tools.predictions import header_of
 from tools.submission import check, main, matched, read_template
@@ -131,7 +132,8 @@ def run(tmp_path):
         folder = tmp_path / f"tiny/task_{task.name}"
         folder.mkdir(parents=True)
         model = SegmentModel(6, len(task.outputs), **dataclasses.asdict(config.temporal))
-        torch.save({"model": model.state_dict()}, folder / "best.pt")
+        record = {"stage": f"task_{task.name}", "from": given_record(tmp_path / "features")}
+        torch.save({"model": model.state_dict(), "made_of": record}, folder / "best.pt")
         (folder / "metrics.json").write_text("{}")
     return config
 
