@@ -44,7 +44,7 @@ def main(config, team, task, checkpoint="", tune=False, against=None):
         make("task", config, team, task)
         if not finished(path.parent):
             raise missing(path, f"train_task --task {task.name}", config)
-    if (read_checkpoint(path).get("made_of") or {}).get("stage") == "emma":
+    if read_checkpoint(path).get("made_of", {}).get("stage") == "emma":
         return evaluate_emma(path, config, team, task)
 
     # model

@@ -17,8 +17,11 @@ def keep_some(x, noise, kept: int):
     """The `kept` tokens with the smallest noise, in the order of their noise. The encoder does not mind that
     they are shuffled: each token carries its position. Masked CoTEX hides patches in this way too.
 
-    Shape: x (B, N, D), noise (B, N) -> (B, kept, D), order (B, N): all tokens by their noise.
+    Shape: x (B, N, D), noise (B, N) -> (B, kept, D), order (B, N): all tokens by their noise. Raises
+    ValueError for noise of another shape, of which `gather` would take what it needs.
     """
+    if noise.shape != x.shape[:2]:
+        raise ValueError(f"expected noise {tuple(x.shape[:2])} (images, patches), got {tuple(noise.shape)}")
     order = noise.argsort(dim=1)
     first = order[:, :kept, None].expand(-1, -1, x.shape[-1])                  # (B, N) -> (B, kept, D)
     return x.gather(1, first), order                                           # (B, N, D) -> (B, kept, D)

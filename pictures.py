@@ -99,8 +99,9 @@ def read_log(path) -> dict[str, np.ndarray]:
     """A log.csv as {column: values (epochs,)}. Raises ValueError if it is damaged, OSError if missing."""
     try:
         names, *rows = csv.reader(Path(path).read_text().splitlines())
-        return dict(zip(names, np.array(rows, float).T, strict=True))      # text (epochs, columns)
-    except (ValueError, csv.Error) as error:
+        columns = dict(zip(names, np.array(rows, float).T, strict=True))   # text (epochs, columns)
+        return {"epoch": columns.pop("epoch"), **columns}
+    except (ValueError, KeyError, csv.Error) as error:
         raise ValueError(f"{path}: not the log of a run ({error})") from None
 
 

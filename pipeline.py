@@ -178,7 +178,7 @@ def other_settings(record: dict, config: Config) -> dict[str, tuple]:
         found = other_settings(before, config)
     for name, was in record.get("settings", {}).items():
         now = value_of(config, name)
-        if now != was:
+        if now != was and name in SETTINGS:                  # not one that only an older version had
             found.setdefault(name, (record["stage"], was, now))
     return found
 

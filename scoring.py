@@ -166,7 +166,7 @@ def predict(model, config: Config, team: Team, features: np.ndarray) -> np.ndarr
     on it.
     """
     source = getattr(model, "source", "this model")
-    if np.ndim(features) != 2 or features.shape[1] != model.dim:
+    if np.ndim(features) != 2 or features.shape[1] != model.dim or not len(features):
         raise ValueError(f"{source}: expected the features of a video, (T, {model.dim}), got "
                          f"{np.shape(features)}; give those it was trained on, --set task.features=...")
     window, batch, outputs = config.segments.window, config.task.batch, []
@@ -183,7 +183,7 @@ def predict(model, config: Config, team: Team, features: np.ndarray) -> np.ndarr
     for (start, end), y in zip(cut, outputs):
         total[start:end] += y[:end - start]
         count[start:end] += 1
-    check_finite(total, source)
+    check_finite(total / count, source)
     return total / count
 
 
@@ -278,7 +278,7 @@ class Scored(NamedTuple):
     comparable: bool             # with the paper's and the baseline's numbers
 
 
-def to_score(videos, left_out, other_videos, task: Task, origin: dict | None, config: Config) -> Scored:
+def to_score(videos, left_out, other_videos, task: Task, origin: dict, config: Config) -> Scored:
     """`videos` of the validation set, `other_videos` of the training set; `origin`: the features' record.
 
     The paper's numbers stand beside a score only on synthetic data, which says so, and on a complete copy of

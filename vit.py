@@ -159,7 +159,8 @@ class VisionTransformer(nn.Module):
     in the first block, as in the MAE's fine-tuning. Pre-training has none.
     mean, std: with which the images of its training were normalised, ImageNet's by default. Images come with
     ImageNet's in any case (images.py); `own` puts this ViT's in their place.
-    Raises ValueError if the image is no whole number of patches: the convolution would cut off what is left.
+    Raises ValueError for an image size that is no whole number of patches, and for images of another size:
+    the convolution would cut off what is left.
     """
 
     def __init__(self, image_size=224, patch: int = 16, channels: int = 3, dim: int = 768, depth: int = 12,
@@ -169,7 +170,7 @@ class VisionTransformer(nn.Module):
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if size[0] % patch or size[1] % patch:
             raise ValueError(f"image_size={size}: expected multiples of patch={patch}")
-        self.patch_embed = PatchEmbed(size, patch, channels, dim)
+        self.size, self.patch_embed = size, PatchEmbed(size, patch, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         # A parameter and not a buffer because that is what public checkpoints hold; it is never trained.
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.patch_embed.grid), requires_grad=False)
@@ -190,6 +191,9 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images):
         """Patch tokens with their positions, without cls. Shape: (B, C, height, width) -> (B, N, D)."""
+        if tuple(images.shape[2:]) != self.size:
+            raise ValueError(f"expected images (B, C, {self.size[0]}, {self.size[1]}), got "
+                             f"{tuple(images.shape)}")
         return self.patch_embed(self.own(images)) + self.pos_embed[:, 1:]
 
     def encode(self, x):

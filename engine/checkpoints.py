@@ -29,7 +29,8 @@ SAFE = [argparse.Namespace, *[(PurePath, f"pathlib{module}.{system}Path") for mo
 SIGNS = {rb"(?s).{8}\{\"": "a safetensors file; save its weights once: "
          "torch.save(safetensors.torch.load_file('{}'), 'weights.pt')",
          rb"\s*<": "a web page",
-         rb"version https://git-lfs": "a pointer of Git LFS (git lfs pull gets the file)"}
+         rb"version https://git-lfs": "a pointer of Git LFS (git lfs pull gets the file)",
+         rb"PK\x03\x04": "a checkpoint that is cut short; get it again"}
 # Under which keys others keep weights; and what no encoder needs: decoders, heads, projectors.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "model_ema", "teacher")
 NOT_NEEDED = re.compile("decoder|mask_token|head|fc|proj|predict|classifier")
@@ -123,13 +124,12 @@ def what_is_wrong(path, error: Exception) -> str:
     """What a file is that is no checkpoint, and what to do."""
     refused = re.search(r"GLOBAL (\S+) ", str(error))
     if refused:
-        return (f"holds a {refused[1]}, and to load that may run a program; if you trust it, save its "
-                f"weights once: torch.save(torch.load({str(path)!r}, weights_only=False)['model'], "
-                "'weights.pt')")
+        return (f"holds a {refused[1]}, and to load that may run a program; if you trust it, load it once "
+                "with torch.load(..., weights_only=False), and save its dictionary of tensors alone")
     if type(error) is ValueError:
         return str(error)
     with open(path, "rb") as file:
-        start = file.read(262)
+        start = file.read(64)
     found = next((kind.format(path) for sign, kind in SIGNS.items() if re.match(sign, start)), "")
     return f"not a whole, plain checkpoint, but {found or f'a file that begins with {start[:24]}'}"
 

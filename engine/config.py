@@ -55,7 +55,7 @@ def typed(value, kind, name):
     if not fits or kind is float and not math.isfinite(value):
         expected = KINDS.get(kind) or f"one of {', '.join(choices)}"
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
-    return os.path.expanduser(value) if kind is str else value     # all text but run.name is a path
+    return os.path.expanduser(value) if kind is str else value     # most of them are paths
 
 
 def fill(config, name, value, problems):
@@ -100,6 +100,7 @@ def rules(config):
            len(t.channels) == len(t.kernels) == len(t.dilations) > 0)
     yield ("temporal.kernels", t.kernels, "odd sizes with causal=false",
            t.causal or all(kernel % 2 for kernel in t.kernels))
+    yield "stills.width", config.stills.width, "2 or more", config.stills.width > 1
     yield "emma.weights", config.emma.weights, "one that is not 0", any(config.emma.weights)
 
 

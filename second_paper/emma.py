@@ -135,7 +135,7 @@ def load(path, config: Config | None = None, team: Team = ALONE) -> Trained:
     `predict`: VideoFrames, T, progress -> float32 (T, 22), noface (T,), as scoring.each_frame says.
     Raises ValueError if it is not EMMA's, or was made with other settings than those given with --set."""
     saved = read_checkpoint(path)
-    record = saved.get("made_of") or {}
+    record = saved.get("made_of", {})
     if record.get("stage") != "emma":
         raise ValueError(f"{path}: of stage {record.get('stage', 'unknown')}; expected EMMA, as train_emma.py"
                          " writes it, like runs/<config>/emma/best.pt")

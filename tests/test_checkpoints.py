@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import io
 import math
 import os
 import pickle
@@ -118,7 +117,7 @@ def test_a_checkpoint_cut_short_is_refused_and_with_any_byte_damaged_too_or_it_r
 
 # Files that are no checkpoints, and what is said of them.
 KINDS = {b"": "a file that begins with b''", b"hello, I am text\n": "a file that begins with b'hello",
-         b"\x00" * 999: "a file that", b"PK\x03\x04": "a file that begins with b'PK",
+         b"\x00" * 999: "a file that", b"PK\x03\x04": "a check.* cut short",
          b"\x89PNG\r\n\x1a\n": "a file that beg", b"<!DOCTYPE html><p>Sign in": "a web page",
          b"version https://git-lfs.github.com/spec/v1\noid": "a pointer of Git LFS .git lfs pull",
          b"\x80\0\0\0\0\0\0\0" + b'{"cls_token":': "a safetensors file; .*safetensors.torch.load_file"}
@@ -160,7 +159,6 @@ def test_a_pickle_runs_nothing_and_its_weights_can_be_saved_alone(tmp_path, monk
             with pytest.raises(ValueError, match=f"best.pt: holds a {refused}, and .* run a pr") as said:
                 read_checkpoint(path)
             assert not (tmp_path / "ran").exists() and "\x1b" not in str(said.value)
-        assert str(said.value).endswith("torch.load('best.pt', weights_only=False)['model'], 'weights.pt')")
         (tmp_path / "ran").unlink(missing_ok=True)
     path.write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="best.pt: not a whole, plain checkpoint"):

@@ -27,6 +27,17 @@ def test_sizes_that_cannot_be_are_refused(kind, sizes, message):
         kind(**sizes)
 
 
+@pytest.mark.parametrize("kind, sizes", [(VisionTransformer, VIT), (MaskedAutoencoder, MAE)])
+def test_images_and_noise_of_another_shape_are_refused(kind, sizes):
+    model, given = small(kind, sizes), [torch.rand(2, 6)] * (kind is MaskedAutoencoder)
+    for shape in ((2, 3, 9, 13), (2, 3, 12, 8), (2, 3, 4, 4)):
+        with pytest.raises(ValueError, match=r"expected images \(B, C, 8, 12\), got"):
+            model(torch.zeros(shape), *given)
+    for shape in ((1, 6), (2, 5), (2, 6, 1)) if given else ():
+        with pytest.raises(ValueError, match=r"expected noise \(2, 6\) \(images, patches\), got"):
+            model(torch.zeros(2, 3, 8, 12), torch.rand(shape))
+
+
 # ---- Names and sizes, which checkpoints of others and of earlier versions have
 
 def named(shapes: dict) -> dict:

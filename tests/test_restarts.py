@@ -26,8 +26,8 @@ STARTS = [(KILL, "engine.run.Run.end_step", 1), (KILL, "engine.run.Run.end_step"
           (KILL, "engine.run.Run.end", 1), (KILL, "engine.run.Run.finish", 1)]
 SLOW, SOAK = pytest.mark.slow, pytest.mark.soak
 TRAININGS = ("task_au", "pretrain", "finetune", "stills", "emma", "cotex")
-# Of all stages with 1, 2 and 3 processes those with 2, and of one each with 1 and 3, are run every time.
-OFTEN = {("task_au", 1), ("finetune", 3)} | {(stage, 2) for stage in TRAININGS}
+# Of all stages with 1, 2 and 3 processes these are slow, the others soak.
+OFTEN = {("task_au", 1), ("pretrain", 1), ("finetune", 3)} | {(stage, 2) for stage in TRAININGS}
 CASES = [("task_au", 1, STARTS[3::6]),
          *(pytest.param(stage, world, STARTS, marks=SLOW if (stage, world) in OFTEN else SOAK)
            for stage in TRAININGS for world in (1, 2, 3))]

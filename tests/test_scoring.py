@@ -217,7 +217,7 @@ def test_a_checkpoint_alone_predicts(tmp_path, task):
     (None, None, 0, "best.pt: of stage unknown, not a segment model"),
     ({"settings": {"temporal.width": 16}}, None, 0, "best.pt: a checkpoint of another arch.*mismatch for t"),
     ({}, AU, np.zeros((4, 5)), "best.pt: expected the features of a video, .T, 3., got .4, 5."),
-    ({}, AU, np.zeros(3), "got .3,."),
+    ({}, AU, np.zeros((0, 3)), "got .0, 3."), ({}, AU, np.zeros(3), "got .3,."),
     ({}, AU, np.full((4, 3), np.nan), "best.pt: its outputs are not finite")])
 def test_what_is_no_segment_model_of_this_task_or_does_not_fit_it_is_refused(
         tmp_path, record, task, features, message):

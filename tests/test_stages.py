@@ -29,7 +29,7 @@ from second_paper.cnn import DAN, DANWithCentres, ResNet18, affinity_loss, parti
 from second_paper.cotex import CoTEX, cotex_loss
 from second_paper.emma import EMMA, count, emma_losses, scores
 from temporal import SegmentModel
-from tiny import apart, done, log, metrics, same, weights
+from tiny import STAGES, TINY, apart, copied, done, log, metrics, same, weights
 from vit import VisionTransformer
 
 SIZE, PATCHES = (16, 16), 4
@@ -455,6 +455,12 @@ def test_two_processes_end_with_the_weights_of_one(finished, finished_by_two):
     for path in sorted((finished / "runs/tiny/features").glob("*.npy")):
         other = np.load(finished_by_two / "runs/tiny/features" / path.name)
         assert np.load(path).astype(float) == pytest.approx(other.astype(float), abs=5e-3), path.name
+
+
+def test_masked_cotex_ends_with_the_same_weights_in_two_processes(finished, tmp_path):
+    for world in (1, 2):
+        done(copied(finished, tmp_path / f"{world}"), *STAGES["cotex"], *TINY, world=world)
+    assert apart(*(weights(tmp_path / f"{world}/runs/tiny/cotex") for world in (1, 2))) < 1e-5
 
 
 def test_a_task_leaves_its_scores_predictions_and_pictures_and_tells_them_without_features(
