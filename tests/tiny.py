@@ -6,6 +6,7 @@ one that has imported PyTorch already. A hook is called there first, say to kill
 
 import contextlib
 import csv
+import faulthandler
 import itertools
 import json
 import multiprocessing
@@ -177,6 +178,7 @@ def _script(folder, output, place, hook, arguments):
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(SECONDS - 20)            # a process that does not end says where it is
     instead("engine.distributed.SECONDS_FOR_RANK_0", lambda seconds: 0.1)      # without torchrun, no need
     multiprocessing.set_start_method(None, force=True)    # a DataLoader's workers start as they do for a user
     become(hook, arguments)
