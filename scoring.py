@@ -183,8 +183,9 @@ def predict(model, config: Config, team: Team, features: np.ndarray) -> np.ndarr
     for (start, end), y in zip(cut, outputs):
         total[start:end] += y[:end - start]
         count[start:end] += 1
-    check_finite(total / count, source)
-    return total / count
+    mean = total / count
+    check_finite(mean, source)
+    return mean
 
 
 def of_videos(look, videos: list[Video], team: Team, run=None) -> dict:
