@@ -4,8 +4,8 @@ A person shows expressions built from action units as in EMFACS, with the faults
 hands before the face, annotators who react late. What each part of the system is for is built in:
 
     a frame is blurred, covered, or in mid-blink            its neighbours tell: the TCN
-    a mood lifts lips and lids for a whole video, and so    the rest of the segment tells what is mood,
-    looks like weak action units                            what is expression: the Transformer encoder
+    the corners of one person's lips hang, another's lids   the rest of the segment tells what is the face,
+    are wide, and so look like weak action units            what is expression: the Transformer encoder
 
 Times are in frames, at about 10 a second. Everything is five times as fast as in real videos, so that 20,000
 frames hold 800 expressions of 200 people. Read `synthetic_face.py` first.
@@ -21,7 +21,7 @@ from labels import AUS, EXPRESSIONS
 EPISODE = 24                   # frames from one expression to the next
 MARKED = 0.35                  # intensity of an action unit, or share of an expression, that annotators mark
 LABEL_LAG = (2, 4)             # frames, at least and at most, by which an annotator's joystick is late
-MOOD_SPREAD = 0.2              # deviation of a mood: slow valence and arousal that no expression explains
+MOOD_SPREAD = 0.2              # deviation of a mood: valence and arousal that no expression explains
 BLURS = ((5.0, 0.5), (0.5, 4.0), (2.5, 2.5), (4.0, 1.5))     # deviations along x and y, pixels
 
 # Expression -> its variants (EMFACS); a variant is action unit -> intensity.
@@ -86,7 +86,7 @@ def interrupt(rng, values: list, share: float, shortest: int, longest: int, othe
 def act(rng, frames: int, first: int) -> Acting:
     """Play the expressions of EPISODES from number `first` on, in random order, with pauses between them."""
     au, expression = np.zeros((frames, 12)), np.zeros(frames, int)
-    mood = (MOOD_SPREAD * wander(rng, frames, 60, 2).T).clip(-1, 1)      # (2, T) -> (T, 2)
+    mood = (MOOD_SPREAD * wander(rng, frames, 15, 2).T).clip(-1, 1)      # (2, T) -> (T, 2)
     shown = mood.copy()
     habit = rng.uniform(0.8, 1.15, 12)                           # the person's own strength in each unit
     count = round(frames / EPISODE) or 1

@@ -23,12 +23,14 @@ LIPS = ((178, 60, 70), (130, 50, 50), (200, 110, 110))
 SHADE, FRAME = (20, 0, 0), (30, 26, 28)                          # of the skin; of glasses
 FRINGES = ((0, 0), (-38, 0), (-31, 0), (-36, 14), (-37, 6))      # style of hair -> y, and x of the parting
 # Mean and deviation over people. Widths are halves. With a jaw of 1 the head is an oval, with less it is
-# squarer. A brow is high above the eye, and tilts up to its outer end; a positive corner hangs down.
+# squarer. A brow is high above the eye, and tilts up to its outer end; a positive corner hangs down. At rest,
+# lids and corners differ by up to half of what an expression moves them: a frame does not tell one from the
+# other.
 LENGTHS = {"width": (37, 1.1), "chin": (46, 1.3), "jaw": (0.88, 0.04),
            "brow": (11.5, 0.8), "brow_tilt": (0.5, 0.7), "brow_thick": (3.4, 0.4),
-           "eye_apart": (17, 0.5), "eye_wide": (9, 0.4), "eye_open": (4.6, 0.3),
+           "eye_apart": (17, 0.5), "eye_wide": (9, 0.4), "eye_open": (4.6, 0.9),
            "nose_wide": (6.5, 0.6), "nose_long": (10, 0.8), "mouth": (14.5, 0.9), "lip": (3.4, 0.4),
-           "corner": (0.2, 0.7)}
+           "corner": (0.2, 2.5)}
 # What stays the same: colours (red, green, blue), 0-255; the style of the hair (0 bald, 1 short, 2 fringe,
 # 3 parted, 4 long); a beard from 0 to 1; a moustache or not, glasses or not; LENGTHS.
 Person = namedtuple("Person", ["skin", "hair", "iris", "lips", "style", "beard", "moustache", "glasses",

@@ -225,7 +225,7 @@ def test_an_idea_is_compared_on_its_own_task_and_each_system_in_its_part(here):
     ended("ideas --seeds 2")
     ended("systems --seeds 2")
     found, idea = stored("systems"), cell(sums_of("task_au+temporal.dropout=0"), sums_of("task_au"), AU)
-    assert stored("ideas")["ideas"]["no dropout, au"] == {"AU mean F1": pytest.approx(idea)}
+    assert stored("ideas")["ideas"]["dropout of 0, au"] == {"AU mean F1": pytest.approx(idea)}
     emma_au, alone = [emma.by_task(sums_of(f"emma{row}"))["au"] for row in ("", "+emma.weights=0-0-1")]
     assert found["EMMA"]["a task alone, au"] == {"AU mean F1": pytest.approx(cell(alone, emma_au, AU))}
     faces = np.array([[stored(f"cotex+cotex.views=1{seed}")["confusion"]] for seed in ("", "+run.seed=1")])

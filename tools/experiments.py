@@ -50,6 +50,7 @@ def rows_of(part: str, c: Config) -> dict[str, str]:
     with one. The first row is the whole system, whose configuration, with one seed, is `c`."""
     mae = shlex.quote(str(c.finetune.start or folder("pretrain", c) / "last.pt"))
     k = [3 if size > 3 else 5 for size in c.temporal.kernels]
+    dropout = 0 if c.temporal.dropout else 0.3
     few = f"finetune.held_out=0.9 finetune.epochs={10 * c.finetune.epochs}"      # and as many steps
     w, s, x, N = c.segments.window, c.segments.stride, c.cotex, (c.vit.image_size // c.vit.patch) ** 2
     # In these epochs a plain ViT sees as many tokens, 1 + N a face, as the masked views see in theirs.
@@ -69,7 +70,8 @@ def rows_of(part: str, c: Config) -> dict[str, str]:
             "nothing": "", f"kernels of {k[0]} frames, va": f"'temporal.kernels={k}'",
             "centred TCN, va": "temporal.causal=false", "no position in time, va": "temporal.tcn=false",
             "segments a third as long, va": f"segments.window={w // 3} segments.stride={s // 3}",
-            "no overlap of segments, va": f"segments.stride={w}", "no dropout, au": "temporal.dropout=0",
+            "no overlap of segments, va": f"segments.stride={w}",
+            f"dropout of {dropout:g}, au": f"temporal.dropout={dropout:g}",
             "learning rate times 3, au": f"task.lr={3 * c.task.lr:g}",
             "epoch chosen on held-out videos, au": "task.held_out=0.15"},
         "EMMA": {"EMMA": "", "without the CNN": "emma.cnn=none", "a task alone, va": "emma.weights=[1,0,0]",
