@@ -6,13 +6,14 @@ The model and its segments are built with the settings that its checkpoint carri
     python evaluate.py --task au                  # score runs/demo/task_au/best.pt on the validation videos
     python evaluate.py --task va --config my.yaml --checkpoint somewhere/best.pt
     python evaluate.py --task au --set temporal.kernels=[5,5,5] --against      # beside the demo as it stands
-    python evaluate.py --task au --set task.held_out=0.15 --tune               # smoothing and thresholds
+    python evaluate.py --task au --set task.held_out=0.15 --smooth             # means over frames
     python evaluate.py --checkpoint runs/demo/emma/best.pt                     # EMMA, each frame by itself
 
 --against compares with the stored score of another run folder on the same videos, with the interval of the
-difference (`metrics.py`); without a folder, with the configuration less its --set. --tune chooses smoothing
-and thresholds on the training videos that the run has held back (task.held_out). EMMA is scored on all tasks
-that it has learned, unless --task names one; videos whose scene it was trained on are left out, and named.
+difference (`metrics.py`); without a folder, with the configuration less its --set. --smooth takes means over
+as many frames as are best for the training videos that the run has held back (task.held_out). EMMA is scored
+on all tasks that it has learned, unless --task names one; videos whose scene it was trained on are left out,
+and named.
 
 Predictions made elsewhere are scored by `python -m tools.predictions`.
 """
@@ -30,12 +31,12 @@ from images import check_ends, find_videos, last_of
 from labels import TASKS, has_labels, longest, read_labels, scene, split, targets
 from metrics import confusion, difference, score_table
 from pipeline import find_input, finished, folder, lines_of, make, missing, tuned_on
-from scoring import (HELD_OUT, as_tuned, check_features, check_scenes, load, of_videos,
-                     predict_videos, reasons, report, sums_of, to_score, tuned)
+from scoring import (HELD_OUT, best_smoothing, check_features, check_scenes, load, means_over, of_videos,
+                     predict_videos, reasons, report, sums_of, to_score)
 from second_paper import emma
 
 
-def main(config, team, task, checkpoint="", tune=False, against=None):
+def main(config, team, task, checkpoint="", smooth=False, against=None):
     """Score `checkpoint`, or this configuration's best.pt, on the validation videos."""
     if not checkpoint and task is None:
         raise ValueError("--task: expected va, expr or au; without it, an EMMA is scored: --checkpoint FILE")
@@ -65,19 +66,19 @@ def main(config, team, task, checkpoint="", tune=False, against=None):
     scored = to_score(videos, left_out, others, task, origin, config)
 
     # score
-    k, thresholds = 0, ()
-    if tune:
+    k = 0
+    if smooth:
         names = trained.record["data"].get(HELD_OUT, [])
         held_out = [video for video in others if video.name in names]
         if not names or len(held_out) < len(names):
             raise ValueError(f"{path}: {len(names)} training videos were held back, of which {len(held_out)} "
                              "have labels and features here; train one with --set task.held_out=0.15")
-        k, thresholds = tuned(task, predict_videos(trained.model, held_out, config, team), held_out)
+        k = best_smoothing(predict_videos(trained.model, held_out, config, team), held_out, task)
         seen = to_score(held_out, {}, [], task, origin, config).seen
         team.say(f"chosen on {len(held_out)} held-out training videos: mean over {k} frames before and "
-                 f"after, thresholds {' '.join(f'{t:.2f}' for t in thresholds) or 'as they are'}"
+                 "after, as with --smooth of predict.py and tools.submission"
                  + (f"\n  {seen}, so they are easier than new videos" if seen else ""))
-    outputs = as_tuned(predict_videos(trained.model, videos, config, team), task, k, thresholds)
+    outputs = means_over(predict_videos(trained.model, videos, config, team), task, k)
     sums = sums_of(outputs, videos, task)
     team.say(f"{report(task, sums, scored, path, config.task.fold)}\n\n{confusion(task, sums)}\n")
     if against is not None:
@@ -166,6 +167,6 @@ if __name__ == "__main__":
     config, options = from_command_line(
         __doc__, task={"choices": list(TASKS), "help": "which labels"},
         checkpoint={"default": "", "metavar": "FILE", "help": "default: this configuration's best.pt"},
-        tune={"action": "store_true", "help": "smoothing and thresholds, chosen on held-out training videos"},
+        smooth={"action": "store_true", "help": "means over as many frames as suit held-out training videos"},
         against={"nargs": "?", "const": "", "metavar": "FOLDER", "help": "the difference to another result"})
-    launch(main, config, TASKS.get(options.task), options.checkpoint, options.tune, options.against)
+    launch(main, config, TASKS.get(options.task), options.checkpoint, options.smooth, options.against)

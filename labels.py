@@ -311,9 +311,7 @@ def smoothed(values: np.ndarray, k: int) -> np.ndarray:
     return (sums[end] - sums[first]) / (end - first)[:, None]
 
 
-def for_metric(values: np.ndarray, task: Task, thresholds=()) -> np.ndarray:
+def for_metric(values: np.ndarray, task: Task) -> np.ndarray:
     """Values in units as `task.metric.count` wants them: an action unit is present above 0, a class is the
     largest. Shape: (T, K)"""
-    if not task.yes_or_no:
-        return values
-    return values - (np.asarray(thresholds) if len(thresholds) else 0.5)
+    return values - 0.5 if task.yes_or_no else values

@@ -22,12 +22,10 @@ A result is used if its record agrees with today's settings and with its input's
 it is refused, and what differs is named. Paths are not compared, only what they lead to.
 
     python pipeline.py --config my.yaml      # every result of a configuration: finished or not, its score
-    python pipeline.py --record FOLDER       # what a result, or a checkpoint, was made of
 """
 
 import copy
 import importlib
-import json
 import re
 import time
 import zlib
@@ -350,7 +348,4 @@ def results(config: Config):
 
 
 if __name__ == "__main__":
-    config, options = from_command_line(__doc__, record={"default": "", "metavar": "FOLDER",
-                                                         "help": "a run folder or a checkpoint"})
-    record = (json.dumps(given_record(path), indent=1) for path in [options.record])
-    print_all(record if options.record else results(config))
+    print_all(results(from_command_line(__doc__)[0]))

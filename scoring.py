@@ -2,7 +2,7 @@
 is scored on single images.
 
 A frame that several segments cover gets the mean of their outputs; the authors' published numbers count it
-several times. The outputs are scored as they are, unless evaluate.py is asked to tune: without the clipping
+several times. The outputs are scored as they are, unless evaluate.py is asked to smooth: without the clipping
 and the mode filter of the authors' code.
 """
 
@@ -33,8 +33,7 @@ HELD_OUT = "held-out videos"                 # where a record names the videos o
 # The first layer of a segment model: of the TCN; without one, of the Transformer; without both, of the head.
 FIRST_WEIGHTS = ("tcn.levels.0.conv1.conv.parametrizations.weight.original1", "transformer.project.weight",
                  "head.0.weight")
-SMOOTH = (0, 1, 2, 5, 10, 20, 50)            # frames before and after, tried by `tuned`
-THRESHOLDS = sorted((round(0.05 * i, 2) for i in range(1, 20)), key=lambda threshold: abs(threshold - 0.5))
+SMOOTH = (0, 1, 2, 5, 10, 20, 50)            # frames before and after, tried by `best_smoothing`
 
 
 # ---- Single images
@@ -326,22 +325,16 @@ def report(task: Task, sums, scored: Scored, checkpoint, fold: int) -> str:
     return "\n".join(lines)
 
 
-# ---- Smoothing and thresholds
+# ---- Smoothing
 
-def tuned(task: Task, outputs: dict[str, np.ndarray], videos: list[Video]) -> tuple[int, tuple]:
-    """The smoothing and, of action units, the thresholds with the best score on `videos`, which were neither
-    trained on nor are scored: chosen on the scored ones, they would only be luck. Among equals the least
-    smoothing and the threshold next to 0.5. -> frames before and after, thresholds: see `as_tuned`"""
-    tried, best = THRESHOLDS if task.yes_or_no else [0.5], (-1.0, 0, ())
-    for k in SMOOTH:
-        sums = [sums_of(as_tuned(outputs, task, k, (t,)), videos, task).sum(axis=0) for t in tried]
-        scores = np.stack([task.metric.score(of_threshold) for of_threshold in sums])      # (thresholds, K)
-        thresholds = tuple(tried[i] for i in scores.argmax(axis=0)) if len(tried) > 1 else ()
-        best = max(best, (float(scores.max(axis=0).mean()), k, thresholds), key=lambda way: way[0])
-    return best[1:]
+def best_smoothing(outputs: dict[str, np.ndarray], videos: list[Video], task: Task) -> int:
+    """Of SMOOTH, the one with the best score on `videos`, which were neither trained on nor are scored:
+    chosen on the scored ones, it would only be luck. Of equals the least."""
+    return max(SMOOTH, key=lambda k: task.metric.score(
+        sums_of(means_over(outputs, task, k), videos, task).sum(axis=0)).mean())
 
 
-def as_tuned(outputs: dict[str, np.ndarray], task: Task, k: int, thresholds: tuple) -> dict[str, np.ndarray]:
-    """{video: outputs (T, K)} as they are scored after smoothing and with thresholds."""
-    return {name: for_metric(smoothed(in_units(of_video, task), k), task, thresholds)
+def means_over(outputs: dict[str, np.ndarray], task: Task, k: int) -> dict[str, np.ndarray]:
+    """{video: outputs (T, K)}, the mean over k frames before and after each in units, as they are scored."""
+    return {name: for_metric(smoothed(in_units(of_video, task), k), task)
             for name, of_video in outputs.items()}

@@ -37,7 +37,6 @@ EXAMPLES = {
     "datasets.faces FOLDER": "data/RAF-DB", "predict FOLDER": "data/Aff-Wild2/cropped_aligned",
     "datasets.s_aff_wild2 FILE": "data/ABAW4/training_set_annotations.txt",
     "train_finetune finetune.start=FILE": "finetune.start=runs/demo/pretrain/last.pt",
-    "pipeline FOLDER": "runs/demo/task_au",
     "pictures RUN_FOLDER": "runs/demo/task_au", "evaluate somewhere/best.pt": "runs/demo/task_va/best.pt",
     "second_paper.train_cnn stills.start=FILE": "stills.start=runs/demo/stills/best.pt"}
 HEAD, ROWS = ",".join(EXPR.outputs), "image_location,valence,arousal\n124/00001.jpg,0.5,-0.5\n"
