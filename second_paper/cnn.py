@@ -50,18 +50,19 @@ class BatchNorm(nn.BatchNorm2d):
         self.num_batches_tracked += 1                                     # only because public files have it
         places = (0, 2, 3)[:x.ndim - 1]                                   # all dimensions but the channels
         shape = (1, -1) + (1,) * (x.ndim - 2)                             # (C,) as (1, C) or (1, C, 1, 1)
-        z = at_least_float32(x)
+        # The sums of z = x - m and of z² give both, in one message: σ² = mean(z²) - mean(z)². That is exact
+        # enough for an m near μ, such as the running average.
+        z = at_least_float32(x) - self.running_mean.view(shape)
         values = z.new_full((1,), x.numel() // x.shape[1])                # of a channel, in this process
-        sums = all_sum(torch.cat([z.sum(places), values]))                # (C + 1,)
+        sums = all_sum(torch.cat([z.sum(places), (z * z).sum(places), values]))          # (2C + 1,)
         N = sums[-1].detach()
-        mu = sums[:-1] / N                                                # μ, (C,)
-        centred = z - mu.view(shape)
-        var = all_sum((centred ** 2).sum(places)) / N                     # σ², (C,)
+        mean, square = sums[:-1].view(2, -1) / N                          # μ - m and the mean of z², (C,)
+        var = square - mean ** 2                                          # σ², (C,)
         with torch.no_grad():
-            self.running_mean.lerp_(mu, self.momentum)
+            self.running_mean += self.momentum * mean
             self.running_var.lerp_(var * N / (N - 1), self.momentum)      # unbiased, as in PyTorch's
         scale = self.weight / (var + self.eps).sqrt()
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        return (z * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
 
 
 class BasicBlock(nn.Module):
