@@ -7,10 +7,12 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,15 +74,18 @@ def single_frames(path, tasks):
 def here(tmp_path, monkeypatch):
     """A folder in which stages only pretend. -> `ran`: the commands, shortened; `fails`: the one that does"""
     state = SimpleNamespace(ran=[], drawn=[], fails=None)
-    def popen(words):
+    def popen(words, stdout, stderr, env):
         assert words[:4] == [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        assert stdout is stderr is None and env == os.environ
         script, *rest = [word.removesuffix(".py") for word in words[4:] if word != "-m"]
         name, given = rest[1] if rest[0] == "--task" else "", rest[rest.index("--config") + 3::2]
         state.ran.append(" ".join([script.rpartition(".")[2], *[name] * bool(name), *given]))
         if state.ran[-1] != state.fails:
             stage = next(name for name, stage in STAGES.items() if stage.script == script)
             pretend(stage, load("my.yaml", given), TASKS.get(name))
-        return SimpleNamespace(wait=lambda: 2 * (state.ran[-1] == state.fails))
+        code = 2 * (state.ran[-1] == state.fails)
+        return SimpleNamespace(poll=lambda: code, terminate=lambda: None, wait=lambda: code)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text(SETTINGS)
     for (name, task), n in itertools.product(TASKS.items(), range(16)):                 # labelled videos
@@ -167,14 +172,33 @@ def test_a_failure_ends_it_with_the_command_and_the_next_start_runs_the_rest(her
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_is_passed_on_and_ends_all_when_the_stage_has_saved(monkeypatch, number):
-    told = []
-    child = SimpleNamespace(terminate=lambda: told.append(1), wait=lambda: os.kill(os.getpid(), number) or 0)
-    monkeypatch.setattr(subprocess, "Popen", lambda words: child)
-    with pytest.raises(ValueError, match="start again to go on:\n  torchrun x.py"):
-        experiments.run("torchrun x.py")
-    assert told == [1] * (number == signal.SIGTERM)                       # Ctrl-C reaches the stage by itself
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+def test_a_stop_is_passed_on_and_ends_all_when_the_stages_have_saved(monkeypatch, number):
+    told, before = [], signal.getsignal(number)
+    child = SimpleNamespace(poll=lambda: os.kill(os.getpid(), number), terminate=lambda: told.append("to end"),
+                            wait=lambda: told.append("has ended"))
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **_: child)
+    jobs = {name: experiments.Job(False, f"python {name}.py", set()) for name in "xyz"}
+    with pytest.raises(ValueError, match="was stopped; start again to go on:\n  python x.py"):
+        experiments.run(jobs, 2)
+    assert told == ["to end"] * 2 + ["has ended"] * 2 and signal.getsignal(number) == before
+
+
+def test_two_at_a_time_each_waits_for_what_it_needs_and_the_one_that_fails_says_why(tmp_path, capsys):
+    code = "import os, pathlib, sys; here = pathlib.Path(sys.argv[1]); print(os.environ['OMP_NUM_THREADS']); "
+    jobs, ends = {}, ["assert not list(here.iterdir()); (here / 'a').touch()",
+                      "(here / 'b').touch(); import time; time.sleep(30 * (here / 'slow').exists())",
+                      "assert (here / 'a').exists(); (here / 'c').touch()"]
+    for name, end, needs in zip("abc", ends, ({}, {"a"}, {"a"})):
+        jobs[name] = experiments.Job(False, shlex.join(["python", "-c", code + end, str(tmp_path)]), set(needs))
+    experiments.run(jobs, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+    said = capsys.readouterr().out
+    assert said.count("of 3$ python") == 3 and "Traceback" not in said
+    (tmp_path / "slow").touch()
+    with pytest.raises(ValueError, match="ended with code 1"):
+        experiments.run(jobs | {"d": experiments.Job(False, "python -c 1/0", {"a"})} | {"a": jobs["a"]._replace(
+            done=True)}, 2)
+    assert "ZeroDivisionError" in capsys.readouterr().out                 # and b did not run for half a minute
 
 
 @pytest.mark.parametrize("words, refused", [

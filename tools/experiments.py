@@ -4,26 +4,31 @@
     python -m tools.experiments folds --config my.yaml    # or ablation, ideas, systems, all; again to go on
 
 A row is the configuration with other settings, trained with the seeds run.seed, run.seed + 1, ..., those of
-everything from pre-training on (folds: one). Each stage runs as a command of its own, if it is not finished.
+everything from pre-training on (folds: one). Each stage runs as a command of its own, if it is not finished:
+on GPUs one after the other, without a GPU two at a time, each with half of the cores.
 Writes runs/<config>/<table>.txt, in Markdown, and .json: mean ± deviation over the seeds (divided by n - 1),
 then the difference to the first row with its 95 % interval over the same drawn videos. And, of the ablation,
 ablation_<task>.png, a video in which each part shows what it adds.
 """
 
 import json
+import os
 import shlex
-import signal
 import subprocess
 import sys
+import tempfile
+import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 from data import Video
+from datasets.synthetic import is_complete
 from engine.checkpoints import read_json, write_text
 from engine.config import Config, from_command_line, load, print_all, value_of
-from engine.distributed import Team, choose_device
+from engine.distributed import STOP, Team, choose_device, on_stop
 from evaluate import emma_sums
 from labels import FOLDS, TASKS, has_labels, read_labels, scene, split
 from metrics import difference
@@ -35,7 +40,7 @@ from train_task import draw_timeline
 PARTS = {"folds": ["folds"], "folds_shared": ["folds_shared"], "ablation": ["ablation"], "ideas": ["ideas"],
          "systems": ["EMMA", "CoTEX", "time"]}                       # {table: its parts}
 HEADS = {"va": "VA mean CCC", "expr": "Expr macro F1", "au": "AU mean F1", "faces": "F1 on real faces"}
-FRAMES = "EMMA, each frame by itself"
+FRAMES, DRAWN = "EMMA, each frame by itself", "drawn data"
 # The rows that one picture shows under each other, and what it calls them.
 SHOWN = {"both: single frames": "single frames", "Transformer encoder": "with the TCN",
          "nothing": "with the TCN and the Transformer encoder"}
@@ -84,15 +89,22 @@ def rows_of(part: str, c: Config) -> dict[str, str]:
         "time": {"segment models": "", FRAMES: ""}}[part]
 
 
+class Job(NamedTuple):
+    """What makes a result: is it done, its command, the folders of what it needs, or DRAWN."""
+    done: bool
+    command: str
+    needs: set
+
+
 def add(jobs: dict, stage: str, config: Config, task: str = ""):
-    """Add a result to `jobs`, {folder: (is it done?, its command)}, after what it needs. -> its folder"""
+    """Add a result to `jobs`, {folder: Job}, after what it needs. -> its folder"""
     place = folder(stage, config, TASKS[task] if stage == "task" else None)
     if place not in jobs:
         done = finished(place) and not stale(place, config)          # a stale one is refused by its stage
-        for setting, before in STAGES[stage].inputs.items():
-            if before and not done and not value_of(config, setting):
-                add(jobs, before, config)
-        jobs[place] = done, command(STAGES[stage].script + f" --task {task}" * (stage == "task"), config)
+        needs = [add(jobs, before, config) for setting, before in STAGES[stage].inputs.items()
+                 if before and not done and not value_of(config, setting)]
+        script = STAGES[stage].script + f" --task {task}" * (stage == "task")
+        jobs[place] = Job(done, command(script, config), {DRAWN, *needs})
     return place
 
 
@@ -114,18 +126,40 @@ def plan(part: str, config: Config, seeds, jobs: dict):
                     yield title, name, changed, add(jobs, stage, changed, name)
 
 
-def run(line: str):
-    """Run a command of torchrun. A signal is passed on. Raises ValueError unless it ends well."""
-    print(f"\n$ {line}", flush=True)
-    words, stopped = shlex.split(line)[1:], []
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words])
-    signal.signal(signal.SIGTERM, lambda *_: stopped.append(process.terminate()))
-    signal.signal(signal.SIGINT, lambda *_: stopped.append(None))    # a terminal sends it to the command too
-    code = process.wait()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if code or stopped:
-        raise ValueError(f"this command ended with code {code}; start again to go on:\n  {line}")
+def run(jobs: dict[str, Job], at_once: int):
+    """Run the commands that are left, `at_once` of them at a time, each when what it needs is there. Raises
+    ValueError when one ends badly, and on a signal; the others save and end first."""
+    left, running, stopped = [place for place, job in jobs.items() if not job.done], {}, []
+    count, before = len(left), on_stop(dict.fromkeys(STOP, lambda number, frame: stopped.append(number)))
+    threads = {} if at_once == 1 else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_once))}
+    try:
+        while left or running:
+            ready = [place for place in left if not jobs[place].needs & {*left, *running}]
+            for place in ready[:at_once - len(running)]:
+                left.remove(place)
+                print(f"\n{count - len(left)} of {count}$ {jobs[place].command}", flush=True)
+                script, *words = shlex.split(jobs[place].command)
+                module = ["-m", "torch.distributed.run"] if script == "torchrun" else []
+                said = None if at_once == 1 else tempfile.TemporaryFile()      # two at a time would mix
+                running[place] = said, subprocess.Popen([sys.executable, *module, *words], stdout=said,
+                                                        stderr=said, env=os.environ | threads)
+            time.sleep(0.1)
+            for place, (said, process) in [*running.items()]:
+                code = process.poll()
+                if code or stopped:
+                    if said and code:
+                        said.seek(0)
+                        print(said.read().decode(errors="replace")[-4000:])
+                    what = f"ended with code {code}" if code else "was stopped"
+                    raise ValueError(f"this command {what}; start again to go on:\n  {jobs[place].command}")
+                if code == 0:
+                    del running[place]
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+        on_stop(before)
 
 
 def compared(part: str, planned: list) -> dict:
@@ -209,17 +243,20 @@ def markdown(heading: str, rows: dict) -> str:
 def main(config: Config, table: str, options):
     """Yield the commands; or run those that are left, write the tables, and yield them."""
     tables = [name for name in PARTS if name == table or table == "all" and name != "folds_shared"]
-    jobs, seeds = {}, range(config.run.seed, config.run.seed + options.seeds)
+    seeds, drawn = range(config.run.seed, config.run.seed + options.seeds), config.data.synthetic
+    jobs = {DRAWN: Job(is_complete(config), command("datasets.synthetic", config), set())} if drawn else {}
     planned = {part: list(plan(part, config, seeds, jobs)) for name in tables for part in PARTS[name]}
-    if not jobs or options.seeds < 2:
+    if not any(planned.values()) or options.seeds < 2:
         raise ValueError(f"got {table!r}, --seeds {options.seeds}; expected {', '.join(PARTS)} or all, data "
                          "for it, and 2 seeds or more, as one has no deviation")
-    for done, line in jobs.values():
-        line = line.replace("python", f"torchrun --nproc_per_node={options.processes}", 1)
-        if options.dry_run:
-            yield f"{'done' if done else 'to do':7s}{line}"
-        elif not done:
-            run(line)
+    if options.processes > 1:
+        started = f"torchrun --nproc_per_node={options.processes}"
+        jobs = {place: job._replace(command=job.command.replace("python", started, 1))
+                for place, job in jobs.items()}
+    if options.dry_run:
+        yield from (f"{'done' if job.done else 'to do':7s}{job.command}" for job in jobs.values())
+    else:
+        run(jobs, 1 if options.processes > 1 or torch.cuda.is_available() else 2)
     for name in [] if options.dry_run else tables:
         path, found = folder("task", config).parent / f"{name}.txt", {}
         for part in [part for part in PARTS[name] if planned[part]]:
@@ -236,7 +273,8 @@ if __name__ == "__main__":
     table = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else ""
     config, options = from_command_line(__doc__, **{
         "seeds": {"type": int, "default": 3, "metavar": "N", "help": "how many (default: %(default)s)"},
-        "processes": {"type": int, "default": torch.cuda.device_count() or 2, "metavar": "N"},
+        "processes": {"type": int, "default": max(1, torch.cuda.device_count()), "metavar": "N",
+                      "help": "of each stage"},
         "shared-encoder": {"action": "store_true", "help": "folds: one for all, less clean"},
         "dry-run": {"action": "store_true", "help": "only say what would run"}})
     print_all(main(config, table + "_shared" * options.shared_encoder, options))
