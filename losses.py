@@ -76,7 +76,7 @@ def expr_loss(logits, target, valid, N=None):
     return _mean(loss, valid.flatten(), N)
 
 
-def au_loss(logits, target, valid, N=None):
+def au_loss(logits, target, valid):
     """Binary cross-entropy over the valid entries of the batch, all action units weighted alike.
 
         L_AU = -1/N Σ_i [y_i · log(σ(x_i)) + (1 - y_i) · log(1 - σ(x_i))]      (4)
@@ -84,17 +84,17 @@ def au_loss(logits, target, valid, N=None):
     x_i is the logit and y_i the label of entry i (one action unit in one frame); σ the sigmoid; N valid
     entries.
     Shape: all three (..., 12) -> scalar. Masked per entry, not per frame: a frame with eleven labelled AUs
-    trains eleven outputs. Given N: as in `expr_loss`. Raises ValueError if the shapes differ.
+    trains eleven outputs. Raises ValueError if the shapes differ.
     """
     x = _checked(logits, logits.shape, target, valid).masked_fill(~valid, 0)
     y = target.to(x.dtype).masked_fill(~valid, 0)
     loss = F.binary_cross_entropy_with_logits(x, y, reduction="none")          # (..., 12); never log(0)
-    return _mean(loss, valid, N)
+    return _mean(loss, valid)
 
 
 # ---- EMMA and masked CoTEX
 
-def weighted_au_loss(logits, target, valid, pos_weight, N=None):
+def weighted_au_loss(logits, target, valid, pos_weight):
     """EMMA's action units: binary cross-entropy, rare ones weighted up, added over the AUs of a frame.
 
         L_AU = -1/N Σ_i Σ_k [w_k · y_ik · log(σ(x_ik)) + (1 - y_ik) · log(1 - σ(x_ik))]
@@ -103,13 +103,13 @@ def weighted_au_loss(logits, target, valid, pos_weight, N=None):
     positives of AU k in the training file, so that both add the same at logit 0: a frame then costs
     2 ln 2 · Σ_k (1 - p_k) on average, p_k the share of positives.
     Unlike `au_loss`, added and not averaged over the AUs: the term is several times larger (EMMA's choice).
-    Shape: logits, target, mask (..., K), pos_weight (K,) -> scalar. Masked per entry. Given N: as in
-    `expr_loss`. Raises ValueError if the first three shapes differ.
+    Shape: logits, target, mask (..., K), pos_weight (K,) -> scalar. Masked per entry. Raises ValueError if
+    the first three shapes differ.
     """
     x = _checked(logits, logits.shape, target, valid).masked_fill(~valid, 0)
     y, w = target.to(x.dtype).masked_fill(~valid, 0), pos_weight.to(x.dtype)
     loss = F.binary_cross_entropy_with_logits(x, y, pos_weight=w, reduction="none")      # (..., K)
-    return _mean((loss * valid).sum(dim=-1), valid.any(dim=-1), N)                       # (..., K) -> (...)
+    return _mean((loss * valid).sum(dim=-1), valid.any(dim=-1))                          # (..., K) -> (...)
 
 
 def js_loss(logits, valid, N=None):
@@ -143,7 +143,7 @@ def _checked(pred, shape, *others):
     return at_least_float32(pred)
 
 
-def _mean(loss, valid, N):
+def _mean(loss, valid, N=None):
     """1/N Σ_i over the valid entries i of all processes. Given N: of this piece on all processes."""
     total = (loss * valid).sum()                                               # (...) -> scalar
     if N is not None:

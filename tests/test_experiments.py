@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -174,8 +175,8 @@ def test_a_failure_ends_it_with_the_command_and_the_next_start_runs_the_rest(her
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_is_passed_on_and_ends_all_when_the_stages_have_saved(monkeypatch, number):
     told, before = [], signal.getsignal(number)
-    child = SimpleNamespace(poll=lambda: os.kill(os.getpid(), number), terminate=lambda: told.append("to end"),
-                            wait=lambda: told.append("has ended"))
+    child = SimpleNamespace(poll=lambda: os.kill(os.getpid(), number), wait=lambda: told.append("has ended"),
+                            terminate=lambda: told.append("to end"))
     monkeypatch.setattr(subprocess, "Popen", lambda words, **_: child)
     jobs = {name: experiments.Job(False, f"python {name}.py", set()) for name in "xyz"}
     with pytest.raises(ValueError, match="was stopped; start again to go on:\n  python x.py"):
@@ -185,20 +186,21 @@ def test_a_stop_is_passed_on_and_ends_all_when_the_stages_have_saved(monkeypatch
 
 def test_two_at_a_time_each_waits_for_what_it_needs_and_the_one_that_fails_says_why(tmp_path, capsys):
     code = "import os, pathlib, sys; here = pathlib.Path(sys.argv[1]); print(os.environ['OMP_NUM_THREADS']); "
-    jobs, ends = {}, ["assert not list(here.iterdir()); (here / 'a').touch()",
-                      "(here / 'b').touch(); import time; time.sleep(30 * (here / 'slow').exists())",
-                      "assert (here / 'a').exists(); (here / 'c').touch()"]
-    for name, end, needs in zip("abc", ends, ({}, {"a"}, {"a"})):
-        jobs[name] = experiments.Job(False, shlex.join(["python", "-c", code + end, str(tmp_path)]), set(needs))
+    job, ends = partial(experiments.Job, False), {
+        "a": "assert not list(here.iterdir()); (here / 'a').touch()",
+        "b": "(here / 'b').touch(); import time; time.sleep(30 * (here / 'slow').exists())",
+        "c": "assert (here / 'a').exists(); (here / 'c').touch()"}
+    jobs = {name: job(shlex.join(["python", "-c", code + end, str(tmp_path)]), {"a"} - {name})
+            for name, end in ends.items()}
     experiments.run(jobs, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
     said = capsys.readouterr().out
     assert said.count("of 3$ python") == 3 and "Traceback" not in said
     (tmp_path / "slow").touch()
+    jobs |= {"a": jobs["a"]._replace(done=True), "d": job("python -c 1/0", {"a"})}
     with pytest.raises(ValueError, match="ended with code 1"):
-        experiments.run(jobs | {"d": experiments.Job(False, "python -c 1/0", {"a"})} | {"a": jobs["a"]._replace(
-            done=True)}, 2)
-    assert "ZeroDivisionError" in capsys.readouterr().out                 # and b did not run for half a minute
+        experiments.run(jobs, 2)                              # without waiting half a minute for b
+    assert "ZeroDivisionError" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, refused", [
