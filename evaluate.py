@@ -6,14 +6,14 @@ The model and its segments are built with the settings that its checkpoint carri
     python evaluate.py --task au                  # score runs/demo/task_au/best.pt on the validation videos
     python evaluate.py --task va --config my.yaml --checkpoint somewhere/best.pt
     python evaluate.py --task au --set temporal.kernels=[5,5,5] --against      # beside the demo as it stands
-    python evaluate.py --task au --set task.held_out=0.15 --smooth             # means over frames
+    python evaluate.py --task au --set task.held_out=0.15 --tune               # smoothing
     python evaluate.py --checkpoint runs/demo/emma/best.pt                     # EMMA, each frame by itself
 
 --against compares with the stored score of another run folder on the same videos, with the interval of the
-difference (`metrics.py`); without a folder, with the configuration less its --set. --smooth takes means over
-as many frames as are best for the training videos that the run has held back (task.held_out). EMMA is scored
-on all tasks that it has learned, unless --task names one; videos whose scene it was trained on are left out,
-and named.
+difference (`metrics.py`); without a folder, with the configuration less its --set. --tune takes means over as
+many frames as are best for the training videos that the run has held back (task.held_out). EMMA is scored on
+all tasks that it has learned, unless --task names one; videos whose scene it was trained on are left out, and
+named.
 
 Predictions made elsewhere are scored by `python -m tools.predictions`.
 """
@@ -36,7 +36,7 @@ from scoring import (HELD_OUT, best_smoothing, check_features, check_scenes, loa
 from second_paper import emma
 
 
-def main(config, team, task, checkpoint="", smooth=False, against=None):
+def main(config, team, task, checkpoint="", tune=False, against=None):
     """Score `checkpoint`, or this configuration's best.pt, on the validation videos."""
     if not checkpoint and task is None:
         raise ValueError("--task: expected va, expr or au; without it, an EMMA is scored: --checkpoint FILE")
@@ -67,7 +67,7 @@ def main(config, team, task, checkpoint="", smooth=False, against=None):
 
     # score
     k = 0
-    if smooth:
+    if tune:
         names = trained.record["data"].get(HELD_OUT, [])
         held_out = [video for video in others if video.name in names]
         if not names or len(held_out) < len(names):
@@ -167,6 +167,6 @@ if __name__ == "__main__":
     config, options = from_command_line(
         __doc__, task={"choices": list(TASKS), "help": "which labels"},
         checkpoint={"default": "", "metavar": "FILE", "help": "default: this configuration's best.pt"},
-        smooth={"action": "store_true", "help": "means over as many frames as suit held-out training videos"},
+        tune={"action": "store_true", "help": "means over as many frames as suit held-out training videos"},
         against={"nargs": "?", "const": "", "metavar": "FOLDER", "help": "the difference to another result"})
-    launch(main, config, TASKS.get(options.task), options.checkpoint, options.smooth, options.against)
+    launch(main, config, TASKS.get(options.task), options.checkpoint, options.tune, options.against)

@@ -2,7 +2,7 @@
 is scored on single images.
 
 A frame that several segments cover gets the mean of their outputs; the authors' published numbers count it
-several times. The outputs are scored as they are, unless evaluate.py is asked to smooth: without the clipping
+several times. The outputs are scored as they are, unless evaluate.py is asked to tune: without the clipping
 and the mode filter of the authors' code.
 """
 

@@ -57,7 +57,7 @@ class BatchNorm(nn.BatchNorm2d):
         sums = all_sum(torch.cat([z.sum(places), (z * z).sum(places), values]))          # (2C + 1,)
         N = sums[-1].detach()
         mean, square = sums[:-1].view(2, -1) / N                          # μ - m and the mean of z², (C,)
-        var = square - mean ** 2                                          # σ², (C,)
+        var = (square - mean ** 2).clamp(min=0)                           # σ², (C,)
         with torch.no_grad():
             self.running_mean += self.momentum * mean
             self.running_var.lerp_(var * N / (N - 1), self.momentum)      # unbiased, as in PyTorch's

@@ -223,7 +223,7 @@ def test_an_experiment_is_compared_with_the_configuration_as_it_stands(finished,
         found = re.search(r"([+-][.\d]+) \[.*\] against runs/tiny/task_au \(([.\d]+)", said)
         assert float(found[1]) == pytest.approx(ours - theirs, abs=6e-4)
         assert float(found[2]) == pytest.approx(theirs, abs=6e-4)
-    said = done(folder, "evaluate", *idea, "--smooth", "--against")
+    said = done(folder, "evaluate", *idea, "--tune", "--against")
     assert f"chosen on {len(held)} held-out training videos: mean over " in said
 
 
@@ -260,7 +260,7 @@ def test_the_difference_is_ours_less_theirs_whatever_the_order_of_their_videos(t
 @pytest.mark.parametrize("words, message", [
     (["--task", "au", "--against", "runs/tiny/pretrain"], "no finished task with the sums of its videos"),
     (["--task", "au", "--against", "runs/tiny/task_va"], "no finished task with the sums of its videos"),
-    (["--task", "au", "--smooth"], "0 training videos were held back.*--set task.held_out=0.15"),
+    (["--task", "au", "--tune"], "0 training videos were held back.*--set task.held_out=0.15"),
     (["--task", "va", "--checkpoint", "runs/tiny/task_au/best.pt"], "of stage task_au, not a segment model"),
     (["--task", "au", "--checkpoint", "gone.pt"], "gone.pt"),
     ([], "--task: expected va, expr or au"),
