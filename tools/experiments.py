@@ -142,7 +142,7 @@ def run(jobs: dict[str, Job], at_once: int):
                 module = ["-m", "torch.distributed.run"] if script == "torchrun" else []
                 said = None if at_once == 1 else tempfile.TemporaryFile()      # two at a time would mix
                 running[place] = said, subprocess.Popen([sys.executable, *module, *words], stdout=said,
-                                                        stderr=said, env=os.environ | threads)
+                                                        stderr=said, env=threads | os.environ)
             time.sleep(0.1)
             for place, (said, process) in [*running.items()]:
                 code = process.poll()
