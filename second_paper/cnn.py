@@ -50,8 +50,9 @@ class BatchNorm(nn.BatchNorm2d):
         self.num_batches_tracked += 1                                     # only because public files have it
         places = (0, 2, 3)[:x.ndim - 1]                                   # all dimensions but the channels
         shape = (1, -1) + (1,) * (x.ndim - 2)                             # (C,) as (1, C) or (1, C, 1, 1)
-        # The sums of z = x - m and of z² give both, in one message: σ² = mean(z²) - mean(z)². That is exact
-        # enough for an m near μ, such as the running average.
+        # The sums of z = x - m and of z² give both, in one message: σ² = mean(z²) - mean(z)². Its rounding
+        # error is some 1e-7 · mean(z)² / σ²: small with m, the running average, near μ, and at first with
+        # m = 0, as the mean of what a new convolution gives is not far above its deviation.
         z = at_least_float32(x) - self.running_mean.view(shape)
         values = z.new_full((1,), x.numel() // x.shape[1])                # of a channel, in this process
         sums = all_sum(torch.cat([z.sum(places), (z * z).sum(places), values]))          # (2C + 1,)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import zlib
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -44,9 +43,8 @@ SETTINGS = """{data: {labels: labels, s_aff_wild2: s, drawn_faces: d}, segments:
                vit: {image_size: 32}, cotex: {epochs: 10, mask_ratio: 0.5, js_weight: 2.0}}"""
 
 
-def pretend(stage, config, task):
-    """What a finished stage leaves, with random scores. Raises ValueError if its input is not there."""
-    origins = [find_input(config, ALONE, setting)[1] for setting in STAGES[stage].inputs]
+def pretend(stage, config, task, origins):
+    """What a finished stage leaves, with random scores; `origins`: the records of its inputs."""
     train, val = split("labels", task or EXPR, config.task.fold if task else config.finetune.fold)
     record = {"stage": f"{stage}_{task.name}" if task else stage, "settings": settings_of(stage, config),
               "data": {"training videos": list(train)}, "from": (origins or [None])[0]}
@@ -74,18 +72,29 @@ def single_frames(path, tasks):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A folder in which stages only pretend. -> `ran`: the commands, shortened; `fails`: the one that does"""
-    state = SimpleNamespace(ran=[], drawn=[], fails=None)
+    state = SimpleNamespace(ran=[], drawn=[], fails=None, polls=1, most=0, running=0)
     def popen(words, stdout, stderr, env):
-        assert words[:4] == [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-        assert stdout is stderr is None and env == os.environ
-        script, *rest = [word.removesuffix(".py") for word in words[4:] if word != "-m"]
+        with_torchrun = words[1:4] == ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+        assert (stdout is None) == with_torchrun and stdout is stderr
+        words = [word for word in words[4 if with_torchrun else 1:] if word != "-m"]
+        script, *rest = [word.removesuffix(".py") for word in words]
         name, given = rest[1] if rest[0] == "--task" else "", rest[rest.index("--config") + 3::2]
         state.ran.append(" ".join([script.rpartition(".")[2], *[name] * bool(name), *given]))
-        if state.ran[-1] != state.fails:
-            stage = next(name for name, stage in STAGES.items() if stage.script == script)
-            pretend(stage, load("my.yaml", given), TASKS.get(name))
-        code = 2 * (state.ran[-1] == state.fails)
-        return SimpleNamespace(poll=lambda: code, terminate=lambda: None, wait=lambda: code)
+        code, polls = 2 * (state.ran[-1] == state.fails), iter([None] * (state.polls - 1))
+        stage = next(name for name, stage in STAGES.items() if stage.script == script)
+        config = load("my.yaml", given)                       # the inputs must be there when it starts:
+        origins = [] if code else [find_input(config, ALONE, name)[1] for name in STAGES[stage].inputs]
+        state.running += 1
+        state.most = max(state.most, state.running)
+        def poll():
+            try:
+                return next(polls)
+            except StopIteration:
+                state.running -= 1
+            if not code:
+                pretend(stage, config, TASKS.get(name), origins)
+            return code
+        return SimpleNamespace(poll=poll, terminate=lambda: None, wait=lambda: code)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text(SETTINGS)
@@ -102,8 +111,8 @@ def here(tmp_path, monkeypatch):
     return state
 
 
-def ended(words, refused=False) -> str:
-    said, words = io.StringIO(), f"x {words} --config my.yaml --processes 2".split()
+def ended(words, refused=False, processes=2) -> str:
+    said, words = io.StringIO(), f"x {words} --config my.yaml --processes {processes}".split()
     with mock.patch("sys.argv", words), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
             runpy.run_path(experiments.__file__, run_name="__main__")
@@ -184,23 +193,28 @@ def test_a_stop_is_passed_on_and_ends_all_when_the_stages_have_saved(monkeypatch
     assert told == ["to end"] * 2 + ["has ended"] * 2 and signal.getsignal(number) == before
 
 
-def test_two_at_a_time_each_waits_for_what_it_needs_and_the_one_that_fails_says_why(tmp_path, capsys):
-    code = "import os, pathlib, sys; here = pathlib.Path(sys.argv[1]); print(os.environ['OMP_NUM_THREADS']); "
-    job, ends = partial(experiments.Job, False), {
-        "a": "assert not list(here.iterdir()); (here / 'a').touch()",
-        "b": "(here / 'b').touch(); import time; time.sleep(30 * (here / 'slow').exists())",
-        "c": "assert (here / 'a').exists(); (here / 'c').touch()"}
-    jobs = {name: job(shlex.join(["python", "-c", code + end, str(tmp_path)]), {"a"} - {name})
-            for name, end in ends.items()}
-    experiments.run(jobs, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
-    said = capsys.readouterr().out
-    assert said.count("of 3$ python") == 3 and "Traceback" not in said
-    (tmp_path / "slow").touch()
-    jobs |= {"a": jobs["a"]._replace(done=True), "d": job("python -c 1/0", {"a"})}
+@pytest.mark.parametrize("table, expected", [("ablation", ABLATION), ("systems", SYSTEMS)])
+def test_without_a_gpu_two_run_at_a_time_each_when_what_it_reads_is_there(here, monkeypatch, table, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here.polls = 3
+    ended(f"{table} --seeds 2", processes=1)
+    assert sorted(re.sub("[ +]run.seed=1", "", s) for s in here.ran) == sorted(expected * 2)
+    assert here.most == 2
+
+
+def test_of_two_at_a_time_the_one_that_fails_says_why_and_ends_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    codes = {"works": "here.mkdir(); time.sleep(60); (here / 'too late').touch()",
+             "fails": "[time.sleep(0.1) for _ in range(300) if not here.exists()]; print(3 * threads); 1 / 0"}
+    head = ("import os, pathlib, time; threads = os.environ['OMP_NUM_THREADS']; "
+            f"here = pathlib.Path('{tmp_path}/x'); ")
+    jobs = {name: experiments.Job(False, shlex.join(["python", "-c", head + code]), set())
+            for name, code in codes.items()}
     with pytest.raises(ValueError, match="ended with code 1"):
-        experiments.run(jobs, 2)                              # without waiting half a minute for b
-    assert "ZeroDivisionError" in capsys.readouterr().out
+        experiments.run(jobs, 2)
+    said, threads = capsys.readouterr().out, str(max(1, os.cpu_count() // 2))
+    assert "ZeroDivisionError" in said and f"\n{3 * threads}\n" in said and said.count("of 2$ python") == 2
+    assert not list((tmp_path / "x").iterdir())
 
 
 @pytest.mark.parametrize("words, refused", [

@@ -1,4 +1,4 @@
-"""The records of the tasks; label files as they stand; folds of scenes; units, smoothing and thresholds."""
+"""The records of the tasks; label files as they stand; folds of scenes; units and smoothing."""
 
 import numpy as np
 import pytest

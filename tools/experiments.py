@@ -5,7 +5,8 @@
 
 A row is the configuration with other settings, trained with the seeds run.seed, run.seed + 1, ..., those of
 everything from pre-training on (folds: one). Each stage runs as a command of its own, if it is not finished:
-on GPUs one after the other, without a GPU two at a time, each with half of the cores.
+on GPUs one after the other, on a CPU two at a time, each with half of the cores, and only what one that fails
+has said is shown.
 Writes runs/<config>/<table>.txt, in Markdown, and .json: mean ± deviation over the seeds (divided by n - 1),
 then the difference to the first row with its 95 % interval over the same drawn videos. And, of the ablation,
 ablation_<task>.png, a video in which each part shows what it adds.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +27,7 @@ import torch
 from PIL import Image
 
 from data import Video
-from datasets.synthetic import is_complete
+from datasets.synthetic import check_paths, is_complete
 from engine.checkpoints import read_json, write_text
 from engine.config import Config, from_command_line, load, print_all, value_of
 from engine.distributed import STOP, Team, choose_device, on_stop
@@ -101,10 +103,15 @@ def add(jobs: dict, stage: str, config: Config, task: str = ""):
     place = folder(stage, config, TASKS[task] if stage == "task" else None)
     if place not in jobs:
         done = finished(place) and not stale(place, config)          # a stale one is refused by its stage
-        needs = [add(jobs, before, config) for setting, before in STAGES[stage].inputs.items()
-                 if before and not done and not value_of(config, setting)]
+        needs = {DRAWN}
+        for setting, before in STAGES[stage].inputs.items():
+            given = value_of(config, setting)
+            if given:
+                needs.add(Path(given).parent)                        # of another job, or nobody's
+            elif before and not done:
+                needs.add(add(jobs, before, config))
         script = STAGES[stage].script + f" --task {task}" * (stage == "task")
-        jobs[place] = Job(done, command(script, config), {DRAWN, *needs})
+        jobs[place] = Job(done, command(script, config), needs)
     return place
 
 
@@ -243,12 +250,15 @@ def markdown(heading: str, rows: dict) -> str:
 def main(config: Config, table: str, options):
     """Yield the commands; or run those that are left, write the tables, and yield them."""
     tables = [name for name in PARTS if name == table or table == "all" and name != "folds_shared"]
-    seeds, drawn = range(config.run.seed, config.run.seed + options.seeds), config.data.synthetic
-    jobs = {DRAWN: Job(is_complete(config), command("datasets.synthetic", config), set())} if drawn else {}
+    jobs, seeds = {}, range(config.run.seed, config.run.seed + options.seeds)
     planned = {part: list(plan(part, config, seeds, jobs)) for name in tables for part in PARTS[name]}
     if not any(planned.values()) or options.seeds < 2:
         raise ValueError(f"got {table!r}, --seeds {options.seeds}; expected {', '.join(PARTS)} or all, data "
                          "for it, and 2 seeds or more, as one has no deviation")
+    if config.data.synthetic and not all(job.done for job in jobs.values()):
+        check_paths(config)
+        drawing = Job(is_complete(config), command("datasets.synthetic", config), set())
+        jobs = {DRAWN: drawing, **jobs}
     if options.processes > 1:
         started = f"torchrun --nproc_per_node={options.processes}"
         jobs = {place: job._replace(command=job.command.replace("python", started, 1))
@@ -256,7 +266,7 @@ def main(config: Config, table: str, options):
     if options.dry_run:
         yield from (f"{'done' if job.done else 'to do':7s}{job.command}" for job in jobs.values())
     else:
-        run(jobs, 1 if options.processes > 1 or torch.cuda.is_available() else 2)
+        run(jobs, 2 if options.processes == 1 and choose_device(config.run.device).type == "cpu" else 1)
     for name in [] if options.dry_run else tables:
         path, found = folder("task", config).parent / f"{name}.txt", {}
         for part in [part for part in PARTS[name] if planned[part]]:
