@@ -27,6 +27,7 @@ import evaluate
 import labels
 import metrics
 import train_task
+from engine import distributed
 from engine.checkpoints import checksum
 from engine.config import load
 from files import label_file
@@ -96,6 +97,8 @@ def here(tmp_path, monkeypatch):
             return code
         return SimpleNamespace(poll=poll, terminate=lambda: None, wait=lambda: code)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(distributed, "choose_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text(SETTINGS)
     for (name, task), n in itertools.product(TASKS.items(), range(16)):                 # labelled videos
@@ -111,8 +114,8 @@ def here(tmp_path, monkeypatch):
     return state
 
 
-def ended(words, refused=False, processes=2) -> str:
-    said, words = io.StringIO(), f"x {words} --config my.yaml --processes {processes}".split()
+def ended(words, refused=False) -> str:
+    said, words = io.StringIO(), f"x {words} --config my.yaml".split()
     with mock.patch("sys.argv", words), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
             runpy.run_path(experiments.__file__, run_name="__main__")
@@ -195,9 +198,9 @@ def test_a_stop_is_passed_on_and_ends_all_when_the_stages_have_saved(monkeypatch
 
 @pytest.mark.parametrize("table, expected", [("ablation", ABLATION), ("systems", SYSTEMS)])
 def test_without_a_gpu_two_run_at_a_time_each_when_what_it_reads_is_there(here, monkeypatch, table, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "choose_device", lambda device: torch.device("cpu"))
     here.polls = 3
-    ended(f"{table} --seeds 2", processes=1)
+    ended(f"{table} --seeds 2")
     assert sorted(re.sub("[ +]run.seed=1", "", s) for s in here.ran) == sorted(expected * 2)
     assert here.most == 2
 

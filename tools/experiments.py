@@ -5,8 +5,8 @@
 
 A row is the configuration with other settings, trained with the seeds run.seed, run.seed + 1, ..., those of
 everything from pre-training on (folds: one). Each stage runs as a command of its own, if it is not finished:
-on GPUs one after the other, on a CPU two at a time, each with half of the cores, and only what one that fails
-has said is shown.
+on GPUs one after the other, on all of them; on a CPU two at a time, each with half of the cores, and only
+what one that fails has said is shown.
 Writes runs/<config>/<table>.txt, in Markdown, and .json: mean ± deviation over the seeds (divided by n - 1),
 then the difference to the first row with its 95 % interval over the same drawn videos. And, of the ablation,
 ablation_<task>.png, a video in which each part shows what it adds.
@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from data import Video
-from datasets.synthetic import check_paths, is_complete
+from datasets.synthetic import is_complete
 from engine.checkpoints import read_json, write_text
 from engine.config import Config, from_command_line, load, print_all, value_of
 from engine.distributed import STOP, Team, choose_device, on_stop
@@ -256,17 +256,16 @@ def main(config: Config, table: str, options):
         raise ValueError(f"got {table!r}, --seeds {options.seeds}; expected {', '.join(PARTS)} or all, data "
                          "for it, and 2 seeds or more, as one has no deviation")
     if config.data.synthetic and not all(job.done for job in jobs.values()):
-        check_paths(config)
-        drawing = Job(is_complete(config), command("datasets.synthetic", config), set())
-        jobs = {DRAWN: drawing, **jobs}
-    if options.processes > 1:
-        started = f"torchrun --nproc_per_node={options.processes}"
+        jobs = {DRAWN: Job(is_complete(config), command("datasets.synthetic", config), set()), **jobs}
+    device = choose_device(config.run.device).type
+    if device == "cuda":
+        started = f"torchrun --nproc_per_node={torch.cuda.device_count()}"
         jobs = {place: job._replace(command=job.command.replace("python", started, 1))
                 for place, job in jobs.items()}
     if options.dry_run:
         yield from (f"{'done' if job.done else 'to do':7s}{job.command}" for job in jobs.values())
     else:
-        run(jobs, 2 if options.processes == 1 and choose_device(config.run.device).type == "cpu" else 1)
+        run(jobs, 2 if device == "cpu" else 1)
     for name in [] if options.dry_run else tables:
         path, found = folder("task", config).parent / f"{name}.txt", {}
         for part in [part for part in PARTS[name] if planned[part]]:
@@ -283,8 +282,6 @@ if __name__ == "__main__":
     table = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else ""
     config, options = from_command_line(__doc__, **{
         "seeds": {"type": int, "default": 3, "metavar": "N", "help": "how many (default: %(default)s)"},
-        "processes": {"type": int, "default": max(1, torch.cuda.device_count()), "metavar": "N",
-                      "help": "of each stage"},
         "shared-encoder": {"action": "store_true", "help": "folds: one for all, less clean"},
         "dry-run": {"action": "store_true", "help": "only say what would run"}})
     print_all(main(config, table + "_shared" * options.shared_encoder, options))
