@@ -17,7 +17,7 @@ from models import learn
 from plain_cnn import public_dan, public_dan_shapes, random_weights, resnet_map, resnet_shapes
 from processes import ALONE, in_team
 from second_paper import train_cnn
-from second_paper.cnn import (DAN, DANWithCentres, ResNet18, affinity_loss, build, load_cnn,
+from second_paper.cnn import (BatchNorm, DAN, DANWithCentres, ResNet18, affinity_loss, build, load_cnn,
                               load_trunk, partition_loss, translated)
 
 SMALL = 2                                                            # width of the first stage
@@ -154,6 +154,22 @@ def test_a_step_over_processes_is_that_of_one_with_the_whole_batch(world):
         for name, gradient in gradients.items():
             assert torch.allclose(of_parameters[name], gradient, rtol=1e-7, atol=1e-9), name
         assert all(torch.allclose(moved[name], value, rtol=1e-9) for name, value in buffers.items())
+
+
+def far_from_0(team=None):
+    """Channels of means to 40 deviations: as PyTorch normalises them, or as one of the processes does. Behind
+    these some that are constant, which nothing may blow up."""
+    x = torch.randn(8, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    x = x + torch.tensor([0, 3, 10, 40.])[:, None, None]
+    x = torch.cat([x, (100.3 * torch.arange(16))[None, :, None, None].expand(8, -1, 5, 5)], dim=1)
+    return BatchNorm(20)(x[team.rank::2]) if team else nn.BatchNorm2d(20)(x)
+
+
+def test_over_processes_means_far_from_0_cost_few_digits_at_the_first_step():
+    codes, results = in_team(2, lambda team: far_from_0(team).detach())
+    assert codes == [0, 0]
+    for rank, y in enumerate(results):
+        assert torch.allclose(y[:, :4], far_from_0()[rank::2, :4], atol=2e-3) and y.isfinite().all()
 
 
 @pytest.mark.parametrize("network", ["resnet18", "dan"])
